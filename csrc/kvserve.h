@@ -1,0 +1,71 @@
+// C interface of the kvserve CPU kernels. No libtorch: plain pointers, byte strides and the structs below.
+// kvserve/attention/native.py mirrors every struct with ctypes; keep both in the same order.
+//
+// One step of one layer is four calls, in this order (T = tile_tokens):
+//   kvs_stage        new K/V rows -> `staged`, float32, rounded to the dense dtype, V rotated where the policy rotates
+//   kvs_store_sealed seal every tile completed by this step (dense policy: write all new tokens to their slots)
+//   kvs_attend       attention of the new queries over sealed pages, dense tail and staged rows
+//   kvs_store_tail   write the new tokens of the unfinished tile to the tail slots (dense policy: nothing)
+// The tail is written last because attention and sealing still read the previous tile's tokens from it.
+//
+// What a query at position p sees: every token t <= p (and t > p - sliding_window, if set), where
+//   t <  tile_start(p), t >= sink_tokens : the sealed page          tile_start(p) = p / T * T
+//   t <  tile_start(p), t <  sink_tokens : the dense slot in the sink blocks
+//   t >= tile_start(p)                   : the dense row (tail slot if older than this step, else `staged`)
+// It depends on positions only, so chunking, prefix hits and recompute cannot change the result.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum KvsDtype : int32_t { KVS_F32 = 0, KVS_F16 = 1, KVS_BF16 = 2 };
+
+// Geometry of the pool (kvserve/pages/layout.py) and of the attention layer.
+struct KvsLayout {
+  int32_t num_heads, num_kv_heads, head_dim;
+  int32_t block_size;       // tokens of one block
+  int32_t dense_dtype;      // KvsDtype of dense slots
+  int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
+  int32_t tiles_per_block, slots_per_cell, tail_blocks, sink_blocks, sink_tokens;
+  int32_t key_bits, key_group, boost_channels;
+  int32_t value_bits, value_group, value_rotated;
+  int32_t sliding_window;   // 0: none
+  float scale;              // softmax scale
+  int64_t page_bytes;
+  int64_t key_codes, key_boost_codes, value_codes, key_scales, value_scales, key_boost_index;  // offsets in a page
+};
+
+// The cell of (block b, kv head h) of this layer starts at base + b * block_stride + h * head_stride.
+struct KvsArena {
+  uint8_t* base;
+  int64_t block_stride, head_stride;  // bytes
+};
+
+// num_reqs requests; request r has the query rows [query_start_loc[r], query_start_loc[r + 1]) and, with them,
+// seq_lens[r] tokens. Its blocks are block_table[r * block_table_stride ...].
+struct KvsBatch {
+  int32_t num_reqs;
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t block_table_stride;  // elements
+};
+
+// [tokens, heads, head_dim] rows; the last dim is contiguous.
+struct KvsRows {
+  void* data;
+  int64_t token_stride, head_stride;  // elements
+  int32_t dtype;                      // KvsDtype
+};
+
+// staged: float32 [num_tokens][num_kv_heads][K row, V row][head_dim]
+void kvs_stage(const KvsLayout*, const KvsRows* key, const KvsRows* value, int32_t num_tokens, float* staged);
+void kvs_store_sealed(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
+// lse: float32 [num_tokens][num_heads], natural log of the softmax denominator; may be null.
+void kvs_attend(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged, const KvsRows* query,
+                const KvsRows* out, float* lse);
+void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
+// Instruction set this library was compiled for: "portable", "avx2", "avx512".
+const char* kvs_isa(void);
+int32_t kvs_num_threads(void);
+}

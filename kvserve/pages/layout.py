@@ -1,0 +1,186 @@
+"""Geometry of the page arena: where every byte of a cached token lies.
+
+One *cell* belongs to (block, kv_head, layer) and is contiguous; vLLM's BHLNC layout puts it at
+`block * block_stride + kv_head * head_stride + layer * cell_bytes`. A cell holds `tiles_per_block` sealed pages, or,
+where the policy keeps tokens dense, `slots_per_cell` dense slots (K row, then V row).
+
+A request's row of blocks, in the order they are allocated (T = tile_tokens):
+
+    | tail_blocks       | tile block 0 | sink_blocks        | tile block 1 | ...
+    | dense tokens of   | tiles 0..n-1 | dense tokens       | tiles n..    |
+    | the unfinished T  |              | [0, sink_tokens)   |              |
+
+Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
+The dense policy has none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from kvserve.policies.base import Policy
+
+SECTION_ALIGN_BYTES = 64
+LANES = 8  # columns of one bit plane, see pages/reference.py
+WORD_BITS = 16
+
+
+def align(size_bytes: int) -> int:
+    """Round up to a cache line."""
+    return ceil(size_bytes / SECTION_ALIGN_BYTES) * SECTION_ALIGN_BYTES
+
+
+@dataclass(frozen=True)
+class PageSections:
+    """Byte offsets of the parts of one sealed page; `size_bytes` is the page."""
+
+    key_codes: int
+    key_boost_codes: int
+    value_codes: int
+    key_scales: int  # float16 [tile_tokens / key group][scale, min][head_dim]
+    value_scales: int  # float16 [head_dim / value group][scale, min][tile_tokens]; rotated: float16 [tile_tokens]
+    key_boost_index: int  # uint8 [boost_channels], ascending
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Everything a kernel needs to know about a pool, for one head_dim and one policy.
+
+    Attributes:
+        head_dim: elements of one K or V row.
+        block_size: tokens of one vLLM block.
+        dense_dtype: dtype of dense slots.
+        sections: offsets inside a sealed page; None for the dense policy.
+    """
+
+    policy: Policy
+    head_dim: int
+    block_size: int
+    dense_dtype: torch.dtype
+    sections: PageSections | None
+
+    @classmethod
+    def build(cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype) -> PageLayout:
+        """Lay out the pages of `policy`.
+
+        Raises:
+            ValueError: head_dim or block_size does not fit the policy; the message names the fix.
+        """
+        if policy.is_dense:
+            return cls(policy, head_dim, block_size, model_dtype, None)
+        _check_fits(policy, head_dim, block_size)
+        # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
+        dense_dtype = torch.float16 if model_dtype == torch.float32 else model_dtype
+        return cls(policy, head_dim, block_size, dense_dtype, _sections(policy, head_dim))
+
+    @property
+    def tile_tokens(self) -> int:
+        return self.policy.tile_tokens
+
+    @property
+    def tiles_per_block(self) -> int:
+        """Sealed pages of one cell; 0 for the dense policy."""
+        return 0 if self.sections is None else self.block_size // self.tile_tokens
+
+    @property
+    def slot_bytes(self) -> int:
+        """One dense token of one KV head: its K row and its V row."""
+        return 2 * self.head_dim * self.dense_dtype.itemsize
+
+    @property
+    def cell_bytes(self) -> int:
+        """What one block holds for one KV head of one layer."""
+        if self.sections is None:
+            return self.block_size * self.slot_bytes
+        return self.tiles_per_block * self.sections.size_bytes
+
+    @property
+    def slots_per_cell(self) -> int:
+        """Dense tokens that fit in one cell."""
+        return self.cell_bytes // self.slot_bytes
+
+    @property
+    def tail_blocks(self) -> int:
+        """Blocks a request owns for its unfinished tile."""
+        return 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks of dense sink tokens that go with tile block 0."""
+        return ceil(self.policy.sink_tokens / self.slots_per_cell)
+
+    @property
+    def key_group(self) -> int:
+        assert self.policy.key is not None
+        return self.policy.key.group_size
+
+    @property
+    def value_group(self) -> int:
+        """Channels that share one value scale."""
+        assert self.policy.value is not None
+        return min(self.policy.value.group_size or self.head_dim, self.head_dim)
+
+    @property
+    def boost_channels(self) -> int:
+        return boost_channels(self.policy, self.head_dim)
+
+    def tile_blocks_for(self, num_tokens: int) -> int:
+        """Tile blocks of a sequence with `num_tokens` cached tokens (dense policy: all its blocks)."""
+        if self.sections is None:
+            return ceil(num_tokens / self.block_size)
+        return ceil(num_tokens // self.tile_tokens / self.tiles_per_block)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks a request holds with `num_tokens` cached tokens, tail and sinks included.
+
+        The scheduler calls this ahead of the worker, so it depends on nothing but the policy and the count.
+        """
+        tiles = self.tile_blocks_for(num_tokens)
+        return self.tail_blocks + tiles + (self.sink_blocks if tiles else 0)
+
+    def bits_per_element(self) -> float:
+        """Bits of a sealed K or V element, scales and padding included."""
+        if self.sections is None:
+            return float(self.dense_dtype.itemsize * 8)
+        return self.sections.size_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
+
+
+def boost_channels(policy: Policy, head_dim: int) -> int:
+    """Channels of a key tile that get two more bits."""
+    return int(head_dim * policy.key.boost_fraction) if policy.key else 0
+
+
+def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
+    if head_dim not in (64, 128, 256):
+        raise ValueError(
+            f"policy {policy.name} supports head_dim 64, 128 and 256, the model has {head_dim}; "
+            "use --policy none for this model"
+        )
+    if block_size % policy.tile_tokens:
+        raise ValueError(
+            f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
+        )
+
+
+def _sections(policy: Policy, head_dim: int) -> PageSections:
+    assert policy.key is not None and policy.value is not None
+    tokens, boosted = policy.tile_tokens, boost_channels(policy, head_dim)
+    value_group = min(policy.value.group_size or head_dim, head_dim)
+    value_scale_elements = tokens if policy.value.rotate else 2 * tokens * head_dim // value_group
+    offset, starts = 0, []
+    for size in (
+        head_dim * tokens * policy.key.bits // 8,
+        boosted * tokens * 2 // 8,
+        head_dim * tokens * policy.value.bits // 8,
+        2 * 2 * head_dim * tokens // policy.key.group_size,
+        2 * value_scale_elements,
+        boosted,
+    ):
+        starts.append(offset)
+        offset = align(offset + size)
+    # A page is a whole number of bytes per token, so that vLLM can see it as tile_tokens equal states.
+    return PageSections(*starts, size_bytes=ceil(offset / tokens) * tokens)

@@ -1,0 +1,89 @@
+"""What a policy is: the validated content of one YAML file in configs/.
+
+A policy names parts and their parameters. It owns no allocation, no kernel and no vLLM import.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Bits = Literal[2, 4, 8]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeyCodec(_Part):
+    """How a sealed tile of keys is written: asymmetric min/max per channel (KIVI, arXiv 2402.02750, section 3).
+
+    `group_size` counts consecutive tokens that share one (scale, min) pair of a channel. `boost_fraction` of the
+    channels, the ones with the widest range in the tile, get two more bits (Kitty, arXiv 2511.18643, section 4).
+    """
+
+    bits: Bits
+    group_size: Literal[32, 64, 128]
+    boost_fraction: Literal[0, 0.25, 0.5] = 0
+
+    @model_validator(mode="after")
+    def _boost_needs_two_bits(self) -> KeyCodec:
+        if self.boost_fraction and self.bits != 2:
+            raise ValueError("boost_fraction adds 2 bits to 2-bit codes: set key.bits to 2, or boost_fraction to 0")
+        return self
+
+
+class ValueCodec(_Part):
+    """How a sealed tile of values is written: one quantiser per token.
+
+    `rotate: false` is KIVI's asymmetric min/max over groups of `group_size` consecutive channels (0: all channels).
+    `rotate: true` applies an orthonormal Hadamard transform to the head and then a symmetric mid-rise quantiser with
+    one scale per token, the uniform form of a Lloyd-Max quantiser for Gaussian data (QuaRot, arXiv 2404.00456;
+    TurboQuant, arXiv 2504.19874).
+    """
+
+    bits: Bits
+    group_size: Literal[0, 32, 64, 128] = 0
+    rotate: bool = False
+
+    @model_validator(mode="after")
+    def _rotation_has_one_group(self) -> ValueCodec:
+        if self.rotate and self.group_size:
+            raise ValueError("a rotated value has one scale per token: set value.group_size to 0, or rotate to false")
+        return self
+
+
+class Policy(_Part):
+    """One named way to keep the KV cache.
+
+    `key` and `value` are both absent for the dense policy. `tile_tokens` tokens are sealed together; until a tile is
+    full its tokens stay dense in the request's own tail. The first `sink_tokens` tokens stay dense for good.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    summary: str
+    paper: str = ""
+    tile_tokens: Literal[64, 128] = 64
+    sink_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    key: KeyCodec | None = None
+    value: ValueCodec | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Policy:
+        if (self.key is None) != (self.value is None):
+            raise ValueError("give both key and value, or neither (the dense policy)")
+        if self.key is None or self.value is None:
+            if self.sink_tokens:
+                raise ValueError("sink_tokens needs key and value codecs: a dense policy keeps every token dense")
+            return self
+        if self.key.group_size > self.tile_tokens:
+            raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
+        if self.sink_tokens >= self.tile_tokens:
+            raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token keeps the model's dtype."""
+        return self.key is None
