@@ -1,0 +1,63 @@
+"""GET /ready: 200 only when the model can answer.
+
+Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
+vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI, Response
+
+PROBE_TIMEOUT_SECONDS = 60.0
+
+
+class ReadyEndpoint:
+    """Adds /ready to vLLM's API server."""
+
+    name = "kvserve"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._has_answered = False
+        self._probe_lock = asyncio.Lock()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the route."""
+        app.add_api_route("/ready", self._ready, methods=["GET"], include_in_schema=True)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Remember the engine to ask."""
+        self._engine = engine_client
+
+    async def _ready(self) -> Response:
+        """200 with an empty body, or 503 with the reason."""
+        reason = await self._why_not_ready()
+        return Response(status_code=200) if reason is None else Response(reason, status_code=503)
+
+    async def _why_not_ready(self) -> str | None:
+        if self._engine is None:
+            return "the engine is not attached yet"
+        try:
+            await self._engine.check_health()
+            if await self._engine.is_sleeping():
+                return "the engine is asleep"
+            async with self._probe_lock:
+                if not self._has_answered:
+                    await asyncio.wait_for(self._generate_one_token(), PROBE_TIMEOUT_SECONDS)
+                    self._has_answered = True
+        except Exception as error:  # whatever stops the engine from answering is the reason it is not ready
+            return f"the engine does not answer: {type(error).__name__}: {error}"
+        return None
+
+    async def _generate_one_token(self) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        prompt = {"prompt_token_ids": [1]}
+        async for _ in self._engine.generate(prompt, params, request_id=f"kvserve-ready-{uuid4()}"):
+            pass

@@ -1,0 +1,156 @@
+"""Block manager of a compressed group: who holds which block.
+
+Seam: `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager`.
+
+A request's row is [tail blocks][tile block 0][sink blocks][tile block 1]... as kvserve.pages.layout describes. The
+worker sees the row as ordinary new block ids, in this order, and it only ever grows. Tile blocks enter vLLM's prefix
+cache under their own hash; the sink blocks go with tile block 0 under a hash derived from its hash, so that a hit on
+tile block 0 always finds the sinks that belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from kvserve.pages.layout import PageLayout
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.request import Request
+
+
+def sink_hash(first_hash: BlockHash, index: int, group_id: int) -> BlockHashWithGroupId:
+    """Cache key of the `index`-th sink block that belongs to the tile block hashed `first_hash`."""
+    return make_block_hash_with_group_id(BlockHash(first_hash + b"kvserve-sink" + bytes([index])), group_id)
+
+
+def cached_sinks(pool: BlockPool, layout: PageLayout, first_hash: BlockHash, group_id: int) -> list[KVCacheBlock]:
+    """The sink blocks that go with a cached tile block 0; empty where the policy has none or one was evicted."""
+    lookup = pool.cached_block_hash_to_block.get_one_block
+    found = [lookup(sink_hash(first_hash, index, group_id)) for index in range(layout.sink_blocks)]
+    return [] if None in found else [block for block in found if block is not None]
+
+
+class PageManager(FullAttentionManager):
+    """Counts tail, tile and sink blocks exactly; the worker needs no message beyond the row itself."""
+
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self.layout: PageLayout = kv_cache_spec.layout
+
+    # -- prefix hits ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: BlockPool,
+        kv_cache_spec: Any, **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:  # fmt: skip
+        """Longest run of cached tile blocks; none at all where the sinks of tile block 0 are gone."""
+        blocks, hit_length = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **kwargs
+        )
+        layout: PageLayout = kv_cache_spec.layout
+        if hit_length and layout.sink_blocks:
+            for group_id in kv_cache_group_ids:
+                if not cached_sinks(block_pool, layout, block_hashes[0], group_id):
+                    return tuple([] for _ in kv_cache_group_ids), 0
+        return blocks, hit_length
+
+    def _with_sinks(self, hits: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Prefix hits in row order: tile block 0, its sinks, the other tile blocks."""
+        if not hits or not self.layout.sink_blocks:
+            return list(hits)
+        key = hits[0].block_hash
+        assert key is not None
+        sinks = cached_sinks(self.block_pool, self.layout, BlockHash(key[:-4]), self.kv_cache_group_id)
+        assert sinks, "a hit on tile block 0 is only reported together with its sinks"
+        return [hits[0], *sinks, *hits[1:]]
+
+    def _tiles(self, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """The tile blocks of a row."""
+        first = self.layout.tail_blocks
+        return row[first : first + 1] + row[first + 1 + self.layout.sink_blocks :]
+
+    # -- allocation ----------------------------------------------------------------------------------------------
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> int:
+        """Free blocks the request needs to hold `num_tokens`, counting hits that leave the free queue."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        hits = self._with_sinks(new_computed_blocks)
+        missing = self.layout.blocks_for(num_tokens) - held - len(hits)
+        return max(missing, 0) + self._get_num_evictable_blocks(hits)
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:  # fmt: skip
+        """Start the row of a new request: its own tail, then the hits."""
+        row = self.req_to_blocks[request_id]
+        assert not row and num_external_computed_tokens == 0
+        hits = self._with_sinks(new_computed_blocks)
+        self.block_pool.touch(hits)  # before the tail is taken, which could evict them
+        row.extend(self._take(self.layout.tail_blocks))
+        row.extend(hits)
+        self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order."""
+        row = self.req_to_blocks[request_id]
+        new_blocks = self._take(max(self.layout.blocks_for(num_tokens) - len(row), 0))
+        row.extend(new_blocks)
+        return new_blocks
+
+    def _take(self, num_blocks: int) -> list[KVCacheBlock]:
+        blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in blocks)
+        return blocks
+
+    # -- caching and freeing -------------------------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Enter finished tile blocks, and the sinks with the first one, into the prefix cache."""
+        request_id = request.request_id
+        num_cached = self.num_cached_block.get(request_id, 0)
+        num_full = num_tokens // self.block_size
+        if num_cached >= num_full:
+            return
+        row = self.req_to_blocks[request_id]
+        self.block_pool.cache_full_blocks(
+            request=request,
+            blocks=self._tiles(row),
+            num_cached_blocks=num_cached,
+            num_full_blocks=num_full,
+            block_size=self.block_size,
+            kv_cache_group_id=self.kv_cache_group_id,
+        )
+        if num_cached == 0:
+            self._cache_sinks(row)
+        self.num_cached_block[request_id] = num_full
+
+    def _cache_sinks(self, row: list[KVCacheBlock]) -> None:
+        first = self.layout.tail_blocks
+        key = row[first].block_hash
+        if key is None:
+            return
+        for index, block in enumerate(row[first + 1 : first + 1 + self.layout.sink_blocks]):
+            block_key = sink_hash(BlockHash(key[:-4]), index, self.kv_cache_group_id)
+            self.block_pool._insert_block_hash(block_key, block, num_tokens=self.layout.policy.sink_tokens)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks, its tail last: callers free in reverse, so what holds no reusable tile goes first."""
+        row = super().pop_blocks_for_free(request_id)
+        tail = self.layout.tail_blocks
+        return row[tail:] + row[:tail]
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Always 0: rows start with private blocks, so cascade attention over shared rows does not apply."""
+        return 0

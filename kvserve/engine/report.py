@@ -1,0 +1,142 @@
+"""What was asked for and what is in effect, in numbers: the source of the startup table and of the metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from kvserve.engine.settings import EngineSettings
+from kvserve.pages.layout import PageLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+DENSE_BYTES = 2  # the "dense" cache that ratios compare with is 16-bit
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Facts about one engine's cache. Bytes and tokens are those of one rank.
+
+    Attributes:
+        num_blocks: blocks of the pool, vLLM's reserved null block included.
+        cells_per_block: layers x KV heads.
+        max_model_len: the length at which "effective" figures count tail and sinks.
+    """
+
+    layout: PageLayout
+    num_layers: int
+    num_kv_heads: int
+    num_blocks: int
+    max_model_len: int
+
+    @classmethod
+    def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings) -> EngineReport:
+        model = config.model_config
+        return cls(
+            layout=settings.layout(model.get_head_size()),
+            num_layers=model.get_num_layers(config.parallel_config),
+            num_kv_heads=model.get_num_kv_heads(config.parallel_config),
+            num_blocks=config.cache_config.num_gpu_blocks or 0,
+            max_model_len=model.max_model_len,
+        )
+
+    @property
+    def cells_per_block(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def block_bytes(self) -> int:
+        return self.cells_per_block * self.layout.cell_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def dense_bytes_per_token(self) -> int:
+        """A token in a 16-bit cache."""
+        return self.cells_per_block * 2 * self.layout.head_dim * DENSE_BYTES
+
+    @property
+    def effective_bytes_per_token(self) -> float:
+        """A token of a request of max_model_len tokens, its tail and sinks counted."""
+        return self.layout.blocks_for(self.max_model_len) * self.block_bytes / self.max_model_len
+
+    @property
+    def dense_capacity_tokens(self) -> int:
+        """Tokens that a 16-bit cache of the same bytes would hold."""
+        return self.pool_bytes // self.dense_bytes_per_token
+
+    @property
+    def effective_capacity_tokens(self) -> int:
+        """Tokens that fit, in requests of max_model_len tokens; vLLM logs the same figure."""
+        return int(self.num_blocks / self.layout.blocks_for(self.max_model_len) * self.max_model_len)
+
+    @property
+    def requested_ratio(self) -> float:
+        """16 over the bits of a sealed element."""
+        return 8 * DENSE_BYTES / self.layout.bits_per_element()
+
+    @property
+    def effective_ratio(self) -> float:
+        """How many times fewer bytes than a 16-bit cache a request of max_model_len tokens holds."""
+        return self.dense_bytes_per_token / self.effective_bytes_per_token
+
+    def pages(self, free_blocks: int, num_running: int) -> dict[str, int]:
+        """Pages of the pool by state. Every running request holds exactly `tail_blocks` dense ones."""
+        per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
+        used = max(self.num_blocks - 1 - free_blocks, 0)
+        dense = used if self.layout.sections is None else min(num_running * self.layout.tail_blocks, used)
+        return {"free": free_blocks * per_block, "dense": dense * per_block, "sealed": (used - dense) * per_block}
+
+    def table(self) -> str:
+        """The startup table."""
+        policy, layout = self.layout.policy, self.layout
+        table = Table(title=f"kvserve: policy {policy.name}", show_header=False, title_justify="left")
+        rows = [
+            ("keys / values", describe_codecs(layout)),
+            ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, all the same"),
+            ("kept dense", describe_dense(layout)),
+            ("bytes per token", f"{self.dense_bytes_per_token:,} in a 16-bit cache, "
+             f"{self.effective_bytes_per_token:,.0f} in effect"),
+            ("compression", f"{self.requested_ratio:.2f}x requested, {self.effective_ratio:.2f}x in effect "
+             f"(requests of {self.max_model_len:,} tokens, tail and sinks counted)"),
+            ("capacity", f"{self.pool_bytes / 2**20:,.0f} MiB: {self.dense_capacity_tokens:,} tokens in a 16-bit cache, "
+             f"{self.effective_capacity_tokens:,} in effect"),
+            ("switched off", "nothing: prefix caching, chunked prefill and preemption work on compressed pages"),
+            ("refused", "speculative decoding, KV connectors, --kv-cache-dtype (not proven with this cache)"),
+        ]  # fmt: skip
+        for row in rows:
+            table.add_row(*row)
+        console = Console(width=120, force_terminal=False, no_color=True)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+def describe_codecs(layout: PageLayout) -> str:
+    """How sealed K and V are written, in one line."""
+    key, value = layout.policy.key, layout.policy.value
+    if key is None or value is None:
+        return f"dense, {str(layout.dense_dtype).removeprefix('torch.')}"
+    boost = f", {layout.boost_channels} channels at {key.bits + 2} bits" if layout.boost_channels else ""
+    rotation = "rotated, one scale per token" if value.rotate else f"per token, groups of {layout.value_group}"
+    return (
+        f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; V {value.bits}-bit {rotation}; "
+        f"{layout.bits_per_element():.2f} bits per element"
+    )
+
+
+def describe_dense(layout: PageLayout) -> str:
+    """Which tokens of a compressed request stay dense."""
+    if layout.sections is None:
+        return "every token"
+    dtype = str(layout.dense_dtype).removeprefix("torch.")
+    return (
+        f"the unfinished tile of {layout.tile_tokens} tokens and the first {layout.policy.sink_tokens}, in {dtype}: "
+        f"{layout.tail_blocks} + {layout.sink_blocks} blocks a request"
+    )

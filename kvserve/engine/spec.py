@@ -1,0 +1,64 @@
+"""KV cache spec of a compressed group: how many bytes a block has and how many blocks a request needs.
+
+Seams: `vllm.v1.kv_cache_interface.FullAttentionSpec`, `register_kv_cache_spec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from kvserve.engine.manager import PageManager
+from kvserve.pages.layout import PageLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Registering ours first would make vLLM believe that its own specs are registered too.
+KVCacheSpecRegistry._ensure_registered()
+
+
+@register_kv_cache_spec(manager_class=PageManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class PageSpec(FullAttentionSpec):
+    """A group whose blocks are cells of sealed pages and dense slots (see kvserve.pages.layout)."""
+
+    layout: PageLayout
+
+    @classmethod
+    def from_attention(cls, spec: AttentionSpec, layout: PageLayout) -> Self:
+        """The spec of the same layer with pages of `layout`: block_size states of equal bytes.
+
+        A window is left out of the spec (it stays in the attention layer), so that all layers share one group.
+        """
+        return replace_as(
+            spec,
+            cls,
+            sliding_window=None,
+            dtype=torch.uint8,
+            state_content_bytes=layout.cell_bytes // layout.block_size,
+            layout=layout,
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of one layer's pages for a request of max_model_len tokens, tail and sinks included."""
+        return self.layout.blocks_for(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Longest row of the worker's block table."""
+        return self.layout.blocks_for(max_len)
+
+    def copy_with_new_block_size(self, block_size: int) -> Self:
+        """Not possible: a cell is not a sequence of smaller cells."""
+        raise NotImplementedError("kvserve pages cannot be split into smaller kernel blocks")
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for the group."""
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError("kvserve needs the same number of KV heads and the same head_dim in every layer")
+        return specs[0]

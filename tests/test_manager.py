@@ -1,0 +1,216 @@
+"""The block manager against a simulated worker: nothing leaks, counts are exact, shared blocks hold the right tokens.
+
+The simulated worker writes into each block what the real one would (which tokens of which prefix), so a wrong row, a
+stale hit or a lost sink shows as wrong content. No model and no tensor is involved.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from kvserve.engine.spec import PageSpec
+from kvserve.pages.layout import PageLayout
+from kvserve.policies.base import KeyCodec, Policy, ValueCodec
+
+init_none_hash(sha256)
+
+
+def make_layout(sink_tokens: int, block_size: int = 64) -> PageLayout:
+    policy = Policy(
+        name="test", summary="", tile_tokens=64, sink_tokens=sink_tokens,
+        key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=2),
+    )  # fmt: skip
+    return PageLayout.build(policy, 64, block_size, torch.float32)
+
+
+def make_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:
+    dense = FullAttentionSpec(block_size=layout.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    group = KVCacheGroupSpec(["layer"], PageSpec.from_attention(dense, layout))
+    return KVCacheManager(
+        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group]),
+        max_model_len=4096,
+        scheduler_block_size=layout.block_size,
+        hash_block_size=layout.block_size,
+    )
+
+
+@dataclass
+class Simulation:
+    """A scheduler that admits, chunks, decodes, preempts and aborts at random, and the worker behind it."""
+
+    layout: PageLayout
+    num_blocks: int
+    seed: int
+    contents: dict[int, object] = field(default_factory=dict)
+    running: list[Request] = field(default_factory=list)
+    waiting: list[Request] = field(default_factory=list)
+    num_finished: int = 0
+    num_preempted: int = 0
+    num_hit_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.manager = make_manager(self.layout, self.num_blocks)
+        self.pool = self.manager.block_pool
+        self.hasher = get_request_block_hasher(self.layout.block_size, sha256)
+
+    def new_request(self, name: int) -> Request:
+        shared = self.random.choice([0, 0, 64, 70, 128, 300])
+        length = shared + self.random.choice([1, 5, 63, 64, 65, 130, 400])
+        family = self.random.randrange(3)
+        tokens = [family * 1000 + i for i in range(shared)] + [self.random.randrange(10**6) for _ in range(length - shared)]
+        params = SamplingParams(max_tokens=self.random.choice([1, 3, 70, 200]), temperature=0.0)
+        params.update_from_generation_config({}, eos_token_id=0)
+        return Request(str(name), tokens, params, None, block_hasher=self.hasher)
+
+    def row(self, request: Request) -> list[int]:
+        return self.manager.get_block_ids(request.request_id)[0]
+
+    def step(self) -> None:
+        for request in list(self.running):
+            if request in self.running:
+                self.advance(request)
+        while self.waiting and len(self.running) < 6 and self.admit(self.waiting[0]):
+            self.waiting.pop(0)
+        if self.running and self.random.random() < 0.03:
+            self.finish(self.random.choice(self.running), RequestStatus.FINISHED_ABORTED)
+        self.check()
+
+    def admit(self, request: Request) -> bool:
+        hits, num_hit = self.manager.get_computed_blocks(request)[:2]
+        chunk = min(request.num_tokens - num_hit, self.random.choice([32, 100, 512]))
+        slots = self.manager.allocate_slots(
+            request, chunk, num_new_computed_tokens=num_hit, new_computed_blocks=hits, full_sequence_must_fit=True
+        )
+        if slots is None:
+            return False
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = num_hit
+        self.num_hit_tokens += num_hit
+        self.running.append(request)
+        self.work(request, chunk)
+        return True
+
+    def advance(self, request: Request) -> None:
+        remaining = request.num_tokens - request.num_computed_tokens
+        chunk = min(remaining, self.random.choice([32, 100, 512]))
+        while self.manager.allocate_slots(request, chunk) is None:
+            victim = self.running.pop()
+            self.manager.free(victim)
+            victim.status, victim.num_computed_tokens = RequestStatus.PREEMPTED, 0
+            self.waiting.insert(0, victim)
+            self.num_preempted += 1
+            if victim is request:
+                return
+        self.work(request, chunk)
+
+    def work(self, request: Request, chunk: int) -> None:
+        """Write what the worker writes in a step, after checking what it would read."""
+        start, end = request.num_computed_tokens, request.num_computed_tokens + chunk
+        row, layout, tokens = self.row(request), self.layout, request.all_token_ids
+        assert len(row) == layout.blocks_for(end), "the row is exactly what the accounting says"
+        tail, tile = layout.tail_blocks, layout.tile_tokens
+        for index in range(start // tile):
+            assert self.contents[row[self.tile_position(index)]] == tuple(tokens[: self.tile_end(index, start)])
+        if start >= tile:
+            for block in row[tail + 1 : tail + 1 + layout.sink_blocks]:
+                assert self.contents[block] == ("sinks", tuple(tokens[:tile]))
+        if start % tile:
+            for block in row[:tail]:
+                assert self.contents[block] == ("tail", request.request_id)
+        for index in range(start // tile, end // tile):
+            self.contents[row[self.tile_position(index)]] = tuple(tokens[: (index + 1) * tile])
+        if start < tile <= end:
+            for block in row[tail + 1 : tail + 1 + layout.sink_blocks]:
+                self.contents[block] = ("sinks", tuple(tokens[:tile]))
+        for block in row[:tail]:
+            self.contents[block] = ("tail", request.request_id)
+        request.num_computed_tokens = end
+        if end == request.num_tokens:
+            request.append_output_token_ids(self.random.randrange(1, 10**6))
+            if request.num_output_tokens >= request.max_tokens:
+                self.finish(request, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+    def tile_position(self, index: int) -> int:
+        block = index // self.layout.tiles_per_block
+        return self.layout.tail_blocks + block + (self.layout.sink_blocks if block else 0)
+
+    def tile_end(self, index: int, num_tokens: int) -> int:
+        """Tokens that the last write to the block of tile `index` covered."""
+        block_end = (index // self.layout.tiles_per_block + 1) * self.layout.block_size
+        return min(block_end, num_tokens // self.layout.tile_tokens * self.layout.tile_tokens)
+
+    def finish(self, request: Request, status: RequestStatus) -> None:
+        request.status = status
+        self.running.remove(request)
+        self.manager.free(request)
+        self.num_finished += 1
+
+    def check(self) -> None:
+        held = {block for request in self.running for block in self.row(request)}
+        assert self.pool.get_num_free_blocks() + len(held) + 1 == self.num_blocks, "free + held + null = total"
+        owners = [block for request in self.running for block in self.row(request)[: self.layout.tail_blocks]]
+        assert len(owners) == len(set(owners)), "a tail belongs to one request"
+
+    def run(self, num_requests: int) -> None:
+        for name in range(num_requests):
+            self.waiting.append(self.new_request(name))
+            self.step()
+        while self.running or self.waiting:
+            self.step()
+        assert self.num_finished == num_requests
+        assert self.pool.get_num_free_blocks() == self.num_blocks - 1
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
+
+
+@given(seed=st.integers(0, 2**32), sink_tokens=st.sampled_from([0, 4, 16, 32]), num_blocks=st.integers(30, 90))
+@settings(max_examples=25, deadline=None)
+def test_free_and_held_blocks_always_add_up(seed: int, sink_tokens: int, num_blocks: int) -> None:
+    Simulation(make_layout(sink_tokens), num_blocks, seed).run(25)
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(64, 60), (128, 26)])
+def test_nothing_leaks_over_5000_requests(block_size: int, num_blocks: int) -> None:
+    simulation = Simulation(make_layout(16, block_size), num_blocks, seed=7)
+    simulation.run(2500)
+    assert simulation.num_preempted > 50
+    assert simulation.num_hit_tokens > 10_000
+
+
+def test_a_prefix_hit_needs_the_sinks_of_its_first_tile() -> None:
+    simulation = Simulation(make_layout(16), 40, seed=1)
+    first = Request("a", list(range(200)), SamplingParams(max_tokens=1), None, block_hasher=simulation.hasher)
+    assert simulation.admit(first)
+    while first in simulation.running:
+        simulation.advance(first)
+    again = Request("b", list(range(200)), SamplingParams(max_tokens=1), None, block_hasher=simulation.hasher)
+    hits, num_hit = simulation.manager.get_computed_blocks(again)[:2]
+    assert num_hit == 192
+    pool = simulation.pool
+    sink = next(block for block in pool.blocks if block.block_hash and b"kvserve-sink" in block.block_hash)
+    pool.evict_blocks({sink.block_id})
+    assert simulation.manager.get_computed_blocks(again)[1] == 0
+
+
+def test_capacity_in_tokens_is_what_really_fits() -> None:
+    layout = make_layout(16)
+    num_blocks = 10 * layout.blocks_for(4096) + 1
+    manager = make_manager(layout, num_blocks)
+    fitted = 0
+    for name in range(20):
+        tokens = [name * 10_000 + i for i in range(4096)]
+        request = Request(str(name), tokens, SamplingParams(max_tokens=1), None)
+        fitted += manager.allocate_slots(request, 4096) is not None
+    assert fitted == 10
