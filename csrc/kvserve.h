@@ -16,6 +16,7 @@
 #pragma once
 #include <cstdint>
 
+#pragma GCC visibility push(default)  // the rest of the library is compiled hidden
 extern "C" {
 
 enum KvsDtype : int32_t { KVS_F32 = 0, KVS_F16 = 1, KVS_BF16 = 2 };
@@ -69,3 +70,4 @@ void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const fl
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);
 }
+#pragma GCC visibility pop

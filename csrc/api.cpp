@@ -1,0 +1,25 @@
+// Dispatch of kvs_attend, and what the library says about itself.
+#include <omp.h>
+
+#include <vector>
+
+#include "attend.h"
+#include "simd.h"
+
+void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged,
+                const KvsRows* query, const KvsRows* out, float* lse) {
+  std::vector<int32_t> decode, extend;
+  for (int32_t r = 0; r < batch->num_reqs; ++r) {
+    const int32_t query_len = batch->query_start_loc[r + 1] - batch->query_start_loc[r];
+    if (query_len == 1) decode.push_back(r);
+    if (query_len > 1) extend.push_back(r);
+  }
+  if (!decode.empty())
+    kvs::attend_decode(*layout, *batch, *arena, staged, *query, *out, lse, decode.data(), int32_t(decode.size()));
+  if (!extend.empty())
+    kvs::attend_extend(*layout, *batch, *arena, staged, *query, *out, lse, extend.data(), int32_t(extend.size()));
+}
+
+const char* kvs_isa(void) { return KVS_ISA; }
+
+int32_t kvs_num_threads(void) { return omp_get_max_threads(); }

@@ -1,0 +1,51 @@
+// Addresses of pages and dense slots (kvserve/pages/layout.py). `row` is a request's row of the block table.
+#pragma once
+#include "kvserve.h"
+
+namespace kvs {
+
+inline int64_t dense_bytes(const KvsLayout& l) { return l.dense_dtype == KVS_F32 ? 4 : 2; }
+inline int64_t slot_bytes(const KvsLayout& l) { return 2 * l.head_dim * dense_bytes(l); }
+
+inline uint8_t* cell(const KvsArena& a, int32_t block, int32_t kv_head) {
+  return a.base + block * a.block_stride + kv_head * a.head_stride;
+}
+
+// Sealed page of tile i.
+inline uint8_t* tile_page(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t i) {
+  const int32_t j = i / l.tiles_per_block;
+  const int32_t block = row[l.tail_blocks + j + (j ? l.sink_blocks : 0)];
+  return cell(a, block, kv_head) + (i % l.tiles_per_block) * l.page_bytes;
+}
+// Dense slot of sink token s.
+inline uint8_t* sink_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t s) {
+  return cell(a, row[l.tail_blocks + 1 + s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
+}
+// Dense slot of the unfinished tile's token at position p.
+inline uint8_t* tail_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
+  const int32_t s = p % l.tile_tokens;
+  return cell(a, row[s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
+}
+// Slot of the token at position p under the dense policy.
+inline uint8_t* dense_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
+  return cell(a, row[p / l.block_size], kv_head) + (p % l.block_size) * slot_bytes(l);
+}
+// Staged K row of a new token; its V row follows.
+inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t token, int32_t kv_head) {
+  return staged + (token * l.num_kv_heads + kv_head) * 2 * l.head_dim;
+}
+
+// One request of a batch.
+struct Request {
+  int32_t first_row;     // of its query rows
+  int32_t num_computed;  // tokens stored before this step
+  int32_t seq_len;
+  const int32_t* row;
+};
+
+inline Request request_of(const KvsBatch& b, int32_t r) {
+  const int32_t first = b.query_start_loc[r], len = b.query_start_loc[r + 1] - first;
+  return {first, b.seq_lens[r] - len, b.seq_lens[r], b.block_table + r * b.block_table_stride};
+}
+
+}  // namespace kvs

@@ -1,0 +1,59 @@
+// kvs_stage: new rows as the arena keeps them. kvs_store_tail: the unfinished tile's new tokens.
+#include <algorithm>
+
+#include "geometry.h"
+#include "rotate.h"
+#include "simd.h"
+
+namespace kvs {
+namespace {
+
+const uint8_t* row_at(const KvsRows& rows, int64_t token, int64_t head) {
+  const int64_t bytes = rows.dtype == KVS_F32 ? 4 : 2;
+  return (const uint8_t*)rows.data + (token * rows.token_stride + head * rows.head_stride) * bytes;
+}
+
+// Round n float32 values to what the dense dtype can hold, in place.
+void round_row(float* x, int n, int32_t dtype) {
+  if (dtype == KVS_F32) return;
+  for (int i = 0; i < n; i += VL) {
+    uint16_t packed[VL];
+    store_row(packed, x + i, VL, dtype);
+    load_row(x + i, packed, VL, dtype);
+  }
+}
+
+}  // namespace
+}  // namespace kvs
+
+using namespace kvs;
+
+void kvs_stage(const KvsLayout* layout, const KvsRows* key, const KvsRows* value, int32_t num_tokens,
+               float* staged) {
+  const KvsLayout& l = *layout;
+#pragma omp parallel for schedule(static) if (num_tokens > 8)
+  for (int32_t t = 0; t < num_tokens; ++t)
+    for (int32_t h = 0; h < l.num_kv_heads; ++h) {
+      float* k = staged + (int64_t(t) * l.num_kv_heads + h) * 2 * l.head_dim;
+      float* v = k + l.head_dim;
+      load_row(k, row_at(*key, t, h), l.head_dim, key->dtype);
+      load_row(v, row_at(*value, t, h), l.head_dim, value->dtype);
+      if (l.value_rotated) hadamard(v, l.head_dim);
+      round_row(k, 2 * l.head_dim, l.dense_dtype);
+    }
+}
+
+void kvs_store_tail(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged) {
+  const KvsLayout& l = *layout;
+  if (!l.tile_tokens) return;
+#pragma omp parallel for schedule(static) if (batch->num_reqs > 8)
+  for (int32_t r = 0; r < batch->num_reqs; ++r) {
+    const Request q = request_of(*batch, r);
+    const int32_t first = std::max(q.num_computed, q.seq_len / l.tile_tokens * l.tile_tokens);
+    for (int32_t p = first; p < q.seq_len; ++p)
+      for (int32_t h = 0; h < l.num_kv_heads; ++h) {
+        const float* from = staged_row(l, staged, q.first_row + p - q.num_computed, h);
+        store_row(tail_slot(l, *arena, q.row, h, p), from, 2 * l.head_dim, l.dense_dtype);
+      }
+  }
+}

@@ -1,0 +1,174 @@
+"""What an attention kernel of kvserve is: it stores new tokens into the arena and attends to what is stored.
+
+One step of one layer is `forward`; csrc/kvserve.h states its four parts and what each query sees.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from kvserve.pages.layout import PageLayout
+
+ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIM_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The attention layer, as opposed to the pool it reads.
+
+    Attributes:
+        scale: factor of the query-key dot products.
+        sliding_window: a query at position p sees tokens t > p - sliding_window; None: all t <= p.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    sliding_window: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass
+class Batch:
+    """The requests of one step.
+
+    Attributes:
+        query_start_loc: int32 [num_reqs + 1]; request r has the query rows [r, r + 1) of it.
+        seq_lens: int32 [num_reqs]; tokens of the request, this step's included.
+        block_table: int32 [num_reqs, >= blocks]; rows may lie apart, each row is contiguous.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+    @property
+    def num_reqs(self) -> int:
+        return self.seq_lens.shape[0]
+
+
+class PagedAttention(ABC):
+    """Attention over one layer's page arena.
+
+    `cells` is the layer's arena, uint8 [num_blocks, num_kv_heads, ...]; a cell (all dims after the second) is
+    contiguous, and stride(0) and stride(1) are the block and head strides in bytes.
+    """
+
+    def __init__(self, layout: PageLayout, spec: LayerSpec):
+        if spec.num_heads % spec.num_kv_heads:
+            raise ValueError(f"num_heads {spec.num_heads} is not a multiple of num_kv_heads {spec.num_kv_heads}")
+        if layout.head_dim % HEAD_DIM_MULTIPLE:
+            raise ValueError(f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, got {layout.head_dim}")
+        if spec.sliding_window is not None and spec.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 or None, got {spec.sliding_window}")
+        self.layout = layout
+        self.spec = spec
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Store this step's tokens and attend.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16.
+            key, value: [num_tokens, num_kv_heads, head_dim], the same dtypes.
+            output: [num_tokens, num_heads, head_dim], written.
+            lse: float32 [num_tokens, num_heads], contiguous; written with the natural log of the softmax denominator.
+        """
+        staged = self.stage(key, value)
+        self.store_sealed(cells, batch, staged)
+        self.attend(query, cells, batch, staged, output, lse)
+        self.store_tail(cells, batch, staged)
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, cells: torch.Tensor, batch: Batch) -> None:
+        """Store this step's tokens without attending."""
+        staged = self.stage(key, value)
+        self.store_sealed(cells, batch, staged)
+        self.store_tail(cells, batch, staged)
+
+    @abstractmethod
+    def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """New rows as the arena will keep them, float32 [num_tokens, num_kv_heads, 2 (K, V), head_dim].
+
+        Rounded to the dense dtype; V is rotated first where the policy rotates. Valid until the next call.
+        """
+
+    @abstractmethod
+    def store_sealed(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
+        """Seal every tile completed by this step (dense policy: write the new tokens to their slots)."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        staged: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Attention of this step's queries; see `forward` for shapes."""
+
+    @abstractmethod
+    def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
+        """Write the new tokens of the unfinished tile to the tail slots (dense policy: nothing)."""
+
+
+def check_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> None:
+    """Reject a [tokens, heads, head_dim] tensor that the kernels cannot read.
+
+    Raises:
+        TypeError, ValueError: the message names the tensor and what it must be.
+    """
+    if rows.dtype not in ROW_DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {rows.dtype}")
+    if rows.dim() != 3 or rows.shape[1:] != (num_heads, head_dim):
+        raise ValueError(f"{name} must be [tokens, {num_heads}, {head_dim}], got {list(rows.shape)}")
+    if rows.stride(2) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dim, got strides {rows.stride()}")
+
+
+def check_batch(batch: Batch) -> None:
+    """Reject tables that are not int32 with contiguous rows."""
+    for name in ("query_start_loc", "seq_lens", "block_table"):
+        table = getattr(batch, name)
+        if table.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {table.dtype}")
+        if table.shape[-1] > 1 and table.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dim, got strides {table.stride()}")
+    if batch.query_start_loc.shape[0] != batch.num_reqs + 1 or batch.block_table.shape[0] < batch.num_reqs:
+        raise ValueError(
+            f"{batch.num_reqs} seq_lens need {batch.num_reqs + 1} query_start_loc entries and a block_table row each, "
+            f"got {list(batch.query_start_loc.shape)} and {list(batch.block_table.shape)}"
+        )
+
+
+def check_cells(cells: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> None:
+    """Reject an arena whose cells are not contiguous bytes of the layout's size."""
+    if cells.dtype != torch.uint8:
+        raise TypeError(f"cells must be uint8, got {cells.dtype}")
+    if cells.dim() < 3 or cells.shape[1] != num_kv_heads or cells.shape[2:].numel() != layout.cell_bytes:
+        raise ValueError(
+            f"cells must be [num_blocks, {num_kv_heads}, ...] with {layout.cell_bytes} bytes a cell, "
+            f"got {list(cells.shape)}"
+        )
+    expected = 1
+    for dim in range(cells.dim() - 1, 1, -1):
+        if cells.shape[dim] > 1 and cells.stride(dim) != expected:
+            raise ValueError(f"a cell must be contiguous, got shape {list(cells.shape)} strides {cells.stride()}")
+        expected *= cells.shape[dim]

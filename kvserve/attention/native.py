@@ -1,0 +1,238 @@
+"""The compiled CPU kernels (csrc/), called through ctypes on plain pointers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import sysconfig
+from pathlib import Path
+
+import torch  # loads libgomp.so.1 first: the kernels share its thread pool
+
+from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_rows
+from kvserve.pages.layout import PageLayout
+
+LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
+ISA_VARIABLE = "KVSERVE_ISA"
+# Best first; the CPU flags (as /proc/cpuinfo spells them) that each needs.
+ISA_FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = [
+        *((name, _int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
+        *((name, _int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "tail_blocks")),
+        *((name, _int32) for name in ("sink_blocks", "sink_tokens", "key_bits", "key_group", "boost_channels")),
+        *((name, _int32) for name in ("value_bits", "value_group", "value_rotated", "sliding_window")),
+        ("scale", ctypes.c_float),
+        *((name, _int64) for name in ("page_bytes", "key_codes", "key_boost_codes", "value_codes")),
+        *((name, _int64) for name in ("key_scales", "value_scales", "key_boost_index")),
+    ]
+
+
+class _Arena(ctypes.Structure):
+    _fields_ = [("base", _pointer), ("block_stride", _int64), ("head_stride", _int64)]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("num_reqs", _int32),
+        ("query_start_loc", _pointer),
+        ("seq_lens", _pointer),
+        ("block_table", _pointer),
+        ("block_table_stride", _int64),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("token_stride", _int64), ("head_stride", _int64), ("dtype", _int32)]
+
+
+class NativeAttention(PagedAttention):
+    """Attention by the compiled kernels, on torch's own OpenMP threads.
+
+    Raises:
+        RuntimeError: the wanted instruction set is unknown, not built, or not supported by this CPU.
+    """
+
+    def __init__(self, layout: PageLayout, spec: LayerSpec, isa: str | None = None):
+        super().__init__(layout, spec)
+        self._library = load_library(isa or choose_isa())
+        self._layout = _layout_struct(layout, spec)
+        self._staged = torch.empty(0)
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use: portable, avx2 or avx512."""
+        return self._library.kvs_isa().decode()
+
+    @property
+    def num_threads(self) -> int:
+        return self._library.kvs_num_threads()
+
+    def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        num_tokens = key.shape[0]
+        if self._staged.shape[0] < num_tokens:
+            self._staged = torch.empty(num_tokens, self.spec.num_kv_heads, 2, self.layout.head_dim)
+        staged = self._staged[:num_tokens]
+        key_rows, value_rows = self._kv_rows("key", key), self._kv_rows("value", value)
+        self._library.kvs_stage(self._layout, key_rows, value_rows, num_tokens, staged.data_ptr())
+        return staged
+
+    def store_sealed(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
+        self._library.kvs_store_sealed(self._layout, _batch(batch), self._arena(cells), staged.data_ptr())
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        staged: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        heads, head_dim = self.spec.num_heads, self.layout.head_dim
+        if lse is not None and (lse.dtype != torch.float32 or not lse.is_contiguous()):
+            raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
+        self._library.kvs_attend(
+            self._layout,
+            _batch(batch),
+            self._arena(cells),
+            staged.data_ptr(),
+            _rows("query", query, heads, head_dim),
+            _rows("output", output, heads, head_dim),
+            None if lse is None else lse.data_ptr(),
+        )
+
+    def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
+        self._library.kvs_store_tail(self._layout, _batch(batch), self._arena(cells), staged.data_ptr())
+
+    def _kv_rows(self, name: str, rows: torch.Tensor) -> _Rows:
+        return _rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
+
+    def _arena(self, cells: torch.Tensor) -> _Arena:
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        return _Arena(cells.data_ptr(), cells.stride(0), cells.stride(1))
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets this CPU can run, best first."""
+    flags = _cpu_flags()
+    return [isa for isa, needed in ISA_FLAGS.items() if needed <= flags]
+
+
+def available_isas() -> list[str]:
+    """Supported instruction sets whose library is built, best first."""
+    return [isa for isa in supported_isas() if library_path(isa).exists()]
+
+
+def choose_isa() -> str:
+    """The instruction set named by $KVSERVE_ISA, else the best available one.
+
+    Raises:
+        RuntimeError: nothing is built, or the named one is unknown, unsupported or not built.
+    """
+    wanted = os.environ.get(ISA_VARIABLE)
+    if not wanted:
+        available = available_isas()
+        if not available:
+            raise RuntimeError(
+                f"no kvserve kernel library in {LIBRARY_DIR}; build with `python setup.py build_ext --inplace`"
+            )
+        return available[0]
+    if wanted not in ISA_FLAGS:
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted} is unknown; choose one of {', '.join(ISA_FLAGS)}")
+    if wanted not in supported_isas():
+        missing = ", ".join(sorted(ISA_FLAGS[wanted] - _cpu_flags()))
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted} is not supported by this CPU, which lacks {missing}")
+    return wanted
+
+
+def library_path(isa: str) -> Path:
+    """Where setup.py puts the library of one instruction set."""
+    return LIBRARY_DIR / f"_{isa}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@functools.cache
+def load_library(isa: str) -> ctypes.CDLL:
+    """Load the kernels of one instruction set.
+
+    Raises:
+        RuntimeError: the library is not built; the message says how to build it.
+    """
+    path = library_path(isa)
+    if not path.exists():
+        raise RuntimeError(f"kernel library {path} is not built; run `python setup.py build_ext --inplace`")
+    library = ctypes.CDLL(str(path))
+    layout, batch, arena, rows = (ctypes.POINTER(s) for s in (_Layout, _Batch, _Arena, _Rows))
+    for name, arguments in {
+        "kvs_stage": [layout, rows, rows, _int32, _pointer],
+        "kvs_store_sealed": [layout, batch, arena, _pointer],
+        "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer],
+        "kvs_store_tail": [layout, batch, arena, _pointer],
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    library.kvs_isa.argtypes, library.kvs_isa.restype = [], ctypes.c_char_p
+    library.kvs_num_threads.argtypes, library.kvs_num_threads.restype = [], _int32
+    return library
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
+    struct = _Layout(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dense_dtype=DTYPE_CODES[layout.dense_dtype],
+        sliding_window=spec.sliding_window or 0,
+        scale=spec.scale,
+    )
+    sections, policy = layout.sections, layout.policy
+    if sections is None or policy.key is None or policy.value is None:
+        return struct
+    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "tail_blocks", "sink_blocks"):
+        setattr(struct, name, getattr(layout, name))
+    for name in ("key_group", "boost_channels", "value_group"):
+        setattr(struct, name, getattr(layout, name))
+    for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
+        setattr(struct, name, getattr(sections, name))
+    struct.sink_tokens = policy.sink_tokens
+    struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
+    struct.value_rotated, struct.page_bytes = policy.value.rotate, sections.size_bytes
+    return struct
+
+
+def _batch(batch: Batch) -> _Batch:
+    check_batch(batch)
+    return _Batch(
+        batch.num_reqs,
+        batch.query_start_loc.data_ptr(),
+        batch.seq_lens.data_ptr(),
+        batch.block_table.data_ptr(),
+        batch.block_table.stride(0),
+    )
+
+
+def _rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> _Rows:
+    check_rows(name, rows, num_heads, head_dim)
+    return _Rows(rows.data_ptr(), rows.stride(0), rows.stride(1), DTYPE_CODES[rows.dtype])

@@ -1,0 +1,1 @@
+"""Home of the compiled kernel libraries, one per instruction set (built by setup.py, loaded by ctypes)."""
