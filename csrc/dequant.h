@@ -1,0 +1,97 @@
+// Decode of one sealed page to float32, in the panels that gemm.h multiplies: [column panel of 64][row][64].
+// Keys: rows are channels and columns tokens; values: rows are tokens and columns channels (kvserve/pages/reference.py).
+#pragma once
+#include <cstddef>
+
+#include "simd.h"
+
+namespace kvs {
+
+constexpr int COLUMNS = 64;            // of one panel
+constexpr int MAX_SCALES = 2 * 8 * 256;  // (scale, low) pairs of a page side: groups * rows <= 8 * 256
+
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+
+// Codes [rows][columns] to code * scale + low. `scales` is [columns / group][scale, low][rows].
+template <int bits>
+inline void decode_matrix(const uint8_t* codes, int rows, int columns, int group, const float* scales, float* out) {
+  constexpr int planes = 16 / bits, mask = (1 << bits) - 1;
+  for (int block = 0; block < columns; block += planes * 8) {
+    float* panel = out + (ptrdiff_t)(block / COLUMNS) * rows * COLUMNS + block % COLUMNS;
+    const float* plane_scales[planes];
+    for (int plane = 0; plane < planes; ++plane)
+      plane_scales[plane] = scales + (ptrdiff_t)((block + plane * 8) / group) * 2 * rows;
+    for (int row = 0; row < rows; row += 2, codes += 32) {
+      I8 words;
+      memcpy(&words, codes, sizeof words);
+      float* even = panel + row * COLUMNS;
+#pragma GCC unroll 8
+      for (int plane = 0; plane < planes; ++plane) {
+        const float* at = plane_scales[plane] + row;
+        const I8 first = words >> (plane * bits) & mask, second = words >> (16 + plane * bits) & mask;
+        const F8 x = __builtin_convertvector(first, F8) * at[0] + at[rows];
+        const F8 y = __builtin_convertvector(second, F8) * at[1] + at[rows + 1];
+        memcpy(even + plane * 8, &x, sizeof x);
+        memcpy(even + COLUMNS + plane * 8, &y, sizeof y);
+      }
+    }
+  }
+}
+
+inline void decode_matrix(int bits, const uint8_t* codes, int rows, int columns, int group, const float* scales,
+                          float* out) {
+  if (bits == 2) return decode_matrix<2>(codes, rows, columns, group, scales, out);
+  if (bits == 4) return decode_matrix<4>(codes, rows, columns, group, scales, out);
+  decode_matrix<8>(codes, rows, columns, group, scales, out);
+}
+
+// Adds the two upper bits of the boosted channels: 4 * code * scale.
+inline void add_boost(const KvsLayout& layout, const uint8_t* page, const float* scales, float* out) {
+  const int dim = layout.head_dim, tokens = layout.tile_tokens, boosted = layout.boost_channels;
+  const uint8_t* codes = page + layout.key_boost_codes;
+  const uint8_t* index = page + layout.key_boost_index;
+  for (int block = 0; block < tokens; block += 64)
+    for (int row = 0; row < boosted; row += 2, codes += 32) {
+      I8 words;
+      memcpy(&words, codes, sizeof words);
+      for (int parity = 0; parity < 2; ++parity) {
+        const int channel = index[row + parity];
+        float* to = out + (ptrdiff_t)(block / COLUMNS * dim + channel) * COLUMNS;
+        for (int plane = 0; plane < 8; ++plane, to += 8) {
+          const float scale = 4 * scales[(block + plane * 8) / layout.key_group * 2 * dim + channel];
+          F8 x;
+          memcpy(&x, to, sizeof x);
+          x += __builtin_convertvector(words >> (16 * parity + 2 * plane) & 3, F8) * scale;
+          memcpy(to, &x, sizeof x);
+        }
+      }
+    }
+}
+
+// Keys of a page, transposed: [tile_tokens / 64][head_dim][64 tokens].
+inline void decode_keys(const KvsLayout& layout, const uint8_t* page, float* out) {
+  float scales[MAX_SCALES];
+  const int dim = layout.head_dim, tokens = layout.tile_tokens;
+  load_row(scales, page + layout.key_scales, 2 * dim * tokens / layout.key_group, KVS_F16);
+  decode_matrix(layout.key_bits, page + layout.key_codes, dim, tokens, layout.key_group, scales, out);
+  if (layout.boost_channels) add_boost(layout, page, scales, out);
+}
+
+// Values of a page (still rotated where the policy rotates): [head_dim / 64][tile_tokens][64 channels].
+inline void decode_values(const KvsLayout& layout, const uint8_t* page, float* out) {
+  float scales[MAX_SCALES];
+  const int dim = layout.head_dim, tokens = layout.tile_tokens;
+  int group = layout.value_group;
+  if (layout.value_rotated) {
+    const float half_top = ((1 << layout.value_bits) - 1) * 0.5f;
+    load_row(scales, page + layout.value_scales, tokens, KVS_F16);
+    for (int t = 0; t < tokens; ++t) scales[tokens + t] = -half_top * scales[t];
+    group = dim;
+  } else {
+    load_row(scales, page + layout.value_scales, 2 * tokens * dim / group, KVS_F16);
+  }
+  decode_matrix(layout.value_bits, page + layout.value_codes, tokens, dim, group, scales, out);
+}
+
+}  // namespace kvs
