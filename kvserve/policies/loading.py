@@ -1,0 +1,247 @@
+"""From a name, a YAML file or vLLM's additional_config to a validated Policy.
+
+Everything that can be wrong with a policy ends as a PolicyError whose message is one sentence for the user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from kvserve.policies.base import Policy
+from kvserve.policies.registry import policy_names, shipped_path
+
+_DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; the message says why and what to do."""
+
+
+def load_policy(name_or_path: str, overrides: Sequence[str] = ()) -> Policy:
+    """Load a shipped policy by name, or any policy by the path of its YAML file.
+
+    Args:
+        name_or_path: a name of `policy_names()`, or a path (it has a slash or ends in .yaml or .yml).
+        overrides: `dotted.key=value` changes, applied in order before validation.
+
+    Raises:
+        PolicyError: unknown name, unreadable file, or a value that is not allowed.
+    """
+    path = _find(name_or_path)
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    return _validate(content, str(name_or_path))
+
+
+def policy_from_config(config: Mapping[str, Any]) -> Policy:
+    """The policy that vLLM's additional_config["kvserve"] asks for.
+
+    Args:
+        config: `{"policy": <name, path or full content>, "set": {"dotted.key": value}}`; `set` may be absent.
+
+    Raises:
+        PolicyError: as for `load_policy`, or a key other than these two.
+    """
+    if not isinstance(config, Mapping):
+        raise PolicyError(f'additional_config["kvserve"] must be a JSON object, got {config!r}')
+    for key in config:
+        if key not in ("policy", "set"):
+            raise PolicyError(f'additional_config["kvserve"] has an unknown key, {key!r}; it takes "policy" and "set"')
+    source, changes = config.get("policy"), config.get("set") or {}
+    if not isinstance(changes, Mapping):
+        raise PolicyError(f'additional_config["kvserve"]["set"] must be a JSON object, got {changes!r}')
+    if isinstance(source, str):
+        content, label = _read_yaml(_find(source)), source
+    elif isinstance(source, Mapping):
+        content, label = _copy(source), str(source.get("name", "in additional_config"))
+    else:
+        raise PolicyError(
+            f'additional_config["kvserve"]["policy"] must be a name, a path or a policy\'s content, got {source!r}'
+        )
+    for dotted, value in changes.items():
+        _set(content, dotted, value)
+    return _validate(content, label)
+
+
+def policy_content(policy: Policy) -> dict[str, Any]:
+    """The policy as plain JSON values: `policy_from_config({"policy": policy_content(p)}) == p`."""
+    return policy.model_dump(mode="json", exclude_defaults=True)
+
+
+def _find(name_or_path: str) -> Path:
+    name_or_path = os.fspath(name_or_path)
+    if name_or_path in policy_names():
+        return shipped_path(name_or_path)
+    if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
+        return Path(name_or_path).expanduser()
+    raise PolicyError(
+        f"there is no policy {name_or_path!r}{_did_you_mean(name_or_path, policy_names())}; "
+        f"the policies are {', '.join(policy_names())}, or give the path of a YAML file"
+    )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                mark = key_node.start_mark
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key_node.value!r}", problem_mark=mark)
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PolicyError(f"cannot read the policy file {path}: {reason}") from None
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PolicyError(f"{path}, line {line}: not valid YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise PolicyError(f"{path}, line 1: a policy is a list of `key: value` lines, found {content!r:.60}")
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted.strip():
+        raise PolicyError(f"--policy-set takes key=value, for example sink_tokens=0 or key.bits=4, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise PolicyError(f"--policy-set {override}: the value is not a number, true, false or a word") from None
+    _set(content, dotted.strip().replace("-", "_"), value)
+
+
+def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = dotted.split(".")
+    model: type[BaseModel] = Policy
+    for depth, key in enumerate(keys):
+        if key not in model.model_fields or (depth == 0 and key in _DESCRIPTIVE):
+            raise PolicyError(_unknown_key(dotted, _settable_keys()))
+        nested = _nested_model(model.model_fields[key])
+        if depth + 1 < len(keys):
+            if nested is None:
+                raise PolicyError(_unknown_key(dotted, _settable_keys()))
+            model = nested
+    target = content
+    for key in keys[:-1]:
+        if not isinstance(target.get(key), dict):
+            target[key] = {}
+        target = target[key]
+    target[keys[-1]] = value
+
+
+def _settable_keys() -> list[str]:
+    keys = []
+    for name, field in Policy.model_fields.items():
+        nested = _nested_model(field)
+        if nested is not None:
+            keys += [f"{name}.{inner}" for inner in nested.model_fields]
+        elif name not in _DESCRIPTIVE:
+            keys.append(name)
+    return keys
+
+
+def _validate(content: dict[str, Any], label: str) -> Policy:
+    try:
+        return Policy.model_validate(content)
+    except ValidationError as error:
+        # Unknown and missing keys first: they explain the errors of the rules that look at several keys.
+        first = min(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "missing"))
+        raise PolicyError(f"policy {label}: {_sentence(first)}") from None
+
+
+def _sentence(error: ErrorDetails) -> str:
+    dotted = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{dotted} is missing, it must be {_allowed(dotted)}"
+    if error["type"] == "extra_forbidden":
+        siblings = _fields_at(error["loc"][:-1])
+        prefix = dotted.rpartition(".")[0]
+        return _unknown_key(dotted, [f"{prefix}.{name}" if prefix else name for name in siblings])
+    return f"{dotted} is {_show(error['input'])}, it must be {_allowed(dotted)}"
+
+
+def _unknown_key(dotted: str, known: Sequence[str]) -> str:
+    return f"unknown key {dotted!r}{_did_you_mean(dotted, known)}; the keys are {', '.join(known)}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}" if close else ""
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "empty"
+    return str(value).lower() if isinstance(value, bool) else f"{value!r:.60}"
+
+
+def _allowed(dotted: str) -> str:
+    """What a field takes, in words, from its annotation."""
+    field = _fields_at(dotted.split(".")[:-1]).get(dotted.rpartition(".")[2])
+    if field is None:
+        return "something else"
+    if nested := _nested_model(field):
+        return f"a group of keys ({', '.join(nested.model_fields)})"
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+    low = next((m.ge for m in field.metadata if getattr(m, "ge", None) is not None), None)
+    high = next((m.le for m in field.metadata if getattr(m, "le", None) is not None), None)
+    if annotation is int:
+        return f"a whole number from {low} to {high}" if low is not None and high is not None else "a whole number"
+    if annotation is bool:
+        return "true or false"
+    if any(getattr(m, "pattern", None) for m in field.metadata):
+        return "lower-case letters, digits, dots and dashes"
+    return "text"
+
+
+def _fields_at(keys: Sequence[Any]) -> dict[str, FieldInfo]:
+    model: type[BaseModel] = Policy
+    for key in keys:
+        field = model.model_fields.get(str(key))
+        nested = _nested_model(field) if field else None
+        if nested is None:
+            return {}
+        model = nested
+    return model.model_fields
+
+
+def _nested_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model inside `Model` or `Model | None`."""
+    annotation = field.annotation
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _copy(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in source.items()}
