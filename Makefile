@@ -1,0 +1,51 @@
+# make serve        set everything up (the first time takes minutes), then serve the default model on port 8000
+# make test         lint and the fast tests           make test-full    all tests
+# make bench        compare the policies              make clean        remove build products
+#
+# Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
+POLICY ?= kivi-2bit
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+
+VENV := $(or $(KVSERVE_VENV),.venv)
+BIN := $(VENV)/bin
+PYTHON_FILES := kvserve tests scripts setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-full bench lint format clean clean-venv
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+
+setup:
+	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
+	@python3 scripts/setup_env.py
+
+serve: setup
+	$(BIN)/kvserve serve --policy $(POLICY) $(if $(MODEL),--model $(MODEL)) --port $(PORT) $(ARGS)
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-full: setup lint
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/kvserve bench $(ARGS)
+
+lint:
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy
+
+format:
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis kvserve/native/*.so $(VENV)/kvserve-install.sha256
+	find kvserve tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,148 @@
+"""Start vLLM's own OpenAI server in this process, with a kvserve policy in its configuration.
+
+This is what vLLM's console script does for `vllm serve`, less the lookup of a distribution called "vllm", which its CPU
+builds do not have. vLLM is imported when `launch` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from kvserve.checks import check_device
+from kvserve.cli.main import UsageError
+from kvserve.cli.serve import check_arguments
+from kvserve.default_model import MODEL_NAME, prepare_default_model
+from kvserve.policies.base import Policy
+from kvserve.policies.loading import policy_content
+
+PLUGIN_NAME = "kvserve"
+_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+# Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
+_OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
+
+
+def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    """Serve until stopped.
+
+    Raises:
+        UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
+    """
+    os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"), _discovered_plugins())
+    _look_like_vllm_serve(arguments)
+    parser = _parser()
+    parser.set_defaults(model=None, dtype=None)  # None: not given, neither here nor in a --config file
+    args = parser.parse_args(list(arguments))
+    check_device(_device_type())
+    configure(args, policy)
+
+    changed = f" with {', '.join(overrides)}" if overrides else ""
+    print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    ServeSubcommand.cmd(args)
+    return 0
+
+
+def configure(args: argparse.Namespace, policy: Policy) -> None:
+    """Complete vLLM's parsed arguments: the policy, and what the user left open.
+
+    Raises:
+        UsageError: --additional-config already carries a policy.
+        UnsupportedError: an option or a model kvserve refuses.
+    """
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    check_arguments(vars(args), policy)
+    additional = dict(args.additional_config or {})
+    if PLUGIN_NAME in additional:
+        raise UsageError(
+            'the policy is given twice, by --policy and in --additional-config {"kvserve": ...}; drop the latter'
+        )
+    # The full content, not the name: every process then works with the same policy, whatever its own files say.
+    args.additional_config = {**additional, PLUGIN_NAME: {"policy": policy_content(policy)}}
+    if args.block_size is None:
+        args.block_size = policy.tile_tokens
+    if args.model is None:
+        args.model = str(prepare_default_model())
+        if not args.served_model_name:
+            args.served_model_name = [MODEL_NAME, args.model]
+        check_arguments(vars(args), policy)
+    if args.dtype is None:
+        args.dtype = "auto"
+        if not cpu_has_bfloat16():
+            args.dtype = "float32"
+            print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
+
+
+def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
+    """VLLM_PLUGINS with kvserve in it and nothing lost.
+
+    vLLM loads an endpoint plugin only if this variable names it. Once the variable is set, a plugin of any other kind
+    that it does not name is left out too.
+    """
+    if current is None:
+        names = sorted(set(discovered) - _OPT_IN_PLUGINS - {PLUGIN_NAME})
+    else:
+        names = [name for name in current.split(",") if name and name != PLUGIN_NAME]
+    return ",".join([*names, PLUGIN_NAME])
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether bfloat16 matrix products run natively; True where that cannot be told (not x86)."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return True
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
+    return flags is None or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def print_vllm_help(arguments: Sequence[str]) -> int:
+    """`--help=all`, `--help=<group>`, `--help=<option>`: vLLM's own help."""
+    _look_like_vllm_serve(arguments)
+    try:
+        _parser().parse_args(list(arguments))
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def _parser() -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    usage = "kvserve serve --policy POLICY [options]"
+    return make_arg_parser(FlexibleArgumentParser(prog="kvserve serve", usage=usage))
+
+
+def _look_like_vllm_serve(arguments: Sequence[str]) -> None:
+    """vLLM looks for a few of its options in sys.argv (--numa-bind, --help); kvserve's are none of its business."""
+    sys.argv = [sys.argv[0], "serve", *arguments]
+
+
+def _discovered_plugins() -> set[str]:
+    return {entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)}
+
+
+def _device_type() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
