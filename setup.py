@@ -9,7 +9,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 COMMON_FLAGS = [
     *("-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno"),
-    *("-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12's own AVX-512 headers
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12's own AVX-512 headers
 ]
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine() == "x86_64":

@@ -1,13 +1,185 @@
-// Attention of requests with one query row.
-#include <cstdlib>
+// Attention of requests with one query row: (request, kv_head, chunk) tasks, merged by log-sum-exp.
+#include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "attend.h"
+#include "dense.h"
+#include "geometry.h"
+#include "rotate.h"
+#include "sealed.h"
 
 namespace kvs {
+namespace {
 
-void attend_decode(const KvsLayout&, const KvsBatch&, const KvsArena&, const float*, const KvsRows&, const KvsRows&,
-                   float*, const int32_t*, int32_t) {
-  std::abort();
+constexpr int CHUNK_TILES = 32;
+constexpr int CHUNK_TOKENS_DENSE = 2048;
+
+// Tokens [first, last) of one request and KV head. `index` of `chunks` partial results.
+struct Task {
+  Request request;
+  int32_t kv_head, first, last, index, chunks;
+};
+
+struct Scratch {
+  PageScratch page;
+  DenseRows dense;
+  std::vector<float> q;
+};
+
+class Decode {
+ public:
+  Decode(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged, const KvsRows& q,
+         const KvsRows& out, float* lse)
+      : l(l), b(b), a(a), staged(staged), q(q), out(out), lse(lse), group(l.num_heads / l.num_kv_heads) {}
+
+  void run(const int32_t* req_ids, int32_t n) {
+    plan(req_ids, n);
+    const int64_t partial = int64_t(group) * (l.head_dim + 2);
+    partials.reset(new float[partial * tasks.size()]);
+#pragma omp parallel if (tasks.size() > 1)
+    {
+      Scratch scratch;
+      scratch.q.resize(size_t(group) * l.head_dim);
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < tasks.size(); ++i) {
+        attend(tasks[i], partial_of(i), scratch);
+        if (tasks[i].chunks == 1) finish(tasks[i], partial_of(i));
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < tasks.size(); ++i)
+        if (tasks[i].chunks > 1 && tasks[i].index == 0) {
+          for (int c = 1; c < tasks[i].chunks; ++c) merge(partial_of(i), partial_of(i + c));
+          finish(tasks[i], partial_of(i));
+        }
+    }
+  }
+
+ private:
+  const KvsLayout& l;
+  const KvsBatch& b;
+  const KvsArena& a;
+  const float* staged;
+  const KvsRows &q, &out;
+  float* lse;
+  const int group;
+  std::vector<Task> tasks;  // the chunks of one (request, kv_head) are adjacent
+  std::unique_ptr<float[]> partials;
+
+  // Partial result of a task: max [group], sum [group], out [group][head_dim].
+  float* partial_of(size_t task) const { return partials.get() + task * group * (l.head_dim + 2); }
+  Heads heads_of(const float* query, float* partial) const {
+    return {query, partial + 2 * group, partial, partial + group, l.head_dim};
+  }
+
+  void plan(const int32_t* req_ids, int32_t n) {
+    const int32_t size = l.tile_tokens ? CHUNK_TILES * l.tile_tokens : CHUNK_TOKENS_DENSE;
+    for (int32_t i = 0; i < n; ++i) {
+      const Request r = request_of(b, req_ids[i]);
+      const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : 0;
+      const int32_t chunk = first / size, chunks = (r.seq_len - 1) / size - chunk + 1;
+      for (int32_t h = 0; h < l.num_kv_heads; ++h)
+        for (int32_t c = 0; c < chunks; ++c) {
+          const int32_t start = (chunk + c) * size;
+          tasks.push_back({r, h, std::max(first, start), std::min(r.seq_len, start + size), c, chunks});
+        }
+    }
+  }
+
+  void attend(const Task& t, float* partial, Scratch& s) const {
+    load_queries(t, s.q.data());
+    std::fill(partial, partial + group, NEG_INF);
+    std::fill(partial + group, partial + int64_t(group) * (l.head_dim + 2), 0.0f);
+    const Heads heads = heads_of(s.q.data(), partial);
+    s.dense.value_offset = slot_bytes(l) / 2;
+    if (!l.tile_tokens) {
+      for (int32_t p = t.first; p < t.last; ++p) push(dense_slot(l, a, t.request.row, t.kv_head, p), heads, s);
+      flush(heads, s);
+      return;
+    }
+    attend_sealed(t, heads, s);
+    attend_own(t, heads, s);
+  }
+
+  void attend_sealed(const Task& t, const Heads& heads, Scratch& s) const {
+    const int32_t position = t.request.seq_len - 1, size = l.tile_tokens, tile_start = position / size * size;
+    const int32_t* row = t.request.row;
+    const int32_t sinks_end = std::min({t.last, l.sink_tokens, tile_start});
+    for (int32_t p = t.first; p < sinks_end; ++p) push(sink_slot(l, a, row, t.kv_head, p), heads, s);
+    for (int32_t p = std::max(t.first, tile_start); p < std::min(t.last, position); ++p)
+      push(tail_slot(l, a, row, t.kv_head, p), heads, s);
+    flush(heads, s);
+    for (int32_t i = t.first / size; i * size < std::min(t.last, tile_start); ++i) {
+      const int32_t first = std::max(t.first, l.sink_tokens) - i * size;
+      if (first >= size) continue;
+      const uint8_t* page = tile_page(l, a, row, t.kv_head, i);
+      for (int h = 0; h < group; h += MAX_HEADS)
+        attend_page(l, page, heads_from(heads, h), std::min(MAX_HEADS, group - h), std::max(first, 0), s.page);
+    }
+  }
+
+  // The query's own token, which is not stored yet.
+  void attend_own(const Task& t, const Heads& heads, Scratch& s) const {
+    if (t.last < t.request.seq_len) return;
+    s.dense.rows[0] = (const uint8_t*)staged_row(l, staged, t.request.first_row, t.kv_head);
+    s.dense.count = 1;
+    s.dense.value_offset = int64_t(l.head_dim) * 4;
+    for (int h = 0; h < group; h += MAX_HEADS)
+      attend_dense(s.dense, KVS_F32, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
+    s.dense.count = 0;
+  }
+
+  void push(const uint8_t* slot, const Heads& heads, Scratch& s) const {
+    s.dense.rows[s.dense.count++] = slot;
+    if (s.dense.count == DENSE_TOKENS) flush(heads, s);
+  }
+  void flush(const Heads& heads, Scratch& s) const {
+    for (int h = 0; h < group; h += MAX_HEADS)
+      attend_dense(s.dense, l.dense_dtype, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
+    s.dense.count = 0;
+  }
+
+  void load_queries(const Task& t, float* to) const {
+    for (int h = 0; h < group; ++h) {
+      float* row = to + h * l.head_dim;
+      load_row(row, row_at(q, t.request.first_row, t.kv_head * group + h), l.head_dim, q.dtype);
+      for (int i = 0; i < l.head_dim; i += VL) storeu(row + i, loadu(row + i) * l.scale);
+    }
+  }
+
+  // partial += other
+  void merge(float* partial, const float* other) const {
+    const Heads to = heads_of(nullptr, partial), from = heads_of(nullptr, const_cast<float*>(other));
+    for (int h = 0; h < group; ++h) {
+      const float top = std::max(to.max[h], from.max[h]);
+      if (top == NEG_INF) continue;
+      const float keep = std::exp(to.max[h] - top), add = std::exp(from.max[h] - top);
+      to.max[h] = top;
+      to.sum[h] = to.sum[h] * keep + from.sum[h] * add;
+      float* o = to.out + h * l.head_dim;
+      const float* more = from.out + h * l.head_dim;
+      for (int i = 0; i < l.head_dim; i += VL) storeu(o + i, loadu(o + i) * keep + loadu(more + i) * add);
+    }
+  }
+
+  void finish(const Task& t, float* partial) const {
+    const Heads heads = heads_of(nullptr, partial);
+    for (int h = 0; h < group; ++h) {
+      const int32_t head = t.kv_head * group + h;
+      float* o = heads.out + h * l.head_dim;
+      for (int i = 0; i < l.head_dim; i += VL) storeu(o + i, loadu(o + i) / heads.sum[h]);
+      if (l.value_rotated) hadamard(o, l.head_dim);
+      store_row(row_at(out, t.request.first_row, head), o, l.head_dim, out.dtype);
+      if (lse) lse[int64_t(t.request.first_row) * l.num_heads + head] = heads.max[h] + std::log(heads.sum[h]);
+    }
+  }
+};
+
+}  // namespace
+
+void attend_decode(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged, const KvsRows& q,
+                   const KvsRows& out, float* lse, const int32_t* req_ids, int32_t n) {
+  Decode(l, b, a, staged, q, out, lse).run(req_ids, n);
 }
 
 }  // namespace kvs

@@ -35,6 +35,12 @@ inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t 
   return staged + (token * l.num_kv_heads + kv_head) * 2 * l.head_dim;
 }
 
+// Address of one row of a [tokens, heads, head_dim] tensor.
+inline uint8_t* row_at(const KvsRows& rows, int64_t token, int64_t head) {
+  const int64_t bytes = rows.dtype == KVS_F32 ? 4 : 2;
+  return (uint8_t*)rows.data + (token * rows.token_stride + head * rows.head_stride) * bytes;
+}
+
 // One request of a batch.
 struct Request {
   int32_t first_row;     // of its query rows

@@ -30,7 +30,7 @@ constexpr float F16_MAX = 65504.0f;
 typedef float VF __attribute__((vector_size(KVS_VECTOR_BYTES)));
 typedef int32_t VI __attribute__((vector_size(KVS_VECTOR_BYTES)));
 
-KVS_INLINE VF splat(float x) { return x - VF{}; }
+KVS_INLINE VF splat(float x) { return x - VF{}; }  // x - 0 keeps every x, -0 and infinities included
 KVS_INLINE VF loadu(const float* p) {
   VF v;
   memcpy(&v, p, sizeof v);
@@ -201,6 +201,69 @@ KVS_INLINE VF vexp(VF x) {
   y = y * r + 1.0f;
   y = (VF)((VI)y + ((VI)shifted << 23));
   return x < -87.0f ? VF{} : y;
+}
+
+// 16-bit words: integer dots over packed codes --------------------------------------------------------------------------
+// A word vector holds ROW_PAIRS row pairs of 8 columns (32 bytes each): int16 lanes (row 2i, row 2i + 1) per column.
+
+#if defined(__AVX512F__)
+constexpr int ROW_PAIRS = 2;
+#else
+constexpr int ROW_PAIRS = 1;
+#endif
+typedef uint16_t WV __attribute__((vector_size(32 * ROW_PAIRS)));
+typedef int32_t IV __attribute__((vector_size(32 * ROW_PAIRS)));
+typedef float V8 __attribute__((vector_size(32)));
+
+KVS_INLINE WV load_words(const void* p) {
+  WV v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+// Factors of 2 * ROW_PAIRS rows, repeated for the 8 columns of each row pair.
+KVS_INLINE WV broadcast_rows(const int16_t* x) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_broadcastd_epi32(_mm_loadu_si32(x));
+  return (WV)_mm512_mask_broadcastd_epi32(first, 0xff00, _mm_loadu_si32(x + 2));
+#elif defined(__AVX2__)
+  return (WV)_mm256_broadcastd_epi32(_mm_loadu_si32(x));
+#else
+  int32_t pair;
+  memcpy(&pair, x, 4);
+  return (WV)(pair - IV{});
+#endif
+}
+// acc[column] += codes[row 0] * x[row 0] + codes[row 1] * x[row 1].
+KVS_INLINE IV dot_add(IV acc, WV codes, WV x) {
+#if defined(__AVX512VNNI__)
+  return (IV)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
+#elif defined(__AVX2__)
+  return acc + (IV)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
+#else
+  const IV c = (IV)codes, f = (IV)x;
+  return acc + ((c << 16) >> 16) * ((f << 16) >> 16) + (c >> 16) * (f >> 16);
+#endif
+}
+// The 8 column sums of an accumulator.
+KVS_INLINE V8 column_sums(IV acc) {
+#if defined(__AVX512F__)
+  const __m256i low = _mm512_castsi512_si256((__m512i)acc), high = _mm512_extracti64x4_epi64((__m512i)acc, 1);
+  return (V8)_mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+#else
+  return __builtin_convertvector(acc, V8);
+#endif
+}
+// Round VL floats of magnitude at most 32767 to int16.
+KVS_INLINE void store_int16(int16_t* p, VF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)v)));
+#elif defined(__AVX2__)
+  const __m256i i = _mm256_cvtps_epi32((__m256)v);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+#else
+  const VF rounded = vround(v);
+  for (int i = 0; i < VL; ++i) p[i] = int16_t(rounded[i]);
+#endif
 }
 
 }  // namespace kvs

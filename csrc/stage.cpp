@@ -8,11 +8,6 @@
 namespace kvs {
 namespace {
 
-const uint8_t* row_at(const KvsRows& rows, int64_t token, int64_t head) {
-  const int64_t bytes = rows.dtype == KVS_F32 ? 4 : 2;
-  return (const uint8_t*)rows.data + (token * rows.token_stride + head * rows.head_stride) * bytes;
-}
-
 // Round n float32 values to what the dense dtype can hold, in place.
 void round_row(float* x, int n, int32_t dtype) {
   if (dtype == KVS_F32) return;

@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention, check_batch, check_cells, check_rows
-from kvserve.pages.reference import decode_page, encode_page, hadamard
-
-FLOAT16_MAX = 65504.0
+from kvserve.pages.reference import FLOAT16_MAX, decode_page, encode_page, hadamard
 
 
 class _Request(NamedTuple):

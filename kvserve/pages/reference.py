@@ -21,6 +21,7 @@ from kvserve.pages.layout import LANES, WORD_BITS, PageLayout
 # Step of the optimal uniform mid-rise quantiser of a unit Gaussian (Max 1960, table II).
 GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 MIN_SCALE = 2.0**-20
+FLOAT16_MAX = 65504.0  # scales and lows saturate
 
 
 def hadamard(head_dim: int) -> torch.Tensor:
@@ -74,8 +75,8 @@ def quantise_min_max(x: torch.Tensor, bits: int, counted: torch.Tensor | None = 
     high = torch.where(counted, x, -torch.inf).amax(-2, keepdim=True)
     empty = ~counted.any(-2, keepdim=True)
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
-    scale = ((high - low) / top).clamp_min(MIN_SCALE).half()
-    low = low.half()
+    scale = ((high - low) / top).clamp(MIN_SCALE, FLOAT16_MAX).half()
+    low = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     codes = ((x - low.float()) * (1.0 / scale.float())).round().clamp(0, top)
     return Affine(codes.to(torch.int32), scale, low)
 
@@ -92,7 +93,7 @@ def quantise_symmetric(x: torch.Tensor, bits: int) -> Affine:
         codes = (x * (1.0 / scale) + half_top).round().clamp(0, 2 * half_top)
         centred = codes - half_top
         scale = ((x * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True)).clamp_min(MIN_SCALE)
-    stored = scale.half()
+    stored = scale.clamp_max(FLOAT16_MAX).half()
     return Affine(codes.to(torch.int32), stored, -half_top * stored.float())
 
 
