@@ -208,9 +208,10 @@ def test_capacity_in_tokens_is_what_really_fits() -> None:
     layout = make_layout(16)
     num_blocks = 10 * layout.blocks_for(4096) + 1
     manager = make_manager(layout, num_blocks)
+    hasher = get_request_block_hasher(layout.block_size, sha256)
     fitted = 0
     for name in range(20):
         tokens = [name * 10_000 + i for i in range(4096)]
-        request = Request(str(name), tokens, SamplingParams(max_tokens=1), None)
+        request = Request(str(name), tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher)
         fitted += manager.allocate_slots(request, 4096) is not None
     assert fitted == 10

@@ -53,7 +53,9 @@ class PageSpec(FullAttentionSpec):
         return self.layout.blocks_for(max_len)
 
     def copy_with_new_block_size(self, block_size: int) -> Self:
-        """Not possible: a cell is not a sequence of smaller cells."""
+        """Only the same size: a cell is not a sequence of smaller cells."""
+        if block_size == self.block_size:
+            return self
         raise NotImplementedError("kvserve pages cannot be split into smaller kernel blocks")
 
     @classmethod

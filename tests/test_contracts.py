@@ -1,0 +1,139 @@
+"""One test per vLLM symbol that kvserve relies on. A failure here names the seam that a vLLM upgrade moved."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import entry_points
+
+import pytest
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_cpu_backend_path_can_be_overridden() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from kvserve.engine.plugin import BACKEND_PATH, register
+
+    register()
+    register()
+    assert AttentionBackendEnum.CPU_ATTN.get_path() == BACKEND_PATH
+
+
+def test_cpu_platform_takes_the_overridable_path() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert "AttentionBackendEnum.CPU_ATTN.get_path()" in inspect.getsource(CpuPlatform.get_attn_backend_cls)
+
+
+def test_backend_classes_are_resolved_by_attribute_access() -> None:
+    from vllm.v1.attention import selector
+
+    assert "resolve_obj_by_qualname" in inspect.getsource(selector._cached_get_attn_backend)
+
+
+def test_backend_may_swap_the_spec_class() -> None:
+    from vllm.v1.worker.utils import customize_attention_spec
+
+    assert "backend.customize_spec(spec)" in inspect.getsource(customize_attention_spec)
+
+
+def test_spec_fields_that_size_a_block() -> None:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8, state_content_bytes=43)
+    assert spec.page_size_bytes == 3 * 64 * 43
+    assert replace_as(spec, FullAttentionSpec) == spec
+
+
+def test_layout_with_one_page_per_head_and_layer_exists() -> None:
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    assert [axis for axis in KVCacheLayout.BHLNC.name] == list("BHLNC")
+
+
+def test_spec_registry_takes_a_manager_class() -> None:
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+    assert parameters(register_kv_cache_spec) == ["manager_class", "uniform_type_base_spec"]
+    assert "vllm_config" in parameters(KVCacheSpecRegistry._ensure_registered)
+
+
+@pytest.mark.parametrize(
+    ("method", "first_parameters"),
+    [
+        ("get_num_blocks_to_allocate", ["self", "request_id", "num_tokens", "new_computed_blocks"]),
+        ("allocate_new_blocks", ["self", "request_id", "num_tokens", "num_tokens_main_model"]),
+        ("add_local_computed_blocks", ["self", "request_id", "new_computed_blocks", "num_local_computed_tokens",
+                                       "num_external_computed_tokens"]),
+        ("cache_blocks", ["self", "request", "num_tokens"]),
+        ("pop_blocks_for_free", ["self", "request_id"]),
+    ],
+)  # fmt: skip
+def test_manager_method_keeps_its_parameters(method: str, first_parameters: list[str]) -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    assert parameters(getattr(FullAttentionManager, method))[: len(first_parameters)] == first_parameters
+
+
+def test_prefix_hit_lookup_keeps_its_parameters() -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    expected = ["block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"]
+    assert parameters(FullAttentionManager.find_longest_cache_hit)[:5] == expected
+
+
+def test_block_pool_keeps_what_the_sinks_use() -> None:
+    from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    assert parameters(BlockHashToBlockMap.get_one_block) == ["self", "key"]
+    assert parameters(BlockPool._insert_block_hash)[:3] == ["self", "block_hash_with_group_id", "block"]
+    assert make_block_hash_with_group_id(b"hash", 1)[:-4] == b"hash"
+
+
+def test_builder_gets_lengths_and_rows() -> None:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    needed = {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor", "causal"}
+    assert needed <= set(CommonAttentionMetadata.__dataclass_fields__)
+
+
+def test_implementation_gets_the_layer_parameters() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from kvserve.engine.backend import KvserveImpl
+
+    assert parameters(KvserveImpl.__init__) == parameters(CPUAttentionBackendImpl.__init__)
+    assert parameters(KvserveImpl.forward) == parameters(CPUAttentionBackendImpl.forward)
+
+
+def test_stat_logger_base_keeps_its_hooks() -> None:
+    from vllm.v1.metrics.loggers import StatLoggerBase
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    assert parameters(StatLoggerBase.record)[:3] == ["self", "scheduler_stats", "iteration_stats"]
+    assert {"num_running_reqs", "kv_cache_usage"} <= set(SchedulerStats.__dataclass_fields__)
+
+
+def test_ready_endpoint_satisfies_the_plugin_protocol() -> None:
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    from kvserve.engine.endpoint import ReadyEndpoint
+
+    assert isinstance(ReadyEndpoint(), EndpointPlugin)
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins"])
+def test_entry_points_resolve(group: str) -> None:
+    (entry,) = [entry for entry in entry_points(group=group) if entry.name == "kvserve"]
+    assert callable(entry.load())
+
+
+def test_config_carries_additional_config() -> None:
+    from vllm.config import VllmConfig
+
+    assert "additional_config" in VllmConfig.__dataclass_fields__

@@ -1,0 +1,54 @@
+"""Tiny random models, one per family, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB_SIZE = 512
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.15,
+}
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama-gqa-64": LlamaConfig(
+        **{**COMMON, "hidden_size": 192}, num_attention_heads=6, num_key_value_heads=2, head_dim=64
+    ),
+    "llama-mqa-128": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=1, head_dim=128),
+    "llama-mha-256": LlamaConfig(**COMMON, num_attention_heads=2, num_key_value_heads=2, head_dim=256),
+    "qwen2-bias": Qwen2Config(**{**COMMON, "hidden_size": 256}, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3-qk-norm": Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=128),
+    "mistral-window": MistralConfig(
+        **COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=96
+    ),
+    "gemma3-mixed": Gemma3TextConfig(
+        **{**COMMON, "num_hidden_layers": 4}, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+        sliding_window=96, query_pre_attn_scalar=256,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+def make_tiny_model(family: str, folder: Path) -> Path:
+    """Save a random float32 model of `family` into `folder` and return it; the weights depend on the family alone."""
+    torch.manual_seed(sorted(FAMILIES).index(family))
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
