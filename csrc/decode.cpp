@@ -23,7 +23,7 @@ struct Task {
 
 struct Scratch {
   PageScratch page;
-  DenseRows dense;
+  SlotQueue slots;
   std::vector<float> q;
 };
 
@@ -91,11 +91,9 @@ class Decode {
     std::fill(partial, partial + group, NEG_INF);
     std::fill(partial + group, partial + int64_t(group) * (l.head_dim + 2), 0.0f);
     const Heads heads = heads_of(s.q.data(), partial);
-    s.dense.value_offset = slot_bytes(l) / 2;
     if (!l.tile_tokens) {
       for (int32_t p = t.first; p < t.last; ++p) push(dense_slot(l, a, t.request.row, t.kv_head, p), heads, s);
-      flush(heads, s);
-      return;
+      return flush(heads, s);
     }
     attend_sealed(t, heads, s);
     attend_own(t, heads, s);
@@ -109,7 +107,9 @@ class Decode {
     for (int32_t p = std::max(t.first, tile_start); p < std::min(t.last, position); ++p)
       push(tail_slot(l, a, row, t.kv_head, p), heads, s);
     flush(heads, s);
-    for (int32_t i = t.first / size; i * size < std::min(t.last, tile_start); ++i) {
+    const int32_t tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
+    for (int32_t i = t.first / size; i < tiles_end; ++i) {
+      if (i + 1 < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, i + 1), l.page_bytes);
       const int32_t first = std::max(t.first, l.sink_tokens) - i * size;
       if (first >= size) continue;
       const uint8_t* page = tile_page(l, a, row, t.kv_head, i);
@@ -121,22 +121,24 @@ class Decode {
   // The query's own token, which is not stored yet.
   void attend_own(const Task& t, const Heads& heads, Scratch& s) const {
     if (t.last < t.request.seq_len) return;
-    s.dense.rows[0] = (const uint8_t*)staged_row(l, staged, t.request.first_row, t.kv_head);
-    s.dense.count = 1;
-    s.dense.value_offset = int64_t(l.head_dim) * 4;
-    for (int h = 0; h < group; h += MAX_HEADS)
-      attend_dense(s.dense, KVS_F32, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
-    s.dense.count = 0;
+    const uint8_t* key = (const uint8_t*)staged_row(l, staged, t.request.first_row, t.kv_head);
+    attend_all({&key, 1, int64_t(l.head_dim) * 4}, KVS_F32, heads, s);
   }
 
   void push(const uint8_t* slot, const Heads& heads, Scratch& s) const {
-    s.dense.rows[s.dense.count++] = slot;
-    if (s.dense.count == DENSE_TOKENS) flush(heads, s);
+    s.slots.push(slot, slot_bytes(l));
+    if (s.slots.full()) attend_slots(DENSE_TOKENS, heads, s);
   }
   void flush(const Heads& heads, Scratch& s) const {
+    while (s.slots.count) attend_slots(std::min(DENSE_TOKENS, s.slots.count), heads, s);
+  }
+  void attend_slots(int count, const Heads& heads, Scratch& s) const {
+    attend_all({s.slots.slots, count, slot_bytes(l) / 2}, l.dense_dtype, heads, s);
+    s.slots.pop(count);
+  }
+  void attend_all(const DenseRows& rows, int32_t dtype, const Heads& heads, Scratch& s) const {
     for (int h = 0; h < group; h += MAX_HEADS)
-      attend_dense(s.dense, l.dense_dtype, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
-    s.dense.count = 0;
+      attend_dense(rows, dtype, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
   }
 
   void load_queries(const Task& t, float* to) const {

@@ -4,13 +4,30 @@
 
 namespace kvs {
 
-constexpr int DENSE_TOKENS = 64;
+constexpr int DENSE_TOKENS = 32;
 
 // Rows of one dtype; the V row of a token lies value_offset bytes after its K row.
 struct DenseRows {
-  const uint8_t* rows[DENSE_TOKENS];
-  int count = 0;
+  const uint8_t* const* rows;
+  int count;  // <= DENSE_TOKENS
   int64_t value_offset;
+};
+
+// Slots waiting for attention; a batch is prefetched while the one before it is computed.
+struct SlotQueue {
+  const uint8_t* slots[2 * DENSE_TOKENS];
+  int count = 0;
+
+  bool full() const { return count == 2 * DENSE_TOKENS; }
+  void push(const uint8_t* slot, int64_t bytes) {
+    prefetch(slot, bytes);
+    slots[count++] = slot;
+  }
+  // Drops the first n.
+  void pop(int n) {
+    for (int i = n; i < count; ++i) slots[i - n] = slots[i];
+    count -= n;
+  }
 };
 
 // scores[h][t .. t + N) = q[h] . K[t ..]
