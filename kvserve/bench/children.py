@@ -1,0 +1,104 @@
+"""Child processes: one object each, created and called over a pipe.
+
+Every child leads its own process group, so that nothing it starts (vLLM's engine core and workers) outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+CLOSE_TIMEOUT_SECONDS = 20.0
+
+
+class ChildError(RuntimeError):
+    """A child process failed; the message says where and why."""
+
+
+class Child:
+    """Proxy of an object living in another process.
+
+    Args:
+        name: label for messages and for the log file.
+        target: `package.module:Class` to create there.
+        kwargs: its constructor's keyword arguments (picklable).
+        env: environment variables set on top of the current ones.
+    """
+
+    def __init__(self, name: str, target: str, kwargs: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self._log = tempfile.NamedTemporaryFile("w+", prefix=f"kvserve-bench-{name}-", suffix=".log")  # noqa: SIM115
+        ours, theirs = Pipe()
+        self._pipe: Connection = ours
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvserve.bench.worker", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+        )
+        theirs.close()
+        try:
+            self._pipe.send((target, dict(kwargs)))
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, **kwargs: Any) -> Any:
+        """Run one method of the child's object and wait for its result.
+
+        Raises:
+            ChildError: it raised, or the process died.
+        """
+        try:
+            self._pipe.send((method, kwargs))
+        except BrokenPipeError:
+            raise ChildError(self._death()) from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            ok, result = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise ChildError(self._death()) from None
+        if not ok:
+            raise ChildError(f"{self.name}: {result}")
+        return result
+
+    def _death(self) -> str:
+        self._log.flush()
+        lines = [line for line in Path(self._log.name).read_text(errors="replace").splitlines() if line.strip()]
+        return f"{self.name}: the process died; its last lines were:\n" + "\n".join(lines[-15:])
+
+    def close(self) -> None:
+        """End the process and everything it started."""
+        self._pipe.close()  # the worker's loop ends at EOF
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_TIMEOUT_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,178 @@
+"""The command line of `kvserve bench`, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvserve.bench.engines import STOCK
+from kvserve.policies.registry import policy_names
+
+SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "quality", "throughput")
+DEFAULT_POLICIES = "stock,none,kivi-4bit,kivi-2bit,boost-2bit"
+
+
+class OptionError(ValueError):
+    """A command line that cannot be followed, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured. Lengths are in tokens."""
+
+    context: int = 4096
+    sequences: int = 8
+    decode_steps: int = 64  # one whole tile: sealing happens once in them
+    operator_steps: int = 5
+    identity_prompts: int = 32
+    identity_longest: int = 1500
+    identity_outputs: int = 32
+    throughput_requests: int = 32
+    throughput_prompt: int = 64
+    throughput_outputs: int = 1024
+    throughput_kv_bytes: int = 128 * 2**20
+    window: int = 2048
+
+
+QUICK = Sizes(
+    context=512, sequences=2, decode_steps=4, operator_steps=2, identity_prompts=4, identity_longest=200,
+    identity_outputs=8, throughput_requests=4, throughput_outputs=64, throughput_kv_bytes=32 * 2**20, window=512,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line.
+
+    Attributes:
+        names: "stock" first, then policies.
+        model: None for the default model.
+        windows: number of perplexity windows; None: all of them.
+    """
+
+    names: list[str]
+    suites: list[str]
+    left_out: dict[str, str]
+    sizes: Sizes
+    repeats: int
+    throughput_repeats: int
+    windows: int | None
+    needles: int
+    quick: bool
+    model: str | None
+    dtype: str
+    seed: int
+    text: str | None
+    text_name: str | None
+    out: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options with their help."""
+    parser = _Parser(prog="kvserve bench", description="Measure stock vLLM and kvserve's policies side by side.")
+    parser.add_argument("--model", help="Hugging Face folder; default: the small model that needs no download")
+    parser.add_argument("--policies", default=DEFAULT_POLICIES, help="comma separated; default: %(default)s")
+    parser.add_argument("--suite", default="all", help=f"all, or some of {','.join(SUITES)}")
+    parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
+    parser.add_argument("--throughput-repeats", type=int, help="default: 2, with --quick 1 (a repeat takes minutes)")
+    parser.add_argument("--windows", default="", help="perplexity windows, or all; default: 8, with --quick 1")
+    parser.add_argument("--needles", type=int, help="needle prompts; default: 10, with --quick 2")
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures little")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
+    parser.add_argument("--out", type=Path, help="result file, for example benchmarks/results/NAME.json")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Check the command line.
+
+    Raises:
+        OptionError: it cannot be followed.
+    """
+    given = build_parser().parse_args(argv)
+    names = _names(given.policies)
+    suites, left_out = _suites(given.suite, names, given.text is not None)
+    quick = given.quick
+    options = Options(
+        names=names, suites=suites, left_out=left_out, sizes=QUICK if quick else Sizes(),
+        repeats=_count("--repeats", given.repeats, 1 if quick else 5),
+        throughput_repeats=_count("--throughput-repeats", given.throughput_repeats, 1 if quick else 2),
+        windows=None if given.windows == "all" else _count("--windows", given.windows, 1 if quick else 8),
+        needles=_count("--needles", given.needles, 2 if quick else 10),
+        quick=quick, model=given.model, dtype=given.dtype, seed=given.seed, text=_read(given.text),
+        text_name=given.text.name if given.text else None, out=given.out,
+    )  # fmt: skip
+    return options
+
+
+def _names(policies: str) -> list[str]:
+    names = [name for name in dict.fromkeys(policies.split(",")) if name]
+    if STOCK not in names:
+        raise OptionError("--policies must contain stock, since every ratio is taken to it")
+    names.remove(STOCK)
+    for name in names:
+        if name not in policy_names():
+            known = ", ".join((STOCK, *policy_names()))
+            raise OptionError(f"--policies takes stock and shipped policies, got {name!r}; they are {known}")
+    return [STOCK, *names]
+
+
+def _suites(wanted: str, names: Sequence[str], has_text: bool) -> tuple[list[str], dict[str, str]]:
+    impossible = {}
+    if not has_text:
+        impossible["quality"] = "it needs --text FILE"
+    if "none" not in names:
+        impossible["identity"] = "it needs none among --policies"
+    if wanted == "all":
+        return [suite for suite in SUITES if suite not in impossible], impossible
+    chosen = wanted.split(",")
+    for suite in chosen:
+        if suite not in SUITES:
+            raise OptionError(f"there is no suite {suite!r}; the suites are all, {', '.join(SUITES)}")
+        if suite in impossible:
+            raise OptionError(f"the suite {suite} cannot run: {impossible[suite]}")
+    return [suite for suite in SUITES if suite in chosen], {}
+
+
+def _count(flag: str, given: Any, default: int) -> int:
+    if given in (None, ""):
+        return default
+    try:
+        count = int(given)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise OptionError(f"{flag} must be a whole number of at least 1, got {given!r}")
+    return count
+
+
+def _read(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read --text {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not text.strip():
+        raise OptionError(f"--text {path} is empty")
+    return text
+
+
+def public_argv(argv: Sequence[str]) -> list[str]:
+    """The command line without folders: a result file says nothing about where things lie on a machine."""
+    return [word if word.startswith("-") and "/" not in word else _last_part(word) for word in argv]
+
+
+def _last_part(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return flag + equals + ",".join(Path(part).name if "/" in part else part for part in value.split(","))
