@@ -238,7 +238,13 @@ def test_versions_inside_the_range(monkeypatch, version):
 def parsed(**changes) -> argparse.Namespace:
     """vLLM's parsed arguments, as far as kvserve looks at them."""
     defaults = dict(
-        model_tag=None, model=None, additional_config={}, block_size=None, dtype=None, served_model_name=None
+        model_tag=None,
+        model=None,
+        additional_config={},
+        block_size=None,
+        dtype=None,
+        served_model_name=None,
+        gpu_memory_utilization=0.9,
     )
     return argparse.Namespace(**{**defaults, **changes})
 
@@ -305,6 +311,18 @@ def test_other_plugins_are_not_lost():
     assert launch.allowed_plugins(None, found) == "lora_filesystem_resolver,kvserve"
     assert launch.allowed_plugins("mine,kvserve", found) == "mine,kvserve"
     assert launch.allowed_plugins("", found) == "kvserve"
+
+
+def test_the_memory_share_leaves_room_for_others(default_model, monkeypatch):
+    assert launch.memory_fraction(0.95) == 0.5
+    assert launch.memory_fraction(0.5) == 0.4
+    monkeypatch.setattr(launch, "_free_memory_share", lambda: 0.25)
+    args = parsed(gpu_memory_utilization=None)
+    launch.configure(args, KIVI)
+    assert args.gpu_memory_utilization == 0.2
+    args = parsed(gpu_memory_utilization=0.9)
+    launch.configure(args, KIVI)
+    assert args.gpu_memory_utilization == 0.9
 
 
 def test_cpu_features(tmp_path):

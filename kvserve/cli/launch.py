@@ -41,7 +41,8 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"), _discovered_plugins())
     _look_like_vllm_serve(arguments)
     parser = _parser()
-    parser.set_defaults(model=None, dtype=None)  # None: not given, neither here nor in a --config file
+    # None: not given, neither here nor in a --config file.
+    parser.set_defaults(model=None, dtype=None, gpu_memory_utilization=None)
     args = parser.parse_args(list(arguments))
     check_device(_device_type())
     configure(args, policy)
@@ -90,6 +91,8 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         if not cpu_has_bfloat16():
             args.dtype = "float32"
             print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = memory_fraction(_free_memory_share())
 
 
 def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
@@ -103,6 +106,15 @@ def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
     else:
         names = [name for name in current.split(",") if name and name != PLUGIN_NAME]
     return ",".join([*names, PLUGIN_NAME])
+
+
+def memory_fraction(free_share: float) -> float:
+    """--gpu-memory-utilization for a CPU, where vLLM reads it as a share of main memory.
+
+    vLLM's default of 0.92 refuses to start unless the machine is idle. Half of the memory is enough to show what a
+    policy does; where less than that is free, most of what is free.
+    """
+    return round(min(0.5, 0.8 * free_share), 2)
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -140,6 +152,14 @@ def _look_like_vllm_serve(arguments: Sequence[str]) -> None:
 
 def _discovered_plugins() -> set[str]:
     return {entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)}
+
+
+def _free_memory_share() -> float:
+    """Free share of the memory vLLM will count, on the fullest of the nodes it may use."""
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    nodes = [get_memory_node_info(node) for node in get_visible_memory_node()]
+    return float(min(node.available_memory / node.total_memory for node in nodes))
 
 
 def _device_type() -> str:
