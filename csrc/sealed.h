@@ -14,9 +14,21 @@ struct PageScratch {
   alignas(64) int16_t boost_factors[MAX_HEADS * MAX_SEALED_DIM];
 };
 
-KVS_INLINE void round_factors(const float* x, int n, float scale, int16_t* to) {
-  for (int i = 0; i < n; i += VL) store_int16(to + i, loadu(x + i) * scale);
+// Rounds x * scale to integers; returns the sum of what rounding took away.
+KVS_INLINE float round_factors(const float* x, int n, float scale, int16_t* to) {
+  VF lost = {};
+  for (int i = 0; i < n; i += VL) {
+    const VF exact = loadu(x + i) * scale, rounded = vround(exact);
+    store_int16(to + i, rounded);
+    lost += exact - rounded;
+  }
+  return hsum(lost);
 }
+
+// Sum of code * lost is about (middle code) * (sum of lost): adding that halves the rounding error and frees it of the
+// part all columns share, which un-rotating would concentrate in one channel.
+template <int BITS>
+constexpr float MIDDLE_CODE = 0.5f * ((1 << BITS) - 1);
 
 // x[h][d] = q[h][d] * scale[d]; low_dot[h] = q[h] . low; top[h] = max |x[h]|.
 template <int H>
@@ -72,8 +84,9 @@ void score_page(const KvsLayout& l, const uint8_t* page, const Heads& heads, Pag
       const int row = h * MAX_SEALED_DIM;
       const float inverse = top[h] > 0 ? limit / top[h] : 0.0f;
       unit[h] = top[h] / limit;
-      round_factors(s.x + row, l.head_dim, inverse, s.factors + row);
-      round_factors(s.boost_x + row, l.boost_channels, inverse, s.boost_factors + row);
+      float lost = round_factors(s.x + row, l.head_dim, inverse, s.factors + row);
+      if (l.boost_channels) lost += round_factors(s.boost_x + row, l.boost_channels, inverse, s.boost_factors + row);
+      low_dot[h] += MIDDLE_CODE<BITS> * unit[h] * lost;
     }
     for (int t = first; t < first + l.key_group; t += COLUMNS) {
       V8 sums[H][4];
@@ -112,16 +125,17 @@ void weigh_page(const KvsLayout& l, const uint8_t* page, const Heads& heads, con
   const Codes codes{page + l.value_codes, nullptr, l.tile_tokens, 0};
   const Factors factors{s.factors, nullptr, MAX_SEALED_DIM, 0};
   const uint16_t* scales = (const uint16_t*)(page + l.value_scales);
-  const float rotated_low = -0.5f * ((1 << BITS) - 1), limit = factor_limit<BITS>(l.tile_tokens);
+  const float limit = factor_limit<BITS>(l.tile_tokens);
   for (int first = 0; first < l.head_dim; first += l.value_group) {
     const uint16_t* scale = scales + first / l.value_group * 2 * l.tile_tokens;
     const uint16_t* low = l.value_rotated ? nullptr : scale + l.tile_tokens;
     float low_dot[H], top[H], unit[H];
-    scale_weights<H>(s.scores, l.tile_tokens, scale, low, rotated_low, s.x, low_dot, top);
+    scale_weights<H>(s.scores, l.tile_tokens, scale, low, -MIDDLE_CODE<BITS>, s.x, low_dot, top);
     for (int h = 0; h < H; ++h) {
       unit[h] = top[h] / limit;
       const float inverse = top[h] > 0 ? limit / top[h] : 0.0f;
-      round_factors(s.x + h * MAX_SEALED_DIM, l.tile_tokens, inverse, s.factors + h * MAX_SEALED_DIM);
+      const int row = h * MAX_SEALED_DIM;
+      low_dot[h] += MIDDLE_CODE<BITS> * unit[h] * round_factors(s.x + row, l.tile_tokens, inverse, s.factors + row);
     }
     for (int d = first; d < first + l.value_group; d += COLUMNS) {
       V8 sums[H][4];

@@ -103,11 +103,10 @@ def build_case(
     Keys have a per-channel offset and spread, as real ones do. `block_size` overrides the dense policy's 16.
     """
     generator = torch.Generator().manual_seed(seed)
-    if policy.is_dense:
-        block_size = block_size or 16
-    else:
-        block_size = tiles_per_block * policy.tile_tokens
-    layout = PageLayout.build(policy, head_dim, block_size, model_dtype)
+    sealed_block_size = tiles_per_block * policy.tile_tokens
+    layout = PageLayout.build(
+        policy, head_dim, (block_size or 16) if policy.is_dense else sealed_block_size, model_dtype
+    )
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]
     table, num_blocks = make_table(layout, lengths, generator)
