@@ -14,6 +14,7 @@ namespace {
 
 constexpr int CHUNK_TILES = 32;
 constexpr int CHUNK_TOKENS_DENSE = 2048;
+constexpr int PREFETCH_TILES = 2;  // how far ahead
 
 // Tokens [first, last) of one request and KV head. `index` of `chunks` partial results.
 struct Task {
@@ -109,7 +110,8 @@ class Decode {
     flush(heads, s);
     const int32_t tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
     for (int32_t i = t.first / size; i < tiles_end; ++i) {
-      if (i + 1 < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, i + 1), l.page_bytes);
+      const int32_t ahead = i + PREFETCH_TILES;
+      if (ahead < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, ahead), l.page_bytes);
       const int32_t first = std::max(t.first, l.sink_tokens) - i * size;
       if (first >= size) continue;
       const uint8_t* page = tile_page(l, a, row, t.kv_head, i);

@@ -55,14 +55,15 @@ KVS_INLINE void scale_queries(const Heads& heads, const uint16_t* scale, float* 
 // boost_x[h][r] = 4 * x[h][index[r]]; raises top[h] to max |boost_x[h]|.
 template <int H>
 KVS_INLINE void gather_boosted(const uint8_t* index, int rows, PageScratch& s, float (&top)[H]) {
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) s.boost_x[h * MAX_SEALED_DIM + r] = s.x[h * MAX_SEALED_DIM + index[r]];
   for (int h = 0; h < H; ++h) {
-    const float* x = s.x + h * MAX_SEALED_DIM;
-    float* to = s.boost_x + h * MAX_SEALED_DIM;
-    for (int r = 0; r < rows; ++r) to[r] = x[index[r]];
+    float* x = s.boost_x + h * MAX_SEALED_DIM;
     VF tops = splat(top[h]);
     for (int r = 0; r < rows; r += VL) {
-      const VF v = loadu(to + r) * 4.0f;
-      storeu(to + r, v);
+      const VF v = loadu(x + r) * 4.0f;
+      storeu(x + r, v);
       tops = vmax(tops, vabs(v));
     }
     top[h] = hmax(tops);

@@ -43,9 +43,9 @@ KVS_INLINE VF vabs(VF x) { return (VF)((VI)x & 0x7fffffff); }
 // Nearest, ties to even; for |x| < 2^22.
 KVS_INLINE VF vround(VF x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// Cache lines of [p, p + bytes).
+// Cache lines of [p, p + bytes), to the second level: a burst into the first one stalls the loads behind it.
 KVS_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Scalar conversions ------------------------------------------------------------------------------------------------
