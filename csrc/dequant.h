@@ -1,5 +1,5 @@
 // Decode of one sealed page to float32, in the panels that gemm.h multiplies: [column panel of 64][row][64].
-// Keys: rows are channels and columns tokens; values: rows are tokens and columns channels (kvserve/pages/reference.py).
+// Keys: rows are channels, columns tokens; values: rows are tokens, columns channels (kvserve/pages/reference.py).
 #pragma once
 #include <cstddef>
 
@@ -7,8 +7,8 @@
 
 namespace kvs {
 
-constexpr int COLUMNS = 64;            // of one panel
-constexpr int MAX_SCALES = 2 * 8 * 256;  // (scale, low) pairs of a page side: groups * rows <= 8 * 256
+constexpr int COLUMNS = 64;  // of one panel
+constexpr int MAX_SCALES = 2 * 1024;  // keys: 128 tokens / 32 * 256 channels pairs; values: 256 / 32 * 128
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));

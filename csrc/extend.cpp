@@ -75,12 +75,12 @@ class Worker {
   void carve_scratch(int rows);
   void load_queries();
   void store_outputs();
-  void attend_dense(int begin, int end);
+  void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
   void attend(const Tile& tile, int row_begin, int row_end);
   Range score_strip(const Tile& tile, int row, int row_begin, int row_end);
   Range mask_strip(const Tile& tile, int row, int row_begin, int row_end, Range* visible) const;
-  void softmax_strip(int row, int first_vector, int last_vector);
+  KVS_INLINE void softmax_strip(int row, int first_vector, int last_vector);
   void gather(int begin, int end, int tile_first);
   void load_token(int position, float* key, float* value) const;
   void load_sinks(float* keys, float* values, ptrdiff_t panel_stride) const;
@@ -111,10 +111,10 @@ class Worker {
 };
 
 void Worker::carve_scratch(int rows) {
-  const size_t panels = round_up(dim_, COLUMNS);
+  const size_t panel_columns = round_up(dim_, COLUMNS);
   const size_t sizes[] = {(size_t)rows * dim_, (size_t)rows * dim_, (size_t)rows * COLUMNS,
-                          (size_t)rows, (size_t)rows * VL, (size_t)rows + VL,
-                          (size_t)tile_tokens_ * dim_, (size_t)tile_tokens_ * panels, (size_t)COLUMNS * dim_};
+                          (size_t)rows, (size_t)rows * VL, (size_t)rows,
+                          (size_t)tile_tokens_ * dim_, (size_t)tile_tokens_ * panel_columns, (size_t)COLUMNS * dim_};
   float** parts[] = {&queries_, &sums_, &scores_, &top_, &weight_, &rescale_, &keys_, &values_, &gathered_};
   size_t total = 0;
   for (size_t size : sizes) total += round_up(size, 16);
@@ -156,9 +156,10 @@ void Worker::load_panels(float* to, const void* from, ptrdiff_t panel_stride, in
 
 // Dense tokens [begin, end) into the scratch tile that starts at tile_first; the rest of the tile is zero.
 void Worker::gather(int begin, int end, int tile_first) {
-  const int panels = round_up(dim_, COLUMNS) / COLUMNS;
-  memset(gathered_, 0, sizeof(float) * COLUMNS * dim_);
-  if (end - begin < COLUMNS || dim_ % COLUMNS) memset(values_, 0, sizeof(float) * panels * COLUMNS * COLUMNS);
+  if (end - begin < COLUMNS) {
+    std::fill_n(gathered_, (size_t)COLUMNS * dim_, 0.0f);
+    std::fill_n(values_, (size_t)COLUMNS * round_up(dim_, COLUMNS), 0.0f);
+  }
   for (int t = begin; t < end; ++t)
     load_token(t, gathered_ + (ptrdiff_t)(t - tile_first) * dim_, values_ + (ptrdiff_t)(t - tile_first) * COLUMNS);
   for (int column = 0; column < COLUMNS; column += VL)
@@ -227,6 +228,34 @@ void Worker::attend(const Tile& tile, int row_begin, int row_end) {
   }
 }
 
+// Turns scores (base 2) into weights relative to the running maximum; a row that sees nothing keeps its state.
+void Worker::softmax_strip(int row, int first, int last) {
+  float base[MR], change[2 * VL] = {};
+  for (int i = 0; i < MR; ++i) {
+    const float* scores = scores_ + (ptrdiff_t)(row + i) * COLUMNS;
+    VF top = loadu(scores + first * VL);
+    for (int v = first + 1; v < last; ++v) top = vmax(loadu(scores + v * VL), top);
+    const float old = top_[row + i], now = std::max(old, hmax(top));
+    base[i] = now == -INFINITY ? 0.0f : now;
+    change[i] = old - base[i];
+    top_[row + i] = now;
+  }
+  for (int i = 0; i < MR; i += VL) storeu(change + i, vexp2(loadu(change + i)));
+  for (int i = 0; i < MR; ++i) {
+    float* scores = scores_ + (ptrdiff_t)(row + i) * COLUMNS;
+    float* weight = weight_ + (ptrdiff_t)(row + i) * VL;
+    VF total{};
+    for (int v = first; v < last; ++v) {
+      const VF p = vexp2(loadu(scores + v * VL) - splat(base[i]));
+      storeu(scores + v * VL, p);
+      total += p;
+    }
+    // The product joins the sum here and not before the loop: it must contract alike in every copy of this function.
+    storeu(weight, loadu(weight) * splat(change[i]) + total);
+    rescale_[row + i] = change[i];
+  }
+}
+
 // Scores and softmax weights of one strip; returns the columns that hold weights (the same for all its rows).
 Range Worker::score_strip(const Tile& tile, int row, int row_begin, int row_end) {
   Range columns{0, COLUMNS}, visible[MR];
@@ -244,7 +273,10 @@ Range Worker::score_strip(const Tile& tile, int row, int row_begin, int row_end)
     for (int i = 0; i < MR; ++i)
       for (int c = first * VL; c < last * VL; ++c)
         if (c < visible[i].begin || c >= visible[i].end) scores[i * COLUMNS + c] = -INFINITY;
-  softmax_strip(row, first, last);
+  if (whole)
+    softmax_strip(row, 0, COLUMNS / VL);  // constant bounds: unrolled
+  else
+    softmax_strip(row, first, last);
   return columns;
 }
 
@@ -261,33 +293,6 @@ Range Worker::mask_strip(const Tile& tile, int row, int row_begin, int row_end, 
     all = {std::min(all.begin, visible[i].begin), std::max(all.end, visible[i].end)};
   }
   return all;
-}
-
-// Turns scores (base 2) into weights relative to the running maximum; a row that sees nothing keeps its state.
-void Worker::softmax_strip(int row, int first, int last) {
-  float base[MR], change[2 * VL] = {};
-  for (int i = 0; i < MR; ++i) {
-    const float* scores = scores_ + (ptrdiff_t)(row + i) * COLUMNS;
-    VF top = loadu(scores + first * VL);
-    for (int v = first + 1; v < last; ++v) top = vmax(loadu(scores + v * VL), top);
-    const float old = top_[row + i], now = std::max(old, hmax(top));
-    base[i] = now == -INFINITY ? 0.0f : now;
-    change[i] = old - base[i];
-    top_[row + i] = now;
-  }
-  for (int i = 0; i < MR; i += VL) storeu(change + i, vexp2(loadu(change + i)));
-  for (int i = 0; i < MR; ++i) {
-    float* scores = scores_ + (ptrdiff_t)(row + i) * COLUMNS;
-    float* weight = weight_ + (ptrdiff_t)(row + i) * VL;
-    VF total = loadu(weight) * splat(change[i]);
-    for (int v = first; v < last; ++v) {
-      const VF p = vexp2(loadu(scores + v * VL) - splat(base[i]));
-      storeu(scores + v * VL, p);
-      total += p;
-    }
-    storeu(weight, total);
-    rescale_[row + i] = change[i];
-  }
 }
 
 // Batch row of the token that a row of the task stands for.
