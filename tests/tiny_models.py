@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
-    "initializer_range": 0.15,
+    "initializer_range": 0.08,
 }
 
 FAMILIES: dict[str, PretrainedConfig] = {

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -142,6 +143,9 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         for present, feature in refused:
             if present:
                 raise UnsupportedError(f"kvserve does not support {feature}; serve this model with stock vLLM")
+        if EngineSettings.from_vllm_config(get_current_vllm_config()) != self.settings:
+            # vLLM caches the backend class per process under a key that does not know the policy.
+            raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         self.attention = make_attention(self.settings, head_size, LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window))

@@ -5,7 +5,7 @@ Seams: `vllm.v1.kv_cache_interface.FullAttentionSpec`, `register_kv_cache_spec`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -35,9 +35,11 @@ class PageSpec(FullAttentionSpec):
 
         A window is left out of the spec (it stays in the attention layer), so that all layers share one group.
         """
+        own = {field.name for field in fields(cls)}
         return replace_as(
             spec,
             cls,
+            drop=[field.name for field in fields(spec) if field.name not in own],
             sliding_window=None,
             dtype=torch.uint8,
             state_content_bytes=layout.cell_bytes // layout.block_size,

@@ -1,0 +1,65 @@
+"""Engines inside the test process: seconds to start, one at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Read by vLLM when it is imported: no engine process, and leave the test process' CPU affinity alone.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+from vllm import LLM, RequestOutput, SamplingParams
+
+MIB = 1 << 20
+
+
+@contextmanager
+def engine(model: Path, policy: str | None, **options: Any) -> Iterator[LLM]:
+    """An engine serving `model` with `policy` (None: stock vLLM), shut down at the end."""
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()  # its key does not know the policy
+    settings: dict[str, Any] = {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 64 * MIB,
+        "max_num_batched_tokens": 128, "max_num_seqs": 8,
+    }  # fmt: skip
+    if policy is not None:
+        settings |= {"additional_config": {"kvserve": {"policy": policy}}, "block_size": 64}
+    llm = LLM(model=str(model), **(settings | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def random_prompts(lengths: list[int], vocab_size: int = 500, seed: int = 0) -> list[list[int]]:
+    """Prompts of random token ids."""
+    generator = random.Random(seed)
+    return [[generator.randrange(1, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def generate(llm: LLM, prompts: list[list[int]], max_tokens: int = 8, **params: Any) -> list[RequestOutput]:
+    """Greedy outputs with prompt logprobs."""
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, prompt_logprobs=0, detokenize=False, **params
+    )
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+
+
+def prompt_logprobs(output: RequestOutput) -> list[float]:
+    """Log-probabilities of the prompt's tokens from the second on."""
+    assert output.prompt_logprobs is not None
+    return [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:] if entry]
+
+
+def tokens(output: RequestOutput) -> list[int]:
+    """Generated token ids."""
+    return list(output.outputs[0].token_ids)
