@@ -1,5 +1,6 @@
 """Builds csrc/ once per instruction set; kvserve/attention/native.py picks one at run time."""
 
+import copy
 import platform
 from pathlib import Path
 
@@ -26,12 +27,9 @@ class BuildPerIsa(build_ext):
     """Gives every extension its own object folder: they compile the same sources with different flags."""
 
     def build_extension(self, ext: Extension) -> None:
-        shared = self.build_temp
-        self.build_temp = str(Path(shared) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = shared
+        own = copy.copy(self)  # extensions may be built by several threads
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(own, ext)
 
 
 def extension(isa: str) -> Extension:

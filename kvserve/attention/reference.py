@@ -128,13 +128,16 @@ class ReferenceAttention(PagedAttention):
     def _new(self, request: _Request, head: int, t: int, staged: torch.Tensor) -> torch.Tensor:
         return staged[request.first_row + t - request.computed, head].to(self.layout.dense_dtype)
 
-    def _dense_row(self, cells: torch.Tensor, request: _Request, head: int, t: int, staged: torch.Tensor):
+    def _dense_row(
+        self, cells: torch.Tensor, request: _Request, head: int, t: int, staged: torch.Tensor
+    ) -> torch.Tensor:
         """K and V of a token that is not sealed yet, float32 [2, head_dim]."""
         if t < request.computed:
             return self._tail(cells, request, head, t).float()
         return staged[request.first_row + t - request.computed, head]
 
     def _page(self, cells: torch.Tensor, request: _Request, head: int, tile: int) -> torch.Tensor:
+        assert self.layout.sections is not None
         block, index = divmod(tile, self.layout.tiles_per_block)
         row = self.layout.tail_blocks + block + (self.layout.sink_blocks if block else 0)
         size = self.layout.sections.size_bytes
