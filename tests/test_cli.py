@@ -245,6 +245,10 @@ def parsed(**changes) -> argparse.Namespace:
         dtype=None,
         served_model_name=None,
         gpu_memory_utilization=0.9,
+        kv_cache_memory_bytes=None,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        data_parallel_size=1,
     )
     return argparse.Namespace(**{**defaults, **changes})
 
@@ -313,16 +317,24 @@ def test_other_plugins_are_not_lost():
     assert launch.allowed_plugins("", found) == "kvserve"
 
 
-def test_the_memory_share_leaves_room_for_others(default_model, monkeypatch):
-    assert launch.memory_fraction(0.95) == 0.5
-    assert launch.memory_fraction(0.5) == 0.4
-    monkeypatch.setattr(launch, "_free_memory_share", lambda: 0.25)
-    args = parsed(gpu_memory_utilization=None)
-    launch.configure(args, KIVI)
-    assert args.gpu_memory_utilization == 0.2
-    args = parsed(gpu_memory_utilization=0.9)
-    launch.configure(args, KIVI)
-    assert args.gpu_memory_utilization == 0.9
+def test_the_pool_is_sized_only_where_the_user_did_not(default_model, monkeypatch):
+    assert launch.pool_bytes(20 * 2**30, 1) == 5 * 2**30
+    assert launch.pool_bytes(19 * 2**30, 2) == 2 * 2**30
+    assert launch.pool_bytes(2 * 2**30, 1) == 2**29
+    monkeypatch.setattr(launch, "_free_memory_bytes", lambda: 16 * 2**30)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+    def sized(**changes):
+        args = parsed(**{"gpu_memory_utilization": None, **changes})
+        launch.configure(args, KIVI)
+        return args.gpu_memory_utilization, args.kv_cache_memory_bytes
+
+    assert sized() == (0.92, 4 * 2**30)
+    assert sized(tensor_parallel_size=2) == (0.92, 2 * 2**30)
+    assert sized(kv_cache_memory_bytes=7) == (0.92, 7)
+    assert sized(gpu_memory_utilization=0.3) == (0.3, None)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert sized() == (0.92, None)
 
 
 def test_cpu_features(tmp_path):

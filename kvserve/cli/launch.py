@@ -28,6 +28,7 @@ _PLUGIN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
+_VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
 # Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
@@ -91,8 +92,23 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         if not cpu_has_bfloat16():
             args.dtype = "float32"
             print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
-    if args.gpu_memory_utilization is None:
-        args.gpu_memory_utilization = memory_fraction(_free_memory_share())
+    _size_the_pool(args)
+
+
+def _size_the_pool(args: argparse.Namespace) -> None:
+    """Give the KV cache a fixed size where the user set none.
+
+    vLLM's default on a CPU takes 92 % of main memory, and refuses to start where that much is not free, at the start or
+    after minutes of compilation.
+    """
+    if args.gpu_memory_utilization is not None:
+        return
+    args.gpu_memory_utilization = _VLLM_MEMORY_UTILIZATION
+    if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+        args.kv_cache_memory_bytes = pool_bytes(_free_memory_bytes(), workers)
+        size = f"{args.kv_cache_memory_bytes / 2**30:.1f} GiB"
+        print(f"kvserve: KV cache of {size}, change it with --kv-cache-memory-bytes", file=sys.stderr, flush=True)
 
 
 def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
@@ -108,13 +124,10 @@ def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
     return ",".join([*names, PLUGIN_NAME])
 
 
-def memory_fraction(free_share: float) -> float:
-    """--gpu-memory-utilization for a CPU, where vLLM reads it as a share of main memory.
-
-    vLLM's default of 0.92 refuses to start unless the machine is idle. Half of the memory is enough to show what a
-    policy does; where less than that is free, most of what is free.
-    """
-    return round(min(0.5, 0.8 * free_share), 2)
+def pool_bytes(free_bytes: int, workers: int) -> int:
+    """A quarter of the free memory, shared by the workers, in whole GiB where there is at least one."""
+    share = free_bytes // 4 // workers
+    return share // 2**30 * 2**30 or share
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -154,12 +167,11 @@ def _discovered_plugins() -> set[str]:
     return {entry.name for group in _PLUGIN_GROUPS for entry in entry_points(group=group)}
 
 
-def _free_memory_share() -> float:
-    """Free share of the memory vLLM will count, on the fullest of the nodes it may use."""
+def _free_memory_bytes() -> int:
+    """Free memory as vLLM counts it, on the fullest of the nodes it may use."""
     from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
-    nodes = [get_memory_node_info(node) for node in get_visible_memory_node()]
-    return float(min(node.available_memory / node.total_memory for node in nodes))
+    return min(int(get_memory_node_info(node).available_memory) for node in get_visible_memory_node())
 
 
 def _device_type() -> str:
