@@ -128,6 +128,12 @@ void Worker::carve_scratch(int rows) {
   ranges_.resize(rows / MR);
 }
 
+// load_row without a library call for every short float32 row.
+inline void copy_row(float* to, const void* from, int count, int32_t dtype) {
+  if (dtype != KVS_F32) return load_row(to, from, count, dtype);
+  for (int i = 0; i < count; i += VL) storeu(to + i, loadu((const float*)from + i));
+}
+
 // The dense row of a token that is not sealed: staged, tail slot, or (dense policy) its own slot.
 void Worker::load_token(int position, float* key, float* value) const {
   const void *from, *from_value;
@@ -143,7 +149,7 @@ void Worker::load_token(int position, float* key, float* value) const {
     from = slot, from_value = slot + slot_bytes(layout_) / 2;
     dtype = layout_.dense_dtype;
   }
-  load_row(key, from, dim_, dtype);
+  copy_row(key, from, dim_, dtype);
   load_panels(value, from_value, COLUMNS * COLUMNS, dtype);
 }
 
@@ -151,7 +157,7 @@ void Worker::load_token(int position, float* key, float* value) const {
 void Worker::load_panels(float* to, const void* from, ptrdiff_t panel_stride, int32_t dtype) const {
   const int64_t bytes = dtype == KVS_F32 ? 4 : 2;
   for (int d = 0; d < dim_; d += COLUMNS, to += panel_stride)
-    load_row(to, (const uint8_t*)from + d * bytes, std::min(COLUMNS, dim_ - d), dtype);
+    copy_row(to, (const uint8_t*)from + d * bytes, std::min(COLUMNS, dim_ - d), dtype);
 }
 
 // Dense tokens [begin, end) into the scratch tile that starts at tile_first; the rest of the tile is zero.
