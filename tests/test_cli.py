@@ -245,6 +245,7 @@ def parsed(**changes) -> argparse.Namespace:
         dtype=None,
         served_model_name=None,
         gpu_memory_utilization=0.9,
+        enforce_eager=False,
         kv_cache_memory_bytes=None,
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
@@ -295,6 +296,14 @@ def test_float32_where_bfloat16_is_slow(default_model, monkeypatch, capsys):
     args = parsed()
     launch.configure(args, KIVI)
     assert args.dtype == "auto" and capsys.readouterr().err == ""
+
+
+def test_eager_unless_the_user_decides(default_model, capsys):
+    for given, expected in ((None, True), (False, False), (True, True)):
+        args = parsed(enforce_eager=given)
+        launch.configure(args, KIVI)
+        assert args.enforce_eager is expected
+        assert ("--no-enforce-eager" in capsys.readouterr().err) == (given is None)
 
 
 def test_two_policies_are_a_conflict(default_model):

