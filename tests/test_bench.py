@@ -30,7 +30,7 @@ from kvserve.bench.simulation import (
     simulated_attention,
 )
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.reference import decode_page, hadamard, encode_page
+from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.policies.base import KeyCodec, Policy
 from kvserve.policies.loading import load_policy
 
@@ -165,7 +165,8 @@ def test_identity_counts_prompts_with_equal_tokens(offset: int, same: int) -> No
 
 def test_quality_compares_engine_and_simulation_on_the_same_windows() -> None:
     hosts = {"stock": FakeEngine(1.0), "kivi-2bit": FakeEngine(1.1)}
-    found = suites.quality(hosts, FakeEngine(1.05), [[1] * 11], silent)
+    found = suites.quality(hosts, FakeEngine(1.05), [[1] * 11], 3, silent)
+    assert len(found.raw["log_likelihoods_nats"]["kivi-2bit"]["simulations"]) == 3
     assert row_of(found, "kivi-2bit", "over simulated").measured.median == pytest.approx(
         100 * (math.exp(0.05 * 11 / 10) - 1)
     )

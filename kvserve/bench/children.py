@@ -54,7 +54,7 @@ class Child:
             self._pipe.send((target, dict(kwargs)))
             self._receive()
         except BaseException:
-            self.close()
+            self.close(timeout=0.0)  # nobody listens for the end of the pipe yet
             raise
 
     def call(self, method: str, **kwargs: Any) -> Any:
@@ -83,12 +83,12 @@ class Child:
         lines = [line for line in Path(self._log.name).read_text(errors="replace").splitlines() if line.strip()]
         return f"{self.name}: the process died; its last lines were:\n" + "\n".join(lines[-15:])
 
-    def close(self) -> None:
-        """End the process and everything it started."""
+    def close(self, timeout: float = CLOSE_TIMEOUT_SECONDS) -> None:
+        """End the process and everything it started, by force after `timeout` seconds."""
         self._pipe.close()  # the worker's loop ends at EOF
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(CLOSE_TIMEOUT_SECONDS)
+                self._process.wait(timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from kvserve.bench.prose import Prose
 from kvserve.bench.results import SCHEMA_VERSION, Row, SuiteResult, print_table, row_content, write_json
 
 ENGINE_SUITES = ("step", "prefill", "identity", "needle", "quality")
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +93,7 @@ class Bench:
         if "throughput" in chosen:
             sizes = self.sizes
             longest = sizes.throughput_prompt + sizes.throughput_outputs
-            self._in_engines("throughput", ["throughput"], self._config(sizes.throughput_kv_bytes, longest))
+            self._in_engines("throughput", ["throughput"], self._config(longest, kv_bytes=sizes.throughput_kv_bytes))
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class Bench:
             with self._engines(label, config) as engines:
                 prose = Prose(self._tokenizer(), self.options.text, self.options.seed)
                 for suite in chosen:
-                    self._measure(suite, lambda suite=suite: getattr(self, f"_{suite}")(engines, prose))  # type: ignore[misc]
+                    self._measure(suite, partial(getattr(self, f"_{suite}"), engines, prose))
         except ChildError as error:
             for suite in chosen:
                 if suite not in self.content["raw"]:
@@ -119,7 +119,7 @@ class Bench:
                 engines[name] = stack.enter_context(Engine(name, config))
                 engines[name].call("generate", prompts=[[1, 2, 3]], max_tokens=2)
                 info = {**engines[name].call("info"), "start_seconds": round(engines[name].start_seconds, 1)}
-                self.content["engines"].setdefault(label, {})[name] = {**info, "kv_bytes": config.kv_bytes}
+                self.content["engines"].setdefault(label, {})[name] = info
             yield engines
 
     def _measure(self, suite: str, run: Callable[[], SuiteResult]) -> None:
@@ -180,7 +180,7 @@ class Bench:
         assert self.options.text is not None
         windows = pick_windows(prose.encode(self.options.text), self.sizes.window, self.options.windows)
         with Child("simulation", "kvserve.bench.simulation:SimulationHost", {"model": str(self.model)}) as simulation:
-            return suites.quality(engines, simulation, windows, say)
+            return suites.quality(engines, simulation, windows, self.options.simulations, say)
 
     def _throughput(self, engines: dict[str, Engine], prose: Prose) -> SuiteResult:
         sizes = self.sizes
@@ -189,15 +189,18 @@ class Bench:
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _config(self, kv_bytes: int, max_model_len: int) -> EngineConfig:
-        return EngineConfig(str(self.model), self.options.dtype, kv_bytes, max_model_len, self.options.seed)
+    def _config(self, max_model_len: int, **pool: int) -> EngineConfig:
+        return EngineConfig(
+            str(self.model), self.shape, self.options.dtype, max_model_len, self.options.seed, **pool
+        )  # fmt: skip
 
     def _main_config(self) -> EngineConfig:
-        """Engines whose pool holds stock's dense cache of the step suite with a little to spare."""
-        sizes, shape = self.sizes, self.shape
-        longest = max(sizes.context + sizes.decode_steps + 2, sizes.identity_longest + sizes.identity_outputs)
-        token_bytes = shape.num_layers * shape.num_kv_heads * 2 * shape.head_dim * ITEM_BYTES[self.options.dtype]
-        return self._config(int(1.1 * (sizes.sequences * (longest + 128) + 128) * token_bytes), longest)
+        """Engines whose pools hold the requests of the step suite."""
+        sizes = self.sizes
+        longest = max(
+            sizes.context + sizes.decode_steps + 2, sizes.identity_longest + sizes.identity_outputs, sizes.window + 1
+        )
+        return self._config(longest, num_requests=sizes.sequences)
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer

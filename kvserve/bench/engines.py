@@ -9,13 +9,19 @@ import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from kvserve.bench.capacity import ModelShape
 from kvserve.bench.children import Child
 from kvserve.policies.loading import load_policy, policy_content
 
 STOCK = "stock"
-# The worker of an idle engine spins for a second after its last step before it sleeps.
+STOCK_BLOCK_SIZE = 128  # vLLM's default on CPUs
+# The worker of an idle engine spins for a second after its last step, then sleeps (about 1 % of a core is left).
 SETTLE_SECONDS = 1.5
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets `info` ask the worker for its thread count
+}
 
 
 @dataclass(frozen=True)
@@ -23,15 +29,18 @@ class EngineConfig:
     """What all engines of one comparison have in common.
 
     Attributes:
-        kv_bytes: size of the KV pool.
         max_model_len: tokens of the longest request.
+        kv_bytes: size of the KV pool; None: what `num_requests` of the longest requests need, each engine in its own
+            format, so that several engines fit into memory together.
     """
 
     model: str
+    shape: ModelShape
     dtype: str
-    kv_bytes: int
     max_model_len: int
     seed: int
+    kv_bytes: int | None = None
+    num_requests: int = 1
 
 
 class Generated(NamedTuple):
@@ -49,7 +58,7 @@ class Engine(Child):
     def __init__(self, name: str, config: EngineConfig) -> None:
         kwargs = {"name": name, "config": config}
         # Without its plugins vLLM is what a user without kvserve has.
-        env = {**QUIET, "VLLM_PLUGINS": ""} if name == STOCK else {**QUIET, "VLLM_PLUGINS": "kvserve"}
+        env = {**ENVIRONMENT, "VLLM_PLUGINS": "" if name == STOCK else "kvserve"}
         start = time.perf_counter()
         super().__init__(name, "kvserve.bench.engines:EngineHost", kwargs, env)
         self.start_seconds = time.perf_counter() - start
@@ -71,6 +80,7 @@ class EngineHost:
     def __init__(self, name: str, config: EngineConfig) -> None:
         from vllm import LLM
 
+        self.kv_bytes = config.kv_bytes or pool_bytes(name, config)
         extra: dict[str, Any] = {}
         if name != STOCK:
             policy = load_policy(name)
@@ -83,7 +93,7 @@ class EngineHost:
             config.model,
             dtype=config.dtype,
             max_model_len=config.max_model_len,
-            kv_cache_memory_bytes=config.kv_bytes,
+            kv_cache_memory_bytes=self.kv_bytes,
             enable_prefix_caching=True,
             seed=config.seed,
             **extra,
@@ -94,9 +104,11 @@ class EngineHost:
         """Resolved settings of the engine."""
         config = self.llm.llm_engine.vllm_config
         return {
+            "kv_bytes": self.kv_bytes,
             "block_size": config.cache_config.block_size,
             "num_blocks": config.cache_config.num_gpu_blocks,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "worker_threads": self.llm.collective_rpc(worker_threads)[0],
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
         }
@@ -144,7 +156,8 @@ class EngineHost:
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         sums = []
         for window in windows:
-            output = self.llm.generate([{"prompt_token_ids": window}], params, use_tqdm=False)[0]  # type: ignore[list-item]
+            prompt: Any = {"prompt_token_ids": window}
+            output = self.llm.generate([prompt], params, use_tqdm=False)[0]
             found = output.prompt_logprobs
             assert found is not None and len(found) == len(window)
             sums.append(sum(found[i][window[i]].logprob for i in range(1, len(window))))  # type: ignore[index]
@@ -164,6 +177,27 @@ class EngineHost:
     def close(self) -> None:
         """End the engine core and its worker."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def pool_bytes(name: str, config: EngineConfig) -> int:
+    """KV bytes that hold `num_requests` requests of max_model_len tokens and a tenth more, for prefix hits."""
+    import torch
+
+    from kvserve.pages.layout import PageLayout
+
+    shape, dtype = config.shape, getattr(torch, config.dtype)
+    policy = load_policy("none" if name == STOCK else name)
+    block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
+    layout = PageLayout.build(policy, shape.head_dim, block_size, dtype)
+    blocks = 1.1 * config.num_requests * (layout.blocks_for(config.max_model_len) + 1) + 2
+    return int(blocks) * layout.cell_bytes * shape.num_layers * shape.num_kv_heads
+
+
+def worker_threads(worker: Any) -> int:
+    """OpenMP threads of a worker; vLLM leaves one core of several to its engine core."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _require_plugin() -> None:

@@ -60,6 +60,7 @@ class Options:
     repeats: int
     throughput_repeats: int
     windows: int | None
+    simulations: int
     needles: int
     quick: bool
     model: str | None
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
     parser.add_argument("--throughput-repeats", type=int, help="default: 2, with --quick 1 (a repeat takes minutes)")
     parser.add_argument("--windows", default="", help="perplexity windows, or all; default: 8, with --quick 1")
+    parser.add_argument("--simulations", type=int, help="simulated runs of each policy; default: 3, with --quick 1")
     parser.add_argument("--needles", type=int, help="needle prompts; default: 10, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures little")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -108,6 +110,7 @@ def parse(argv: Sequence[str]) -> Options:
         repeats=_count("--repeats", given.repeats, 1 if quick else 5),
         throughput_repeats=_count("--throughput-repeats", given.throughput_repeats, 1 if quick else 2),
         windows=None if given.windows == "all" else _count("--windows", given.windows, 1 if quick else 8),
+        simulations=_count("--simulations", given.simulations, 1 if quick else 3),
         needles=_count("--needles", given.needles, 2 if quick else 10),
         quick=quick, model=given.model, dtype=given.dtype, seed=given.seed, text=_read(given.text),
         text_name=given.text.name if given.text else None, out=given.out,

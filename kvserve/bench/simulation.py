@@ -2,6 +2,9 @@
 
 Written from the papers and independent of kvserve.pages: no page, no code packing, dense matrices only. A query at
 position p reads quantised K/V of tokens in tiles before its own, except sinks, and dense K/V of everything else.
+
+At 2 bits a code that flips by rounding changes what later layers see, so perplexity has a scatter of its own: two
+correct implementations differ. Runs with K and V jittered by one part in a million show how much.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ ATTENTION_NAME = "kvserve_simulation"
 # Uniform quantiser of a unit Gaussian, step in standard deviations (J. Max, 1960).
 UNIT_GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 SMALLEST_SCALE = 2.0**-20
+JITTER = 1e-6  # relative, a few float32 roundings
 
 
 def fp16(x: torch.Tensor) -> torch.Tensor:
@@ -120,6 +124,7 @@ class SimulationHost:
 
         AttentionInterface.register(ATTENTION_NAME, self._attention)
         self.policy: Policy | None = None
+        self.jitter: torch.Generator | None = None
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation=ATTENTION_NAME
         ).eval()
@@ -130,13 +135,17 @@ class SimulationHost:
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         assert self.policy is not None and query.shape[0] == 1
         scale = scaling or query.shape[-1] ** -0.5
-        output = simulated_attention(query[0], key[0], value[0], scale, self.policy)
+        output = simulated_attention(query[0], self._jittered(key[0]), self._jittered(value[0]), scale, self.policy)
         return output.transpose(0, 1)[None].contiguous(), None
 
+    def _jittered(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.jitter is None else x * (1 + JITTER * torch.randn(x.shape, generator=self.jitter))
+
     @torch.no_grad()
-    def log_likelihoods(self, policy: str, windows: list[list[int]]) -> list[float]:
-        """As EngineHost.log_likelihoods, in float32."""
+    def log_likelihoods(self, policy: str, windows: list[list[int]], jitter_seed: int | None = None) -> list[float]:
+        """As EngineHost.log_likelihoods, in float32; a `jitter_seed` jitters K and V."""
         self.policy = load_policy(policy)
+        self.jitter = None if jitter_seed is None else torch.Generator().manual_seed(jitter_seed)
         sums = []
         for window in windows:
             tokens = torch.tensor([window])
