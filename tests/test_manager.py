@@ -70,7 +70,9 @@ class Simulation:
         shared = self.random.choice([0, 0, 64, 70, 128, 300])
         length = shared + self.random.choice([1, 5, 63, 64, 65, 130, 400])
         family = self.random.randrange(3)
-        tokens = [family * 1000 + i for i in range(shared)] + [self.random.randrange(10**6) for _ in range(length - shared)]
+        tokens = [family * 1000 + i for i in range(shared)] + [
+            self.random.randrange(10**6) for _ in range(length - shared)
+        ]
         params = SamplingParams(max_tokens=self.random.choice([1, 3, 70, 200]), temperature=0.0)
         params.update_from_generation_config({}, eos_token_id=0)
         return Request(str(name), tokens, params, None, block_hasher=self.hasher)
@@ -196,7 +198,7 @@ def test_a_prefix_hit_needs_the_sinks_of_its_first_tile() -> None:
     while first in simulation.running:
         simulation.advance(first)
     again = Request("b", list(range(200)), SamplingParams(max_tokens=1), None, block_hasher=simulation.hasher)
-    hits, num_hit = simulation.manager.get_computed_blocks(again)[:2]
+    _, num_hit = simulation.manager.get_computed_blocks(again)[:2]
     assert num_hit == 192
     pool = simulation.pool
     sink = next(block for block in pool.blocks if block.block_hash and b"kvserve-sink" in block.block_hash)

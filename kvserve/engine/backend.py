@@ -148,7 +148,9 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        self.attention = make_attention(self.settings, head_size, LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window))
+        self.attention = make_attention(
+            self.settings, head_size, LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
+        )
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,

@@ -105,7 +105,7 @@ class EngineReport:
              f"{self.effective_bytes_per_token:,.0f} in effect"),
             ("compression", f"{self.requested_ratio:.2f}x requested, {self.effective_ratio:.2f}x in effect "
              f"(requests of {self.max_model_len:,} tokens, tail and sinks counted)"),
-            ("capacity", f"{self.pool_bytes / 2**20:,.0f} MiB: {self.dense_capacity_tokens:,} tokens in a 16-bit cache, "
+            ("capacity", f"{self.pool_bytes / 2**20:,.0f} MiB: {self.dense_capacity_tokens:,} tokens at 16 bits, "
              f"{self.effective_capacity_tokens:,} in effect"),
             ("switched off", "nothing: prefix caching, chunked prefill and preemption work on compressed pages"),
             ("refused", "speculative decoding, KV connectors, --kv-cache-dtype (not proven with this cache)"),

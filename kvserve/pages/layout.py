@@ -183,4 +183,5 @@ def _sections(policy: Policy, head_dim: int) -> PageSections:
         starts.append(offset)
         offset = align(offset + size)
     # A page is a whole number of bytes per token, so that vLLM can see it as tile_tokens equal states.
-    return PageSections(*starts, size_bytes=ceil(offset / tokens) * tokens)
+    starts.append(ceil(offset / tokens) * tokens)
+    return PageSections(*starts)

@@ -1,0 +1,195 @@
+"""End to end: the `kvserve` command, its HTTP server and the official `openai` client, on the default model.
+
+The server's pool is so small that a handful of concurrent requests preempt each other.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from engine_cases import STORY
+from greedy import Step, assert_same_texts, steps_of
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.server
+
+MODEL = "smollm2-135m-instruct"
+POLICY = "kivi-2bit"
+START_TIMEOUT_SECONDS = 240
+POOL_BYTES = 16_000_000  # about 60 blocks of the default model
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        *(sys.executable, "-m", "kvserve.cli", "--policy", POLICY, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(POOL_BYTES)),
+        *("--max-num-batched-tokens", "512", "--enforce-eager", "--shutdown-timeout", "0"),
+    ]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, server, log)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> OpenAI:
+    return OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def metrics(base_url: str) -> dict[tuple[str, str], float]:
+    """Every sample on /metrics by (name, value of its telling label)."""
+    samples = {}
+    for family in text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text):
+        for sample in family.samples:
+            label = next((sample.labels[key] for key in ("kind", "state", "policy") if key in sample.labels), "")
+            samples[sample.name, label] = sample.value
+    return samples
+
+
+def complete(client: OpenAI, prompt: str, max_tokens: int = 40) -> str:
+    completion = client.completions.create(model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0)
+    return completion.choices[0].text
+
+
+def greedy_steps(client: OpenAI, prompt: str, max_tokens: int = 120) -> list[Step]:
+    completion = client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.top_logprobs is not None
+    return steps_of(logprobs.tokens, logprobs.top_logprobs)
+
+
+def test_health_and_ready_answer_200(base_url: str) -> None:
+    assert httpx.get(f"{base_url}/health").status_code == 200
+    assert httpx.get(f"{base_url}/ready").status_code == 200
+
+
+def test_chat_answers_correctly(client: OpenAI) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=40)
+    assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_a_streamed_answer_is_the_unstreamed_one(client: OpenAI) -> None:
+    arguments = {"model": MODEL, "messages": [{"role": "user", "content": "Name three colours."}], "temperature": 0}
+    whole = client.chat.completions.create(**arguments, max_tokens=60).choices[0].message.content
+    chunks = client.chat.completions.create(**arguments, max_tokens=60, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
+def test_a_prefix_hit_gives_the_text_of_a_miss(client: OpenAI, base_url: str) -> None:
+    prompt = "A tale for a rainy night. " + STORY * 4 + "In the morning"
+    hits_before = metrics(base_url)["vllm:prefix_cache_hits_total", ""]
+    miss = complete(client, prompt)
+    hit = complete(client, prompt)
+    assert metrics(base_url)["vllm:prefix_cache_hits_total", ""] - hits_before >= 192
+    assert hit == miss
+
+
+def test_concurrent_requests_that_preempt_each_other_give_the_text_they_give_alone(
+    client: OpenAI, base_url: str
+) -> None:
+    names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah", "Goran", "Hana"]
+    prompts = [f"{name} told this story. " + STORY * (1 + i % 5) + f"And {name} said:" for i, name in enumerate(names)]
+    alone = [greedy_steps(client, prompt) for prompt in prompts]
+    preempted_before = metrics(base_url)["vllm:num_preemptions_total", ""]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: greedy_steps(client, prompt), prompts))
+    assert metrics(base_url)["vllm:num_preemptions_total", ""] > preempted_before
+    assert_same_texts(alone, together)
+
+
+def test_an_aborted_stream_gives_its_pages_back(client: OpenAI, base_url: str) -> None:
+    with client.completions.create(
+        model=MODEL, prompt=STORY * 3, max_tokens=1000, stream=True, temperature=0
+    ) as stream:
+        for _, _chunk in zip(range(5), stream, strict=False):
+            pass
+        assert metrics(base_url)["kvserve:pages", "dense"] > 0
+    deadline = time.monotonic() + 30
+    while metrics(base_url)["vllm:num_requests_running", ""] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    complete(client, "One more step lets the counters settle.", max_tokens=2)
+    assert metrics(base_url)["kvserve:pages", "dense"] == 0
+
+
+def test_metrics_say_what_is_in_effect(base_url: str) -> None:
+    samples = metrics(base_url)
+    assert samples["kvserve:policy_info", POLICY] == 1
+    dense, effective = (samples["kvserve:kv_bytes_per_token", kind] for kind in ("dense", "effective"))
+    assert dense == 30 * 3 * 2 * 64 * 2
+    assert samples["kvserve:compression_ratio", "effective"] == pytest.approx(dense / effective)
+    assert samples["kvserve:compression_ratio", "requested"] > samples["kvserve:compression_ratio", "effective"] > 4
+    assert samples["kvserve:kv_capacity_tokens", "effective"] > 4 * samples["kvserve:kv_capacity_tokens", "dense"]
+    total = sum(samples["kvserve:pages", state] for state in ("free", "dense", "sealed"))
+    assert 0 < total * 2816 <= POOL_BYTES, "pages of all states make up the pool, less vLLM's null block"
+
+
+def test_the_usual_request_options_work_on_compressed_pages(client: OpenAI) -> None:
+    prompt = STORY * 2 + "He saw"
+    choices = client.completions.create(
+        model=MODEL, prompt=prompt, n=3, temperature=1.0, seed=3, max_tokens=20, logprobs=2, presence_penalty=0.5
+    ).choices
+    assert len({choice.text for choice in choices}) == 3
+    assert all(len(choice.logprobs.token_logprobs) == 20 for choice in choices if choice.logprobs)
+    stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", stop=["7"], temperature=0, max_tokens=40)
+    assert "7" not in stopped.choices[0].text and stopped.choices[0].finish_reason == "stop"
+    scored = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 0})
+    assert len(scored.choices[0].prompt_logprobs) > 100  # type: ignore[attr-defined]
+
+
+def test_structured_output_follows_its_schema(client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "rainy": {"type": "boolean"}},
+        "required": ["city", "rainy"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL, temperature=0, max_tokens=60,
+        messages=[{"role": "user", "content": STORY + "Describe the weather in one city as JSON."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}},
+    )  # fmt: skip
+    parsed = json.loads(answer.choices[0].message.content or "")
+    assert set(parsed) == {"city", "rainy"}
