@@ -91,7 +91,7 @@ def complete(client: OpenAI, prompt: str, max_tokens: int = 40) -> str:
     return completion.choices[0].text
 
 
-def greedy_steps(client: OpenAI, prompt: str, max_tokens: int = 120) -> list[Step]:
+def greedy_steps(client: OpenAI, prompt: str, max_tokens: int = 150) -> list[Step]:
     completion = client.completions.create(
         model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
     )
@@ -131,7 +131,7 @@ def test_concurrent_requests_that_preempt_each_other_give_the_text_they_give_alo
     client: OpenAI, base_url: str
 ) -> None:
     names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah", "Goran", "Hana"]
-    prompts = [f"{name} told this story. " + STORY * (1 + i % 5) + f"And {name} said:" for i, name in enumerate(names)]
+    prompts = [f"{name} told this story. " + STORY * (3 + i % 3) + f"And {name} said:" for i, name in enumerate(names)]
     alone = [greedy_steps(client, prompt) for prompt in prompts]
     preempted_before = metrics(base_url)["vllm:num_preemptions_total", ""]
     with ThreadPoolExecutor(len(prompts)) as pool:
