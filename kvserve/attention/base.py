@@ -6,7 +6,8 @@ One step of one layer is `forward`; csrc/kvserve.h states its four parts and wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,11 +45,13 @@ class Batch:
         query_start_loc: int32 [num_reqs + 1]; request r has the query rows [r, r + 1) of it.
         seq_lens: int32 [num_reqs]; tokens of the request, this step's included.
         block_table: int32 [num_reqs, >= blocks]; rows may lie apart, each row is contiguous.
+        native: what a kernel made of the tensors above; they must not be replaced once it is set.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def num_reqs(self) -> int:

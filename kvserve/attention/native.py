@@ -68,7 +68,7 @@ class NativeAttention(PagedAttention):
         super().__init__(layout, spec)
         self._library = load_library(isa or choose_isa())
         self._layout = _layout_struct(layout, spec)
-        self._staged = torch.empty(0)
+        self._arena_struct = _Arena()
 
     @property
     def isa(self) -> str:
@@ -81,9 +81,7 @@ class NativeAttention(PagedAttention):
 
     def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         num_tokens = key.shape[0]
-        if self._staged.shape[0] < num_tokens:
-            self._staged = torch.empty(num_tokens, self.spec.num_kv_heads, 2, self.layout.head_dim)
-        staged = self._staged[:num_tokens]
+        staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
         key_rows, value_rows = self._kv_rows("key", key), self._kv_rows("value", value)
         self._library.kvs_stage(self._layout, key_rows, value_rows, num_tokens, staged.data_ptr())
         return staged
@@ -120,8 +118,24 @@ class NativeAttention(PagedAttention):
         return _rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
 
     def _arena(self, cells: torch.Tensor) -> _Arena:
-        check_cells(cells, self.layout, self.spec.num_kv_heads)
-        return _Arena(cells.data_ptr(), cells.stride(0), cells.stride(1))
+        known, base = self._arena_struct, cells.data_ptr()
+        if known.base != base or (known.block_stride, known.head_stride) != cells.stride()[:2]:
+            check_cells(cells, self.layout, self.spec.num_kv_heads)
+            self._arena_struct = _Arena(base, cells.stride(0), cells.stride(1))
+        return self._arena_struct
+
+
+# Shared by all layers, since staged rows live for one `forward` only: {(num_kv_heads, head_dim): buffer}.
+_staging_buffers: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _staging_buffer(num_tokens: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
+    """Float32 [num_tokens, num_kv_heads, 2, head_dim], uninitialised."""
+    buffer = _staging_buffers.get((num_kv_heads, head_dim))
+    if buffer is None or buffer.shape[0] < num_tokens:
+        buffer = torch.empty(num_tokens, num_kv_heads, 2, head_dim)
+        _staging_buffers[num_kv_heads, head_dim] = buffer
+    return buffer[:num_tokens]
 
 
 def supported_isas() -> list[str]:
@@ -223,14 +237,17 @@ def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
 
 
 def _batch(batch: Batch) -> _Batch:
-    check_batch(batch)
-    return _Batch(
-        batch.num_reqs,
-        batch.query_start_loc.data_ptr(),
-        batch.seq_lens.data_ptr(),
-        batch.block_table.data_ptr(),
-        batch.block_table.stride(0),
-    )
+    """The kernels' view of a batch, checked and made once for all layers of a step."""
+    if batch.native is None:
+        check_batch(batch)
+        batch.native = _Batch(
+            batch.num_reqs,
+            batch.query_start_loc.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.block_table.data_ptr(),
+            batch.block_table.stride(0),
+        )
+    return batch.native
 
 
 def _rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> _Rows:

@@ -74,7 +74,8 @@ class Bench:
             "machine": machine(),
             "versions": versions(),
             "settings": {
-                "quick": options.quick, "dtype": options.dtype, "seed": options.seed, "repeats": options.repeats,
+                "quick": options.quick, "dtype": options.dtype, "compile": options.compile,
+                "seed": options.seed, "repeats": options.repeats,
                 "throughput_repeats": options.throughput_repeats, "names": options.names, **asdict(self.sizes),
             },
             "left_out": dict(options.left_out), "failed": {}, "seconds": {}, "engines": {}, "rows": [], "raw": {},
@@ -191,7 +192,8 @@ class Bench:
 
     def _config(self, max_model_len: int, **pool: int) -> EngineConfig:
         return EngineConfig(
-            str(self.model), self.shape, self.options.dtype, max_model_len, self.options.seed, **pool
+            str(self.model), self.shape, self.options.dtype, max_model_len, self.options.seed,
+            enforce_eager=not self.options.compile, **pool,
         )  # fmt: skip
 
     def _main_config(self) -> EngineConfig:

@@ -30,6 +30,7 @@ class EngineConfig:
 
     Attributes:
         max_model_len: tokens of the longest request.
+        enforce_eager: no torch.compile, as `kvserve serve` runs on CPUs unless told otherwise.
         kv_bytes: size of the KV pool; None: what `num_requests` of the longest requests need, each engine in its own
             format, so that several engines fit into memory together.
     """
@@ -39,6 +40,7 @@ class EngineConfig:
     dtype: str
     max_model_len: int
     seed: int
+    enforce_eager: bool = True
     kv_bytes: int | None = None
     num_requests: int = 1
 
@@ -96,6 +98,7 @@ class EngineHost:
             kv_cache_memory_bytes=self.kv_bytes,
             enable_prefix_caching=True,
             seed=config.seed,
+            enforce_eager=config.enforce_eager,
             **extra,
         )
         self._request_count = 0

@@ -65,6 +65,7 @@ class Options:
     quick: bool
     model: str | None
     dtype: str
+    compile: bool
     seed: int
     text: str | None
     text_name: str | None
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--needles", type=int, help="needle prompts; default: 10, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures little")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--compile", action="store_true", help="run all engines with torch.compile; default: eager")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
     parser.add_argument("--out", type=Path, help="result file, for example benchmarks/results/NAME.json")
@@ -112,7 +114,8 @@ def parse(argv: Sequence[str]) -> Options:
         windows=None if given.windows == "all" else _count("--windows", given.windows, 1 if quick else 8),
         simulations=_count("--simulations", given.simulations, 1 if quick else 3),
         needles=_count("--needles", given.needles, 2 if quick else 10),
-        quick=quick, model=given.model, dtype=given.dtype, seed=given.seed, text=_read(given.text),
+        quick=quick, model=given.model, dtype=given.dtype, compile=given.compile, seed=given.seed,
+        text=_read(given.text),
         text_name=given.text.name if given.text else None, out=given.out,
     )  # fmt: skip
     return options

@@ -83,7 +83,7 @@ def step(hosts: Hosts, prompts: Prompts, num_steps: int, repeats: int, say: Say)
     """Time of a decode step with all prompts running; the first call of each engine fills its prefix cache."""
     raw: dict[str, Any] = {"sequences": len(prompts), "context_tokens": len(prompts[0]), "step_seconds": {}}
     for name, host in hosts.items():
-        host.call("decode_steps", prompts=prompts, num_steps=1)
+        host.call("generate", prompts=prompts, max_tokens=1)
         raw["step_seconds"][name] = []
         say(f"step: {name} prefilled")
     for repeat, name in interleave(list(hosts), repeats):

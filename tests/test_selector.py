@@ -1,0 +1,62 @@
+"""Which backend vLLM gets: its own without a policy, kvserve's bound to the policy with one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+import kvserve.engine.settings
+from kvserve.checks import UnsupportedError
+from kvserve.engine import selector
+from kvserve.engine.backend import KvserveBackend, backend_for
+from kvserve.engine.settings import EngineSettings
+from kvserve.engine.spec import PageSpec
+from kvserve.policies.loading import load_policy
+
+HEADS: dict[str, Any] = {"block_size": 64, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+
+
+def bound(policy: str) -> type[KvserveBackend]:
+    return backend_for(EngineSettings(load_policy(policy), 64, torch.bfloat16))
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"another-plugin": {"policy": "kivi-2bit"}}])
+def test_without_a_policy_vllm_gets_its_own_backend_back(additional_config: dict[str, Any]) -> None:
+    with set_current_vllm_config(VllmConfig(additional_config=additional_config)):
+        assert selector.backend is CPUAttentionBackend
+
+
+def test_a_policy_outside_the_tested_vllm_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_new() -> None:
+        raise UnsupportedError("vLLM 0.99 is outside the tested range")
+
+    monkeypatch.setattr(kvserve.engine.settings, "check_vllm_version", too_new)
+    config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
+    with set_current_vllm_config(config), pytest.raises(UnsupportedError, match=re.escape("0.99")):
+        _ = selector.backend
+
+
+def test_the_dense_policy_keeps_vllms_spec() -> None:
+    spec = FullAttentionSpec(**HEADS)
+    assert bound("none").customize_spec(spec) is spec
+
+
+@pytest.mark.parametrize("spec", [FullAttentionSpec(**HEADS), SlidingWindowSpec(**HEADS, sliding_window=128)])
+def test_a_compressing_policy_gives_full_and_window_layers_the_same_pages(spec: Any) -> None:
+    paged = bound("kivi-2bit").customize_spec(spec)
+    assert isinstance(paged, PageSpec)
+    assert paged == bound("kivi-2bit").customize_spec(FullAttentionSpec(**HEADS))
+    assert paged.page_size_bytes == 2 * paged.layout.cell_bytes
+    assert paged.page_size_bytes < spec.page_size_bytes / 5
+
+
+def test_layers_with_another_kind_of_cache_are_refused() -> None:
+    spec = MLAAttentionSpec(**{**HEADS, "num_kv_heads": 1})
+    with pytest.raises(UnsupportedError, match="stock vLLM"):
+        bound("kivi-2bit").customize_spec(spec)
