@@ -6,6 +6,7 @@ The server's pool is so small that a handful of concurrent requests preempt each
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -29,6 +30,14 @@ START_TIMEOUT_SECONDS = 240
 POOL_BYTES = 16_000_000  # about 60 blocks of the default model
 
 
+# Without what engine_cases sets for engines inside the test process.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
+}
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -45,7 +54,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("--max-num-batched-tokens", "512", "--enforce-eager", "--shutdown-timeout", "0"),
     ]
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(url, server, log)
