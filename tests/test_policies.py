@@ -47,7 +47,7 @@ def test_overrides_apply_in_order():
     )
     assert policy.key and policy.value
     assert (policy.sink_tokens, policy.key.bits, policy.value.rotate) == (0, 8, True)
-    assert load_policy("kivi-2bit").sink_tokens == 16
+    assert load_policy("kivi-2bit").sink_tokens == 8
 
 
 def test_dashes_in_override_keys_are_underscores():

@@ -25,7 +25,7 @@ class KeyCodec(_Part):
 
     bits: Bits
     group_size: Literal[32, 64, 128]
-    boost_fraction: Annotated[float, Field(ge=0, le=0.5, multiple_of=0.25)] = 0
+    boost_fraction: Literal[0, 0.25, 0.5] = 0  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _boost_needs_two_bits(self) -> KeyCodec:
