@@ -2,8 +2,8 @@
 
 A request alone and the same request among others, or recomputed after a preemption, go through matrix products of
 other shapes, which round differently (stock vLLM too); a key that lies on the border of two codes then takes the other
-one, which a 2-bit cache turns into a whole step of its scale. Where the two best tokens are closer than that noise, either
-may come first; anywhere else the texts must agree.
+one, which a 2-bit cache turns into a whole step of its scale. Where the two best tokens are closer than that noise,
+either may come first; anywhere else the texts must agree.
 """
 
 from __future__ import annotations
