@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-NEAR_TIE_NATS = 0.1
+NEAR_TIE_NATS = 0.05
 
 
 class Step(NamedTuple):
@@ -38,7 +38,7 @@ def differs_only_behind_a_near_tie(expected: list[Step], actual: list[Step]) -> 
 
 
 def assert_same_texts(expected: list[list[Step]], actual: list[list[Step]]) -> None:
-    """All texts agree but for near ties, and at least half of them are identical."""
+    """All texts agree but for near ties, and at least three in four are identical."""
     assert all(differs_only_behind_a_near_tie(*pair) for pair in zip(expected, actual, strict=True))
     same = sum([s.token for s in a] == [s.token for s in b] for a, b in zip(expected, actual, strict=True))
-    assert same >= 0.5 * len(expected), f"only {same} of {len(expected)} texts are identical"
+    assert same >= 0.75 * len(expected), f"only {same} of {len(expected)} texts are identical"
