@@ -14,7 +14,6 @@ namespace {
 
 constexpr int CHUNK_TILES = 32;
 constexpr int CHUNK_TOKENS_DENSE = 2048;
-constexpr int PREFETCH_TILES = 2;  // how far ahead
 
 // Tokens [first, last) of one request and KV head. `index` of `chunks` partial results.
 struct Task {
@@ -109,14 +108,16 @@ class Decode {
       push(tail_slot(l, a, row, t.kv_head, p), heads, s);
     flush(heads, s);
     const int32_t tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
-    for (int32_t i = t.first / size; i < tiles_end; ++i) {
-      const int32_t ahead = i + PREFETCH_TILES;
-      if (ahead < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, ahead), l.page_bytes);
-      const int32_t first = std::max(t.first, l.sink_tokens) - i * size;
-      if (first >= size) continue;
-      const uint8_t* page = tile_page(l, a, row, t.kv_head, i);
+    const int32_t shown = std::max(t.first, l.sink_tokens);  // the first token that is read from a page
+    for (int32_t i = shown / size; i < tiles_end; i += MAX_PAGES) {
+      Pages pages;
+      for (int32_t j = i; j < std::min(i + MAX_PAGES, tiles_end); ++j) {
+        if (j + MAX_PAGES < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, j + MAX_PAGES), l.page_bytes);
+        pages.pages[pages.count++] = tile_page(l, a, row, t.kv_head, j);
+      }
       for (int h = 0; h < group; h += MAX_HEADS)
-        attend_page(l, page, heads_from(heads, h), std::min(MAX_HEADS, group - h), std::max(first, 0), s.page);
+        attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), std::max(shown - i * size, 0),
+                     s.page);
     }
   }
 

@@ -10,32 +10,28 @@ namespace kvs {
 constexpr int COLUMNS = 64;  // of one panel
 constexpr int MAX_SCALES = 2 * 1024;  // keys: 128 tokens / 32 * 256 channels pairs; values: 256 / 32 * 128
 
-typedef float F8 __attribute__((vector_size(32)));
-typedef int32_t I8 __attribute__((vector_size(32)));
 
 // Codes [rows][columns] to code * scale + low. `scales` is [columns / group][scale, low][rows].
 template <int bits>
 inline void decode_matrix(const uint8_t* codes, int rows, int columns, int group, const float* scales, float* out) {
-  constexpr int planes = 16 / bits, mask = (1 << bits) - 1;
-  for (int block = 0; block < columns; block += planes * 8) {
+  constexpr int planes = 8 / bits, mask = (1 << bits) - 1;
+  for (int block = 0; block < columns; block += planes * LANES) {
     float* panel = out + (ptrdiff_t)(block / COLUMNS) * rows * COLUMNS + block % COLUMNS;
     const float* plane_scales[planes];
     for (int plane = 0; plane < planes; ++plane)
-      plane_scales[plane] = scales + (ptrdiff_t)((block + plane * 8) / group) * 2 * rows;
-    for (int row = 0; row < rows; row += 2, codes += 32) {
-      I8 words;
-      memcpy(&words, codes, sizeof words);
-      float* even = panel + row * COLUMNS;
-#pragma GCC unroll 8
-      for (int plane = 0; plane < planes; ++plane) {
-        const float* at = plane_scales[plane] + row;
-        const I8 first = words >> (plane * bits) & mask, second = words >> (16 + plane * bits) & mask;
-        const F8 x = __builtin_convertvector(first, F8) * at[0] + at[rows];
-        const F8 y = __builtin_convertvector(second, F8) * at[1] + at[rows + 1];
-        memcpy(even + plane * 8, &x, sizeof x);
-        memcpy(even + COLUMNS + plane * 8, &y, sizeof y);
+      plane_scales[plane] = scales + (ptrdiff_t)((block + plane * LANES) / group) * 2 * rows;
+    for (int row = 0; row < rows; row += 4, panel += 4 * COLUMNS)
+      for (int lane = 0; lane < LANES; lane += VL, codes += 4 * VL) {
+        const VI words = load_words(codes);
+#pragma GCC unroll 4
+        for (int plane = 0; plane < planes; ++plane)
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const float* at = plane_scales[plane] + row + r;
+            const VF x = to_float(words >> (8 * r + plane * bits) & mask) * at[0] + at[rows];
+            storeu(panel + r * COLUMNS + plane * LANES + lane, x);
+          }
       }
-    }
   }
 }
 
@@ -51,22 +47,19 @@ inline void add_boost(const KvsLayout& layout, const uint8_t* page, const float*
   const int dim = layout.head_dim, tokens = layout.tile_tokens, boosted = layout.boost_channels;
   const uint8_t* codes = page + layout.key_boost_codes;
   const uint8_t* index = page + layout.key_boost_index;
-  for (int block = 0; block < tokens; block += 64)
-    for (int row = 0; row < boosted; row += 2, codes += 32) {
-      I8 words;
-      memcpy(&words, codes, sizeof words);
-      for (int parity = 0; parity < 2; ++parity) {
-        const int channel = index[row + parity];
-        float* to = out + (ptrdiff_t)(block / COLUMNS * dim + channel) * COLUMNS;
-        for (int plane = 0; plane < 8; ++plane, to += 8) {
-          const float scale = 4 * scales[(block + plane * 8) / layout.key_group * 2 * dim + channel];
-          F8 x;
-          memcpy(&x, to, sizeof x);
-          x += __builtin_convertvector(words >> (16 * parity + 2 * plane) & 3, F8) * scale;
-          memcpy(to, &x, sizeof x);
+  for (int block = 0; block < tokens; block += 4 * LANES)
+    for (int row = 0; row < boosted; row += 4)
+      for (int lane = 0; lane < LANES; lane += VL, codes += 4 * VL) {
+        const VI words = load_words(codes);
+        for (int r = 0; r < 4; ++r) {
+          const int channel = index[row + r];
+          float* to = out + (ptrdiff_t)(block / COLUMNS * dim + channel) * COLUMNS + lane;
+          for (int plane = 0; plane < 4; ++plane, to += LANES) {
+            const float scale = 4 * scales[(block + plane * LANES) / layout.key_group * 2 * dim + channel];
+            storeu(to, loadu(to) + to_float(words >> (8 * r + 2 * plane) & 3) * scale);
+          }
         }
       }
-    }
 }
 
 // Keys of a page, transposed: [tile_tokens / 64][head_dim][64 tokens].

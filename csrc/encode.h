@@ -17,18 +17,18 @@ struct TileScratch {
   uint8_t codes[MAX_TILE * MAX_DIM], boost_codes[MAX_TILE * MAX_DIM];
 };
 
-// Words of codes [rows][columns] (columns a multiple of 128 / bits).
+// Bytes of codes [rows][columns] (rows a multiple of 4, columns of 128 / bits), as `pack_codes` in reference.py.
 inline void pack_codes(const uint8_t* codes, int rows, int columns, int bits, uint8_t* to) {
-  const int planes = 16 / bits, width = planes * 8;
-  uint16_t* words = (uint16_t*)to;
-  for (int block = 0; block < columns / width; ++block)
-    for (int pair = 0; pair < rows / 2; ++pair, words += 16)
-      for (int parity = 0; parity < 2; ++parity) {
-        const uint8_t* row = codes + (2 * pair + parity) * columns + block * width;
-        uint16_t lanes[8] = {};
-        for (int plane = 0; plane < planes; ++plane)
-          for (int lane = 0; lane < 8; ++lane) lanes[lane] |= uint16_t(row[plane * 8 + lane] << (plane * bits));
-        for (int lane = 0; lane < 8; ++lane) words[2 * lane + parity] = lanes[lane];
+  const int planes = 8 / bits, width = planes * 16;
+  for (int block = 0; block < columns; block += width)
+    for (int row = 0; row < rows; row += 4, to += 64)
+      for (int r = 0; r < 4; ++r) {
+        const uint8_t* from = codes + (row + r) * columns + block;
+        for (int lane = 0; lane < 16; ++lane) {
+          uint8_t packed = 0;
+          for (int plane = 0; plane < planes; ++plane) packed |= uint8_t(from[plane * 16 + lane] << (plane * bits));
+          to[4 * lane + r] = packed;
+        }
       }
 }
 

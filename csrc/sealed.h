@@ -1,28 +1,42 @@
-// Attention of H heads over one sealed page.
+// Attention of H heads over a few sealed pages at a time.
+//
+// Every phase (factors of q, dots, softmax, factors of p, dots) runs over all pages of the batch before the next one
+// starts: a phase is a chain of reductions, and the chains of different pages overlap.
 #pragma once
 #include "codes.h"
 #include "softmax.h"
 
 namespace kvs {
 
-// Per-thread buffers for one page and H <= MAX_HEADS heads.
+constexpr int MAX_PAGES = 4;     // of a batch
+constexpr int MAX_GROUPS = 8;    // of a page: 256 channels / 32
+constexpr int MAX_FACTORS = 4 * (256 + 64);  // of a page and head: groups of tokens * (channels + boosted ones)
+
+// Per-thread buffers for MAX_PAGES pages and H <= MAX_HEADS heads.
 struct PageScratch {
   alignas(64) float scores[MAX_HEADS * MAX_TOKENS];
   alignas(64) float x[MAX_HEADS * MAX_SEALED_DIM];
   alignas(64) float boost_x[MAX_HEADS * MAX_SEALED_DIM];
-  alignas(64) int16_t factors[MAX_HEADS * MAX_SEALED_DIM];
-  alignas(64) int16_t boost_factors[MAX_HEADS * MAX_SEALED_DIM];
+  alignas(64) int16_t factors[MAX_PAGES * MAX_HEADS * MAX_FACTORS];  // [page][group][head][row]
+  float unit[MAX_PAGES * MAX_GROUPS], low_dot[MAX_PAGES * MAX_GROUPS][MAX_HEADS];
 };
 
-// Rounds x * scale to integers; returns the sum of what rounding took away.
-KVS_INLINE float round_factors(const float* x, int n, float scale, int16_t* to) {
-  VF lost = {};
+// Pages read together, each `tile_tokens` columns of the scores.
+struct Pages {
+  const uint8_t* pages[MAX_PAGES];
+  int count = 0;
+};
+
+// Rounds x * scale to integers; returns what rounding took away, summed per lane.
+KVS_INLINE VF round_factors(const float* x, int n, float scale, int16_t* to) {
+  VF exact = {};
+  VI rounded = {};
   for (int i = 0; i < n; i += VL) {
-    const VF exact = loadu(x + i) * scale, rounded = vround(exact);
-    store_int16(to + i, rounded);
-    lost += exact - rounded;
+    const VF v = loadu(x + i) * scale;
+    rounded += store_factors(to + i, v);
+    exact += v;
   }
-  return hsum(lost);
+  return exact - to_float(rounded);
 }
 
 // Sum of code * lost is about (middle code) * (sum of lost): adding that halves the rounding error and frees it of the
@@ -30,168 +44,212 @@ KVS_INLINE float round_factors(const float* x, int n, float scale, int16_t* to) 
 template <int BITS>
 constexpr float MIDDLE_CODE = 0.5f * ((1 << BITS) - 1);
 
-// x[h][d] = q[h][d] * scale[d]; low_dot[h] = q[h] . low; top[h] = max |x[h]|.
+// x[h][d] = q[h][d] * scale[d]; low_dot[h]: q[h] . low, per lane. Returns max |x|, per lane.
 template <int H>
-KVS_INLINE void scale_queries(const Heads& heads, const uint16_t* scale, float* x, float (&low_dot)[H],
-                              float (&top)[H]) {
+KVS_INLINE VF scale_queries(const Heads& heads, const uint16_t* scale, float* x, VF (&low_dot)[H]) {
   const uint16_t* low = scale + heads.head_dim;
-  VF dots[H] = {}, tops[H] = {};
+  VF top = {};
+  for (int h = 0; h < H; ++h) low_dot[h] = VF{};
   for (int d = 0; d < heads.head_dim; d += VL) {
     const VF s = load_half(scale + d), l = load_half(low + d);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
       const VF q = loadu(heads.q + h * heads.head_dim + d), scaled = q * s;
       storeu(x + h * MAX_SEALED_DIM + d, scaled);
-      dots[h] += q * l;
-      tops[h] = vmax(tops[h], vabs(scaled));
+      low_dot[h] += q * l;
+      top = vmax(top, vabs(scaled));
     }
   }
-  for (int h = 0; h < H; ++h) {
-    low_dot[h] = hsum(dots[h]);
-    top[h] = hmax(tops[h]);
-  }
+  return top;
 }
 
-// boost_x[h][r] = 4 * x[h][index[r]]; raises top[h] to max |boost_x[h]|.
+// boost_x[h][r] = 4 * x[h][index[r]]. Returns max |boost_x|, per lane.
 template <int H>
-KVS_INLINE void gather_boosted(const uint8_t* index, int rows, PageScratch& s, float (&top)[H]) {
+KVS_INLINE VF gather_boosted(const uint8_t* index, int rows, PageScratch& s) {
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) s.boost_x[h * MAX_SEALED_DIM + r] = s.x[h * MAX_SEALED_DIM + index[r]];
+  VF top = {};
   for (int h = 0; h < H; ++h) {
     float* x = s.boost_x + h * MAX_SEALED_DIM;
-    VF tops = splat(top[h]);
     for (int r = 0; r < rows; r += VL) {
       const VF v = loadu(x + r) * 4.0f;
       storeu(x + r, v);
-      tops = vmax(tops, vabs(v));
+      top = vmax(top, vabs(v));
     }
-    top[h] = hmax(tops);
   }
+  return top;
 }
 
-// scores[h][t] = q[h] . K[t], over all tokens of the page.
+// Integer factors of one group of tokens, the `index`-th of the batch: score = dot * unit + low_dot.
 template <int BITS, int H>
-void score_page(const KvsLayout& l, const uint8_t* page, const Heads& heads, PageScratch& s) {
-  const Codes codes{page + l.key_codes, page + l.key_boost_codes, l.head_dim, l.boost_channels};
-  const Factors factors{s.factors, s.boost_factors, MAX_SEALED_DIM, MAX_SEALED_DIM};
-  const float limit = factor_limit<BITS>(l.head_dim + l.boost_channels);
-  for (int first = 0; first < l.tile_tokens; first += l.key_group) {
-    const uint16_t* scale = (const uint16_t*)(page + l.key_scales) + first / l.key_group * 2 * l.head_dim;
-    float low_dot[H], top[H], unit[H];
-    scale_queries<H>(heads, scale, s.x, low_dot, top);
-    if (l.boost_channels) gather_boosted<H>(page + l.key_boost_index, l.boost_channels, s, top);
-    for (int h = 0; h < H; ++h) {
-      const int row = h * MAX_SEALED_DIM;
-      const float inverse = top[h] > 0 ? limit / top[h] : 0.0f;
-      unit[h] = top[h] / limit;
-      float lost = round_factors(s.x + row, l.head_dim, inverse, s.factors + row);
-      if (l.boost_channels) lost += round_factors(s.boost_x + row, l.boost_channels, inverse, s.boost_factors + row);
-      low_dot[h] += MIDDLE_CODE<BITS> * unit[h] * lost;
-    }
-    for (int t = first; t < first + l.key_group; t += COLUMNS) {
-      V8 sums[H][4];
-      dot_columns<BITS, H>(codes, factors, t / COLUMNS, sums);
-#pragma GCC unroll 4
-      for (int h = 0; h < H; ++h)
-#pragma GCC unroll 4
-        for (int plane = 0; plane < 4; ++plane) {
-          const V8 score = sums[h][plane] * unit[h] + low_dot[h];
-          memcpy(s.scores + h * MAX_TOKENS + t + 8 * plane, &score, sizeof score);
-        }
-    }
-  }
-}
-
-// x[h][t] = p[h][t] * scale[t]; low_dot[h] = p[h] . low, where low is null: x[h] . 1 * rotated_low.
-template <int H>
-KVS_INLINE void scale_weights(const float* weights, int tokens, const uint16_t* scale, const uint16_t* low,
-                              float rotated_low, float* x, float (&low_dot)[H], float (&top)[H]) {
+KVS_INLINE void query_factors(const KvsLayout& l, const uint8_t* page, int group, int index, const Heads& heads,
+                              PageScratch& s) {
+  const int rows = l.head_dim + l.boost_channels;
+  const uint16_t* scale = (const uint16_t*)(page + l.key_scales) + group * 2 * l.head_dim;
+  const float limit = factor_limit<BITS>(rows);
+  VF lows[H];
+  VF tops = scale_queries<H>(heads, scale, s.x, lows);
+  if (l.boost_channels) tops = vmax(tops, gather_boosted<H>(page + l.key_boost_index, l.boost_channels, s));
+  const float top = hmax(tops), inverse = top > 0 ? limit / top : 0.0f, unit = top / limit;
+  s.unit[index] = unit;
   for (int h = 0; h < H; ++h) {
-    VF dots = {}, tops = {};
-    for (int t = 0; t < tokens; t += VL) {
-      const VF p = loadu(weights + h * MAX_TOKENS + t), scaled = p * load_half(scale + t);
-      storeu(x + h * MAX_SEALED_DIM + t, scaled);
-      dots += low ? p * load_half(low + t) : scaled;
-      tops = vmax(tops, scaled);
-    }
-    low_dot[h] = low ? hsum(dots) : hsum(dots) * rotated_low;
-    top[h] = hmax(tops);
+    int16_t* to = s.factors + (index * H + h) * rows;
+    VF lost = round_factors(s.x + h * MAX_SEALED_DIM, l.head_dim, inverse, to);
+    if (l.boost_channels)
+      lost += round_factors(s.boost_x + h * MAX_SEALED_DIM, l.boost_channels, inverse, to + l.head_dim);
+    s.low_dot[index][h] = hsum(lows[h] + lost * (MIDDLE_CODE<BITS> * unit));
   }
 }
 
-// out[h] = out[h] * rescale[h] + sum over t of weights[h][t] * V[t]; the weights lie in scores.
+// scores[h][t] = q[h] . K[t] for 16 * SUBS tokens of one group, from token `first` of the page on.
+template <int BITS, int H, int SUBS>
+KVS_INLINE void score_columns(const Codes& codes, int first, int index, float* scores, const PageScratch& s) {
+  const int rows = codes.rows + codes.boost_rows;
+  const int16_t* x = s.factors + index * H * rows;
+  for (int lane = 0; lane < LANES; lane += VL) {
+    VF sums[H][SUBS];
+    dot_columns<BITS, H, SUBS>(codes, {x, x + codes.rows, rows}, first, lane, s.unit[index], sums);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 4
+      for (int i = 0; i < SUBS; ++i)
+        storeu(scores + h * MAX_TOKENS + first + i * LANES + lane, sums[h][i] + s.low_dot[index][h]);
+  }
+}
+
+// scores[h][i * tile_tokens + t] = q[h] . K[t] of page i
 template <int BITS, int H>
-void weigh_page(const KvsLayout& l, const uint8_t* page, const Heads& heads, const float* rescale, PageScratch& s) {
-  const Codes codes{page + l.value_codes, nullptr, l.tile_tokens, 0};
-  const Factors factors{s.factors, nullptr, MAX_SEALED_DIM, 0};
-  const uint16_t* scales = (const uint16_t*)(page + l.value_scales);
-  const float limit = factor_limit<BITS>(l.tile_tokens);
-  for (int first = 0; first < l.head_dim; first += l.value_group) {
-    const uint16_t* scale = scales + first / l.value_group * 2 * l.tile_tokens;
-    const uint16_t* low = l.value_rotated ? nullptr : scale + l.tile_tokens;
-    float low_dot[H], top[H], unit[H];
-    scale_weights<H>(s.scores, l.tile_tokens, scale, low, -MIDDLE_CODE<BITS>, s.x, low_dot, top);
+void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
+  const int groups = l.tile_tokens / l.key_group;
+  for (int i = 0; i < pages.count; ++i)
+    for (int g = 0; g < groups; ++g) query_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, heads, s);
+  for (int i = 0; i < pages.count; ++i) {
+    const uint8_t* page = pages.pages[i];
+    const Codes codes{page + l.key_codes, page + l.key_boost_codes, l.head_dim, l.boost_channels};
+    float* scores = s.scores + i * l.tile_tokens;
+    for (int g = 0; g < groups; ++g) {
+      const int first = g * l.key_group, index = i * groups + g;
+      if (l.key_group % 64)
+        score_columns<BITS, H, 2>(codes, first, index, scores, s);
+      else
+        for (int t = 0; t < l.key_group; t += 64) score_columns<BITS, H, 4>(codes, first + t, index, scores, s);
+    }
+  }
+}
+
+// x[h][t] = p[h][t] * scale[t]; low_dot[h]: p[h] . low per lane, where low is null: x[h] . 1 * rotated_low.
+// Returns max |x|, per lane.
+template <int H>
+KVS_INLINE VF scale_weights(const float* weights, int tokens, const uint16_t* scale, const uint16_t* low,
+                            float rotated_low, float* x, VF (&low_dot)[H]) {
+  VF top = {};
+  for (int h = 0; h < H; ++h) low_dot[h] = VF{};
+  for (int t = 0; t < tokens; t += VL) {
+    const VF s = load_half(scale + t), l = low ? load_half(low + t) : s * rotated_low;
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-      unit[h] = top[h] / limit;
-      const float inverse = top[h] > 0 ? limit / top[h] : 0.0f;
-      const int row = h * MAX_SEALED_DIM;
-      low_dot[h] += MIDDLE_CODE<BITS> * unit[h] * round_factors(s.x + row, l.tile_tokens, inverse, s.factors + row);
+      const VF p = loadu(weights + h * MAX_TOKENS + t), scaled = p * s;
+      storeu(x + h * MAX_SEALED_DIM + t, scaled);
+      low_dot[h] += p * l;
+      top = vmax(top, scaled);
     }
-    for (int d = first; d < first + l.value_group; d += COLUMNS) {
-      V8 sums[H][4];
-      dot_columns<BITS, H>(codes, factors, d / COLUMNS, sums);
+  }
+  return top;
+}
+
+// Integer factors of p for one group of channels, the `index`-th of the batch: out += dot * unit + low_dot.
+template <int BITS, int H>
+KVS_INLINE void weight_factors(const KvsLayout& l, const uint8_t* page, int group, int index, const float* weights,
+                               PageScratch& s) {
+  const int tokens = l.tile_tokens;
+  const uint16_t* scale = (const uint16_t*)(page + l.value_scales) + group * 2 * tokens;
+  const uint16_t* low = l.value_rotated ? nullptr : scale + tokens;
+  const float limit = factor_limit<BITS>(tokens);
+  VF lows[H];
+  const float top = hmax(scale_weights<H>(weights, tokens, scale, low, -MIDDLE_CODE<BITS>, s.x, lows));
+  const float inverse = top > 0 ? limit / top : 0.0f, unit = top / limit;
+  s.unit[index] = unit;
+  for (int h = 0; h < H; ++h) {
+    int16_t* to = s.factors + (index * H + h) * tokens;
+    const VF lost = round_factors(s.x + h * MAX_SEALED_DIM, tokens, inverse, to);
+    s.low_dot[index][h] = hsum(lows[h] + lost * (MIDDLE_CODE<BITS> * unit));
+  }
+}
+
+// out[h] += p[h] . V of one page for 16 * SUBS channels from `first` on.
+template <int BITS, int H, int SUBS>
+KVS_INLINE void weigh_columns(const Codes& codes, int first, int index, const Heads& heads, const PageScratch& s) {
+  const int16_t* x = s.factors + index * H * codes.rows;
+  for (int lane = 0; lane < LANES; lane += VL) {
+    VF sums[H][SUBS];
+    dot_columns<BITS, H, SUBS>(codes, {x, nullptr, codes.rows}, first, lane, s.unit[index], sums);
 #pragma GCC unroll 4
-      for (int h = 0; h < H; ++h)
+    for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
-        for (int plane = 0; plane < 4; ++plane) {
-          float* to = heads.out + h * heads.head_dim + d + 8 * plane;
-          V8 out;
-          memcpy(&out, to, sizeof out);
-          out = out * rescale[h] + (sums[h][plane] * unit[h] + low_dot[h]);
-          memcpy(to, &out, sizeof out);
-        }
+      for (int i = 0; i < SUBS; ++i) {
+        float* to = heads.out + h * heads.head_dim + first + i * LANES + lane;
+        storeu(to, loadu(to) + (sums[h][i] + s.low_dot[index][h]));
+      }
+  }
+}
+
+// out[h] += sum over pages i and tokens t of weights[h][i * tile_tokens + t] * V[t]; the weights lie in scores.
+template <int BITS, int H>
+void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
+  const int groups = l.head_dim / l.value_group;
+  for (int i = 0; i < pages.count; ++i)
+    for (int g = 0; g < groups; ++g)
+      weight_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, s.scores + i * l.tile_tokens, s);
+  for (int i = 0; i < pages.count; ++i) {
+    const Codes codes{pages.pages[i] + l.value_codes, nullptr, l.tile_tokens, 0};
+    for (int g = 0; g < groups; ++g) {
+      const int first = g * l.value_group, index = i * groups + g;
+      if (l.value_group % 64)
+        weigh_columns<BITS, H, 2>(codes, first, index, heads, s);
+      else
+        for (int d = 0; d < l.value_group; d += 64) weigh_columns<BITS, H, 4>(codes, first + d, index, heads, s);
     }
   }
 }
 
-using ScorePage = void (*)(const KvsLayout&, const uint8_t*, const Heads&, PageScratch&);
-using WeighPage = void (*)(const KvsLayout&, const uint8_t*, const Heads&, const float*, PageScratch&);
+using PagesOp = void (*)(const KvsLayout&, const Pages&, const Heads&, PageScratch&);
 
 template <int BITS>
-ScorePage score_page_for(int heads) {
-  const ScorePage table[] = {score_page<BITS, 1>, score_page<BITS, 2>, score_page<BITS, 3>, score_page<BITS, 4>};
+PagesOp score_pages_for(int heads) {
+  const PagesOp table[] = {score_pages<BITS, 1>, score_pages<BITS, 2>, score_pages<BITS, 3>, score_pages<BITS, 4>};
   return table[heads - 1];
 }
 template <int BITS>
-WeighPage weigh_page_for(int heads) {
-  const WeighPage table[] = {weigh_page<BITS, 1>, weigh_page<BITS, 2>, weigh_page<BITS, 3>, weigh_page<BITS, 4>};
+PagesOp weigh_pages_for(int heads) {
+  const PagesOp table[] = {weigh_pages<BITS, 1>, weigh_pages<BITS, 2>, weigh_pages<BITS, 3>, weigh_pages<BITS, 4>};
   return table[heads - 1];
 }
 
-inline void mask_tokens(float* scores, int heads, int first, int last) {
+inline void mask_tokens(float* scores, int heads, int last) {
   for (int h = 0; h < heads; ++h)
-    for (int t = first; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
+    for (int t = 0; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
 }
 
-// Tokens [first, tile_tokens) of a page, for `count` <= MAX_HEADS heads; first < tile_tokens.
-inline void attend_page(const KvsLayout& l, const uint8_t* page, const Heads& heads, int count, int first,
-                        PageScratch& s) {
-  const ScorePage score = l.key_bits == 2   ? score_page_for<2>(count)
-                          : l.key_bits == 4 ? score_page_for<4>(count)
-                                            : score_page_for<8>(count);
-  const WeighPage weigh = l.value_bits == 2   ? weigh_page_for<2>(count)
-                          : l.value_bits == 4 ? weigh_page_for<4>(count)
-                                              : weigh_page_for<8>(count);
-  score(l, page, heads, s);
-  if (first > 0) mask_tokens(s.scores, count, 0, first);
+// All tokens of the pages but the first `hidden`, for `count` <= MAX_HEADS heads; hidden < tile_tokens.
+inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int hidden,
+                         PageScratch& s) {
+  const PagesOp score = l.key_bits == 2   ? score_pages_for<2>(count)
+                        : l.key_bits == 4 ? score_pages_for<4>(count)
+                                          : score_pages_for<8>(count);
+  const PagesOp weigh = l.value_bits == 2   ? weigh_pages_for<2>(count)
+                        : l.value_bits == 4 ? weigh_pages_for<4>(count)
+                                            : weigh_pages_for<8>(count);
+  score(l, pages, heads, s);
+  mask_tokens(s.scores, count, hidden);
   float rescale[MAX_HEADS];
+  softmax(heads, count, s.scores, pages.count * l.tile_tokens, rescale);
   for (int h = 0; h < count; ++h) {
-    float one[1];
-    softmax_step<1>(heads_from(heads, h), s.scores + h * MAX_TOKENS, l.tile_tokens, one);
-    rescale[h] = one[0];
+    if (rescale[h] == 1.0f) continue;
+    float* out = heads.out + h * heads.head_dim;
+    for (int i = 0; i < heads.head_dim; i += VL) storeu(out + i, loadu(out + i) * rescale[h]);
   }
-  weigh(l, page, heads, rescale, s);
+  weigh(l, pages, heads, s);
 }
 
 }  // namespace kvs

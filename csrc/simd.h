@@ -37,8 +37,25 @@ KVS_INLINE VF loadu(const float* p) {
   return v;
 }
 KVS_INLINE void storeu(float* p, VF v) { memcpy(p, &v, sizeof v); }
-KVS_INLINE VF vmax(VF a, VF b) { return a > b ? a : b; }
-KVS_INLINE VF vmin(VF a, VF b) { return a < b ? a : b; }
+// The second operand where one is NaN.
+KVS_INLINE VF vmax(VF a, VF b) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KVS_INLINE VF vmin(VF a, VF b) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 KVS_INLINE VF vabs(VF x) { return (VF)((VI)x & 0x7fffffff); }
 // Nearest, ties to even; for |x| < 2^22.
 KVS_INLINE VF vround(VF x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -208,67 +225,55 @@ KVS_INLINE VF vexp(VF x) {
   return x < -87.0f ? VF{} : y;
 }
 
-// 16-bit words: integer dots over packed codes --------------------------------------------------------------------------
-// A word vector holds ROW_PAIRS row pairs of 8 columns (32 bytes each): int16 lanes (row 2i, row 2i + 1) per column.
+// Integer dots over packed codes --------------------------------------------------------------------------------------
+// A lane of VI holds one column: a byte of codes for each of four rows.
 
-#if defined(__AVX512F__)
-constexpr int ROW_PAIRS = 2;
-#else
-constexpr int ROW_PAIRS = 1;
-#endif
-typedef uint16_t WV __attribute__((vector_size(32 * ROW_PAIRS)));
-typedef int32_t IV __attribute__((vector_size(32 * ROW_PAIRS)));
-typedef float V8 __attribute__((vector_size(32)));
+constexpr int LANES = 16;  // columns of one plane of codes, whatever VL is
 
-KVS_INLINE WV load_words(const void* p) {
-  WV v;
+KVS_INLINE VI load_words(const void* p) {
+  VI v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-// Factors of 2 * ROW_PAIRS rows, repeated for the 8 columns of each row pair.
-KVS_INLINE WV broadcast_rows(const int16_t* x) {
-#if defined(__AVX512F__)
-  const __m512i first = _mm512_broadcastd_epi32(_mm_loadu_si32(x));
-  return (WV)_mm512_mask_broadcastd_epi32(first, 0xff00, _mm_loadu_si32(x + 2));
-#elif defined(__AVX2__)
-  return (WV)_mm256_broadcastd_epi32(_mm_loadu_si32(x));
-#else
+// Rows 1 and 3 to where rows 0 and 2 were.
+KVS_INLINE VI shift_bytes(VI words) {
+  typedef uint16_t Halves __attribute__((vector_size(KVS_VECTOR_BYTES)));
+  return (VI)((Halves)words >> 8);
+}
+// Two adjacent factors in every lane.
+KVS_INLINE VI broadcast_pair(const int16_t* x) {
   int32_t pair;
   memcpy(&pair, x, 4);
-  return (WV)(pair - IV{});
-#endif
+  return pair - VI{};
 }
-// acc[column] += codes[row 0] * x[row 0] + codes[row 1] * x[row 1].
-KVS_INLINE IV dot_add(IV acc, WV codes, WV x) {
+// acc += codes[low half] * x[low half] + codes[high half] * x[high half], per lane.
+KVS_INLINE VI dot2(VI acc, VI codes, VI x) {
 #if defined(__AVX512VNNI__)
-  return (IV)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
+  return (VI)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
 #elif defined(__AVX2__)
-  return acc + (IV)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
+  return acc + (VI)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
 #else
-  const IV c = (IV)codes, f = (IV)x;
-  return acc + ((c << 16) >> 16) * ((f << 16) >> 16) + (c >> 16) * (f >> 16);
+  return acc + ((codes << 16) >> 16) * ((x << 16) >> 16) + (codes >> 16) * (x >> 16);
 #endif
 }
-// The 8 column sums of an accumulator.
-KVS_INLINE V8 column_sums(IV acc) {
+KVS_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
+// Round VL floats of magnitude at most 32767 to integers, and store them as int16, each four in the order 0, 2, 1, 3
+// that dot2 wants them in; returns the integers.
+KVS_INLINE VI store_factors(int16_t* p, VF v) {
 #if defined(__AVX512F__)
-  const __m256i low = _mm512_castsi512_si256((__m512i)acc), high = _mm512_extracti64x4_epi64((__m512i)acc, 1);
-  return (V8)_mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
-#else
-  return __builtin_convertvector(acc, V8);
-#endif
-}
-// Round VL floats of magnitude at most 32767 to int16.
-KVS_INLINE void store_int16(int16_t* p, VF v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)v)));
+  const __m512i rounded = _mm512_cvtps_epi32((__m512)v);
+  const __m256i i = _mm512_cvtepi32_epi16(rounded);
+  _mm256_storeu_si256((__m256i*)p, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(i, 0xd8), 0xd8));
 #elif defined(__AVX2__)
-  const __m256i i = _mm256_cvtps_epi32((__m256)v);
-  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+  const __m256i rounded = _mm256_cvtps_epi32((__m256)v);
+  const __m128i i = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128((__m128i*)p, _mm_shufflehi_epi16(_mm_shufflelo_epi16(i, 0xd8), 0xd8));
 #else
-  const VF rounded = vround(v);
-  for (int i = 0; i < VL; ++i) p[i] = int16_t(rounded[i]);
+  const VI rounded = __builtin_convertvector(vround(v), VI);
+  for (int i = 0; i < VL; i += 4)
+    for (int j = 0; j < 4; ++j) p[i + j] = int16_t(rounded[i + (j == 1 ? 2 : j == 2 ? 1 : j)]);
 #endif
+  return (VI)rounded;
 }
 
 }  // namespace kvs

@@ -24,8 +24,7 @@ import torch
 from kvserve.policies.base import Policy
 
 SECTION_ALIGN_BYTES = 64
-LANES = 8  # columns of one bit plane, see pages/reference.py
-WORD_BITS = 16
+LANES = 16  # columns of one bit plane, see pages/reference.py
 
 
 def align(size_bytes: int) -> int:

@@ -1,13 +1,13 @@
 """PyTorch reference of the sealed page: the definition that every kernel is tested against.
 
 Codes are packed so that a kernel reads them with plain shifts. A matrix of b-bit codes has `rows` (the dimension a
-dot product sums over, taken in pairs) and `columns` (the dimension that stays in SIMD lanes). It is stored as 16-bit
-words
+dot product sums over, taken in fours) and `columns` (the dimension that stays in SIMD lanes). It is stored as bytes
 
-    word[column block][row pair][lane 0..7][row parity 0..1]
+    byte[column block][row quad][lane 0..15][row of the quad 0..3]
 
-and column `block * (128 / b) + plane * 8 + lane` sits in bits [plane * b, plane * b + b) of its word. For K the rows
-are channels and the columns tokens; for V the rows are tokens and the columns channels.
+and column `block * (128 / b) + plane * 16 + lane` sits in bits [plane * b, plane * b + b) of its byte: the 32 bits of
+a lane hold one column of four rows. For K the rows are channels and the columns tokens; for V the rows are tokens and
+the columns channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvserve.pages.layout import LANES, WORD_BITS, PageLayout
+from kvserve.pages.layout import LANES, PageLayout
 
 # Step of the optimal uniform mid-rise quantiser of a unit Gaussian (Max 1960, table II).
 GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
@@ -35,20 +35,19 @@ def hadamard(head_dim: int) -> torch.Tensor:
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack integer codes [rows, columns] into bytes, uint8 [rows * columns * bits / 8]."""
     rows, columns = codes.shape
-    planes = WORD_BITS // bits
-    split = codes.to(torch.int32).reshape(rows // 2, 2, columns // (planes * LANES), planes, LANES)
+    planes = 8 // bits
+    split = codes.to(torch.int32).reshape(rows // 4, 4, columns // (planes * LANES), planes, LANES)
     shifts = (torch.arange(planes, dtype=torch.int32) * bits).reshape(1, 1, 1, planes, 1)
-    words = (split << shifts).sum(3, dtype=torch.int32)  # [row pair, parity, block, lane]
-    return words.permute(2, 0, 3, 1).contiguous().to(torch.uint16).view(torch.uint8).flatten()
+    packed = (split << shifts).sum(3, dtype=torch.int32)  # [quad, row of the quad, block, lane]
+    return packed.permute(2, 0, 3, 1).contiguous().to(torch.uint8).flatten()
 
 
 def unpack_codes(data: torch.Tensor, bits: int, rows: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_codes`: uint8 bytes to int32 codes [rows, columns]."""
-    planes = WORD_BITS // bits
-    words = data.contiguous().view(torch.uint16).to(torch.int32)
-    words = words.reshape(columns // (planes * LANES), rows // 2, LANES, 2)
+    planes = 8 // bits
+    packed = data.to(torch.int32).reshape(columns // (planes * LANES), rows // 4, LANES, 4)
     shifts = torch.arange(planes, dtype=torch.int32) * bits
-    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)  # [block, row pair, lane, parity, plane]
+    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)  # [block, quad, lane, row of the quad, plane]
     return codes.permute(1, 3, 0, 4, 2).reshape(rows, columns)
 
 
