@@ -102,23 +102,30 @@ class Decode {
   void attend_sealed(const Task& t, const Heads& heads, Scratch& s) const {
     const int32_t position = t.request.seq_len - 1, size = l.tile_tokens, tile_start = position / size * size;
     const int32_t* row = t.request.row;
+    const int32_t shown = std::max(t.first, l.sink_tokens);  // the first token that is read from a page
+    const int32_t tile = shown / size, tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
+    for (int32_t i = tile; i < std::min(tile + MAX_PAGES, tiles_end); ++i)
+      prefetch(tile_page(l, a, row, t.kv_head, i), l.page_bytes);
     const int32_t sinks_end = std::min({t.last, l.sink_tokens, tile_start});
     for (int32_t p = t.first; p < sinks_end; ++p) push(sink_slot(l, a, row, t.kv_head, p), heads, s);
     for (int32_t p = std::max(t.first, tile_start); p < std::min(t.last, position); ++p)
       push(tail_slot(l, a, row, t.kv_head, p), heads, s);
     flush(heads, s);
-    const int32_t tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
-    const int32_t shown = std::max(t.first, l.sink_tokens);  // the first token that is read from a page
-    for (int32_t i = shown / size; i < tiles_end; i += MAX_PAGES) {
-      Pages pages;
-      for (int32_t j = i; j < std::min(i + MAX_PAGES, tiles_end); ++j) {
-        if (j + MAX_PAGES < tiles_end) prefetch(tile_page(l, a, row, t.kv_head, j + MAX_PAGES), l.page_bytes);
-        pages.pages[pages.count++] = tile_page(l, a, row, t.kv_head, j);
-      }
-      for (int h = 0; h < group; h += MAX_HEADS)
-        attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), std::max(shown - i * size, 0),
-                     s.page);
+    for (int32_t i = tile; i < tiles_end; i += MAX_PAGES)
+      attend_tiles(t, i, tiles_end, std::max(shown - i * size, 0), heads, s);
+  }
+
+  // MAX_PAGES tiles from `first` on, without the first `hidden` tokens.
+  void attend_tiles(const Task& t, int32_t first, int32_t tiles_end, int hidden, const Heads& heads, Scratch& s) const {
+    Pages pages;
+    pages.page_bytes = l.page_bytes;
+    for (int32_t i = first; i < std::min(first + MAX_PAGES, tiles_end); ++i) {
+      const int32_t after = i + MAX_PAGES;
+      pages.pages[pages.count] = tile_page(l, a, t.request.row, t.kv_head, i);
+      pages.next[pages.count++] = after < tiles_end ? tile_page(l, a, t.request.row, t.kv_head, after) : nullptr;
     }
+    for (int h = 0; h < group; h += MAX_HEADS)
+      attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), hidden, s.page);
   }
 
   // The query's own token, which is not stored yet.

@@ -21,10 +21,19 @@ struct PageScratch {
   float unit[MAX_PAGES * MAX_GROUPS], low_dot[MAX_PAGES * MAX_GROUPS][MAX_HEADS];
 };
 
-// Pages read together, each `tile_tokens` columns of the scores.
+// Pages read together, each `tile_tokens` columns of the scores, and those that are read after them (may be null).
 struct Pages {
   const uint8_t* pages[MAX_PAGES];
+  const uint8_t* next[MAX_PAGES];
+  int64_t page_bytes;
   int count = 0;
+
+  // A quarter of the page that follows page i: all of it at once would fill the miss buffers and stall the loads.
+  void prefetch_quarter(int i, int quarter) const {
+    if (!next[i]) return;
+    const int64_t begin = page_bytes * quarter / 4 / 64 * 64, end = page_bytes * (quarter + 1) / 4 / 64 * 64;
+    prefetch(next[i] + begin, end - begin);
+  }
 };
 
 // Rounds x * scale to integers; returns what rounding took away, summed per lane.
@@ -122,9 +131,12 @@ KVS_INLINE void score_columns(const Codes& codes, int first, int index, float* s
 template <int BITS, int H>
 void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
   const int groups = l.tile_tokens / l.key_group;
-  for (int i = 0; i < pages.count; ++i)
-    for (int g = 0; g < groups; ++g) query_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, heads, s);
   for (int i = 0; i < pages.count; ++i) {
+    pages.prefetch_quarter(i, 0);
+    for (int g = 0; g < groups; ++g) query_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, heads, s);
+  }
+  for (int i = 0; i < pages.count; ++i) {
+    pages.prefetch_quarter(i, 1);
     const uint8_t* page = pages.pages[i];
     const Codes codes{page + l.key_codes, page + l.key_boost_codes, l.head_dim, l.boost_channels};
     float* scores = s.scores + i * l.tile_tokens;
@@ -198,10 +210,13 @@ KVS_INLINE void weigh_columns(const Codes& codes, int first, int index, const He
 template <int BITS, int H>
 void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
   const int groups = l.head_dim / l.value_group;
-  for (int i = 0; i < pages.count; ++i)
+  for (int i = 0; i < pages.count; ++i) {
+    pages.prefetch_quarter(i, 2);
     for (int g = 0; g < groups; ++g)
       weight_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, s.scores + i * l.tile_tokens, s);
+  }
   for (int i = 0; i < pages.count; ++i) {
+    pages.prefetch_quarter(i, 3);
     const Codes codes{pages.pages[i] + l.value_codes, nullptr, l.tile_tokens, 0};
     for (int g = 0; g < groups; ++g) {
       const int first = g * l.value_group, index = i * groups + g;
