@@ -20,6 +20,15 @@ void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* 
     kvs::attend_extend(*layout, *batch, *arena, staged, *query, *out, lse, extend.data(), int32_t(extend.size()));
 }
 
+void kvs_forward(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const KvsRows* key,
+                 const KvsRows* value, int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out,
+                 float* lse) {
+  kvs_stage(layout, key, value, num_tokens, staged);
+  kvs_store_sealed(layout, batch, arena, staged);
+  kvs_attend(layout, batch, arena, staged, query, out, lse);
+  kvs_store_tail(layout, batch, arena, staged);
+}
+
 const char* kvs_isa(void) { return KVS_ISA; }
 
 int32_t kvs_num_threads(void) { return omp_get_max_threads(); }

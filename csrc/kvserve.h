@@ -66,6 +66,9 @@ void kvs_store_sealed(const KvsLayout*, const KvsBatch*, const KvsArena*, const 
 void kvs_attend(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged, const KvsRows* query,
                 const KvsRows* out, float* lse);
 void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
+// The four in order.
+void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRows* key, const KvsRows* value,
+                 int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

@@ -26,7 +26,7 @@ using namespace kvs;
 void kvs_stage(const KvsLayout* layout, const KvsRows* key, const KvsRows* value, int32_t num_tokens,
                float* staged) {
   const KvsLayout& l = *layout;
-#pragma omp parallel for schedule(static) if (num_tokens > 8)
+#pragma omp parallel for schedule(static) if (num_tokens > 32)
   for (int32_t t = 0; t < num_tokens; ++t)
     for (int32_t h = 0; h < l.num_kv_heads; ++h) {
       float* k = staged + (int64_t(t) * l.num_kv_heads + h) * 2 * l.head_dim;
@@ -41,7 +41,7 @@ void kvs_stage(const KvsLayout* layout, const KvsRows* key, const KvsRows* value
 void kvs_store_tail(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged) {
   const KvsLayout& l = *layout;
   if (!l.tile_tokens) return;
-#pragma omp parallel for schedule(static) if (batch->num_reqs > 8)
+#pragma omp parallel for schedule(static) if (batch->num_reqs > 32)
   for (int32_t r = 0; r < batch->num_reqs; ++r) {
     const Request q = request_of(*batch, r);
     const int32_t first = std::max(q.num_computed, q.seq_len / l.tile_tokens * l.tile_tokens);

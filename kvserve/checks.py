@@ -29,6 +29,7 @@ class ServeOptions:
     """The vLLM options kvserve looks at, under the names they have in vLLM's parsed arguments."""
 
     kv_cache_dtype: str | None = None
+    kv_cache_dtype_skip_layers: Any = None
     block_size: int | None = None
     speculative_config: Any = None
     spec_method: Any = None
@@ -63,16 +64,18 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
             f"policy {policy.name} {keeps}, so --kv-cache-dtype {options.kv_cache_dtype} cannot be combined with it; "
             "drop the option"
         )
+    if options.kv_cache_dtype_skip_layers:
+        raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
     if any((options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens)):
         raise UnsupportedError(
             "speculative decoding is not proven with kvserve's cache; drop --speculative-config (and --spec-*)"
         )
+    if options.kv_offloading_size:  # before the connector that vLLM makes of it
+        raise UnsupportedError("KV offloading cannot move kvserve's pages; drop --kv-offloading-size")
     if options.kv_transfer_config:
         raise UnsupportedError(
             "KV connectors cannot move kvserve's pages; drop --kv-transfer-config, or serve with stock vLLM"
         )
-    if options.kv_offloading_size:
-        raise UnsupportedError("KV offloading cannot move kvserve's pages; drop --kv-offloading-size")
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (getattr(options, option) or 1) > 1:
             raise UnsupportedError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import kvserve.engine.settings
@@ -39,6 +40,28 @@ def test_a_policy_outside_the_tested_vllm_range_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(kvserve.engine.settings, "check_vllm_version", too_new)
     config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
     with set_current_vllm_config(config), pytest.raises(UnsupportedError, match=re.escape("0.99")):
+        _ = selector.backend
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "option"),
+    [
+        ("cache_config", "cache_dtype", "fp8", "--kv-cache-dtype"),
+        ("cache_config", "kv_cache_dtype_skip_layers", ["0"], "--kv-cache-dtype-skip-layers"),
+        ("cache_config", "kv_offloading_size", 4.0, "--kv-offloading-size"),
+        ("cache_config", "block_size", 16, "--block-size"),
+        ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "--attention-backend"),
+        (None, "speculative_config", object(), "--speculative-config"),
+        (None, "kv_transfer_config", object(), "--kv-transfer-config"),
+    ],
+)
+def test_the_plugin_refuses_what_the_command_line_refuses(section: str | None, field: str, value: Any, option: str):
+    config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
+    config.cache_config.block_size = 64
+    object.__setattr__(getattr(config, section) if section else config, field, value)
+    with set_current_vllm_config(config), pytest.raises(UnsupportedError, match=re.escape(option)):
         _ = selector.backend
 
 

@@ -98,17 +98,39 @@ class NativeAttention(PagedAttention):
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
     ) -> None:
-        heads, head_dim = self.spec.num_heads, self.layout.head_dim
-        if lse is not None and (lse.dtype != torch.float32 or not lse.is_contiguous()):
-            raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
         self._library.kvs_attend(
             self._layout,
             _batch(batch),
             self._arena(cells),
             staged.data_ptr(),
-            _rows("query", query, heads, head_dim),
-            _rows("output", output, heads, head_dim),
-            None if lse is None else lse.data_ptr(),
+            self._query_rows("query", query),
+            self._query_rows("output", output),
+            _lse_pointer(lse),
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        num_tokens = key.shape[0]
+        staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
+        self._library.kvs_forward(
+            self._layout,
+            _batch(batch),
+            self._arena(cells),
+            self._kv_rows("key", key),
+            self._kv_rows("value", value),
+            num_tokens,
+            staged.data_ptr(),
+            self._query_rows("query", query),
+            self._query_rows("output", output),
+            _lse_pointer(lse),
         )
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
@@ -116,6 +138,9 @@ class NativeAttention(PagedAttention):
 
     def _kv_rows(self, name: str, rows: torch.Tensor) -> _Rows:
         return _rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
+
+    def _query_rows(self, name: str, rows: torch.Tensor) -> _Rows:
+        return _rows(name, rows, self.spec.num_heads, self.layout.head_dim)
 
     def _arena(self, cells: torch.Tensor) -> _Arena:
         known, base = self._arena_struct, cells.data_ptr()
@@ -193,6 +218,7 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_store_sealed": [layout, batch, arena, _pointer],
         "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer],
         "kvs_store_tail": [layout, batch, arena, _pointer],
+        "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -248,6 +274,14 @@ def _batch(batch: Batch) -> _Batch:
             batch.block_table.stride(0),
         )
     return batch.native
+
+
+def _lse_pointer(lse: torch.Tensor | None) -> int | None:
+    if lse is None:
+        return None
+    if lse.dtype != torch.float32 or not lse.is_contiguous():
+        raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
+    return lse.data_ptr()
 
 
 def _rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> _Rows:

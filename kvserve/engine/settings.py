@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvserve.checks import UnsupportedError, check_model
+from kvserve.checks import ServeOptions, check_model, check_options
 from kvserve.compat import check_vllm_version
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
@@ -41,7 +41,7 @@ class EngineSettings:
             return None
         check_vllm_version()
         policy = policy_from_config(section)
-        _check_engine(vllm_config)
+        check_options(serve_options(vllm_config), policy)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         return cls(policy, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
 
@@ -50,15 +50,19 @@ class EngineSettings:
         return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype)
 
 
-def _check_engine(config: VllmConfig) -> None:
-    cache, parallel = config.cache_config, config.parallel_config
-    refused = (
-        (cache.cache_dtype not in ("auto", None), "--kv-cache-dtype", "the policy decides how the cache is written"),
-        (config.speculative_config is not None, "--speculative-config", "speculative decoding is not proven with it"),
-        (config.kv_transfer_config is not None, "--kv-transfer-config", "KV connectors do not know its pages"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "its pages are not sharded"),
-        (bool(cache.kv_cache_dtype_skip_layers), "--kv-cache-dtype-skip-layers", "the policy covers every layer"),
+def serve_options(config: VllmConfig) -> ServeOptions:
+    """What vLLM resolved, under the names of its command line."""
+    cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
+    return ServeOptions(
+        kv_cache_dtype=cache.cache_dtype,
+        kv_cache_dtype_skip_layers=cache.kv_cache_dtype_skip_layers,
+        block_size=cache.block_size,
+        speculative_config=config.speculative_config,
+        kv_transfer_config=config.kv_transfer_config,
+        kv_offloading_size=cache.kv_offloading_size,
+        decode_context_parallel_size=parallel.decode_context_parallel_size,
+        prefill_context_parallel_size=parallel.prefill_context_parallel_size,
+        attention_backend=config.attention_config.backend,
+        runner=model and model.runner_type,
+        convert=model and model.convert_type,
     )
-    for wrong, flag, why in refused:
-        if wrong:
-            raise UnsupportedError(f"remove {flag}: a kvserve policy is set and {why}")
