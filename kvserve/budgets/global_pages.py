@@ -11,7 +11,7 @@ from kvserve.budgets.base import Bounds, Budget
 
 
 class GlobalPages(Budget):
-    """Keep the best pages of the whole sequence (KV-Compress, arXiv 2410.00161, section 3).
+    """Keep the best pages of the whole sequence (KV-Compress, arXiv 2410.00161).
 
     A head's tokens, sorted by score, fill its pages from the best to the worst; giving up m pages evicts what is in
     its last m. A page is worth the best token that goes with it (metric: max, the authors' choice) or the mean of its

@@ -11,7 +11,7 @@ from kvserve.budgets.base import Bounds, Budget, spread
 
 
 class HeadsInLayer(Budget):
-    """Each head gets what its tokens win among the best of its layer (Ada-KV, arXiv 2407.11550, section 4).
+    """Each head gets what its tokens win among the best of its layer (Ada-KV, arXiv 2407.11550).
 
     Layers get equal pages. In a layer of H heads that may keep T tokens, head h owns c_h of the T highest scores; it
     gets (1 - floor) * c_h + floor * T / H tokens, in whole pages by largest remainder. `floor` is the safeguard that

@@ -11,7 +11,7 @@ from kvserve.budgets.base import Bounds, Budget, spread
 
 
 class Pyramid(Budget):
-    """Budgets that fall linearly with the layer (PyramidKV, arXiv 2406.02069, section 4).
+    """Budgets that fall linearly with the layer (PyramidKV, arXiv 2406.02069).
 
     With B tokens per head on average beyond the protected minimum, the last layer gets B // beta of them and the first
     2B - B // beta. Where the first layer has fewer tokens than that, it keeps all and the last layer gains; a prompt

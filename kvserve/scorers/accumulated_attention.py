@@ -13,7 +13,7 @@ from kvserve.scorers.base import LayerView, Scorer, protect
 class AccumulatedAttention(Scorer):
     """Heavy hitters: attention received, summed over all query rows, and the newest tokens for good.
 
-    H2O (arXiv 2306.14048, section 4) keeps as many recent tokens as heavy hitters, 10 % of the prompt each; here
+    H2O (arXiv 2306.14048) keeps as many recent tokens as heavy hitters, 10 % of the prompt each; here
     `recent_share` of whatever a head keeps on average is recent. Sums favour early tokens, which more rows have seen:
     `per_row` divides by the number of rows that could see the token (kvpress's ObservedAttention, not in the paper).
 

@@ -12,7 +12,7 @@ from kvserve.scorers.rotary import QueryStatistics
 
 
 class ExpectedAttention(Scorer):
-    """Attention probability expected of a Gaussian query, times the norm of the value (arXiv 2510.00636, section 3).
+    """Attention probability expected of a Gaussian query, times the norm of the value (arXiv 2510.00636).
 
     Queries before RoPE are taken as Gaussian with the mean μ and covariance Σ seen so far; R is the mean rotation of
     the next `future` positions. For a key k, E[exp(scale q·k)] = exp(scale (Rμ)·k + scale² kᵀ(RΣRᵀ)k / 2), normalised

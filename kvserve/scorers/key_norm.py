@@ -10,7 +10,7 @@ from kvserve.scorers.base import LayerView, Scorer
 
 
 class KeyNorm(Scorer):
-    """Minus the L2 norm of the key: short keys attract attention (arXiv 2406.11430, section 3; kvpress: Knorm).
+    """Minus the L2 norm of the key: short keys attract attention (arXiv 2406.11430; kvpress: Knorm).
 
     Norms of different heads and layers are not on one scale: use it with a budget that does not compare them.
     """

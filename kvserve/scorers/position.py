@@ -11,7 +11,7 @@ from kvserve.scorers.base import LayerView, Scorer, protect
 
 
 class Position(Scorer):
-    """The first `sinks` tokens and then the newest ones (StreamingLLM, arXiv 2309.17453, section 3).
+    """The first `sinks` tokens and then the newest ones (StreamingLLM, arXiv 2309.17453).
 
     Keys keep the positions they were rotated to; the paper turns them to positions inside the cache.
     """
