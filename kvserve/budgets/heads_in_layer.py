@@ -1,0 +1,46 @@
+"""The heads of a layer compete for the layer's pages."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from kvserve.budgets.base import Bounds, Budget, spread
+
+
+class HeadsInLayer(Budget):
+    """Each head gets what its tokens win among the best of its layer (Ada-KV, arXiv 2407.11550).
+
+    Layers get equal pages. In a layer of H heads that may keep T tokens, head h owns c_h of the T highest scores; it
+    gets (1 - floor) * c_h + floor * T / H tokens, in whole pages by largest remainder. `floor` is the safeguard that
+    the authors' code calls alpha: 1 is uniform. Scores must be comparable between heads: attention is, key norms are
+    not.
+    """
+
+    reads: ClassVar[Literal["shape", "layer", "sequence"]] = "layer"
+
+    name: Literal["heads-in-layer"] = "heads-in-layer"
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+    def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
+        by_layer = Bounds(bounds.low.sum(1), bounds.high.sum(1), bounds.total)
+        totals = spread(torch.zeros_like(by_layer.low), by_layer).tolist()
+        return torch.stack(
+            [
+                self._divide(layer_scores, page_tokens, Bounds(low, high, total))
+                for layer_scores, low, high, total in zip(scores, bounds.low, bounds.high, totals, strict=True)
+            ]
+        )
+
+    def _divide(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
+        heads = scores.shape[0]
+        budget = min(bounds.total * page_tokens, int((scores > -torch.inf).sum()))
+        # Rank-major, so that equal scores are won by turns and not all by the first head.
+        ranked = scores.sort(dim=-1, descending=True).values.T.flatten()
+        winners = ranked.sort(descending=True, stable=True).indices[:budget] % heads
+        won = torch.bincount(winners, minlength=heads)
+        pages = ((1 - self.floor) * won.double() + self.floor * budget / heads) / page_tokens
+        whole = (pages + 1e-9).floor()  # 2.9999999 is 3
+        return spread(whole.long(), bounds, priority=pages - whole)

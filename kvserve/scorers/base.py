@@ -1,0 +1,102 @@
+"""What a scorer is: how much each cached token matters, per KV head.
+
+A scorer reads tensors and returns a tensor. It keeps no state, allocates no pages and knows nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from kvserve.scorers.rotary import QueryStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """The cached tokens of one layer of one request, the newest included, in ascending logical position.
+
+    KV heads that hold the same tokens share a view. Once heads hold different tokens each gets its own view, with
+    kv_heads = 1, the query heads of its group, and `first_head` set to the head.
+
+    Attributes:
+        keys, values: float32 [kv_heads, n, head_dim]; keys after RoPE.
+        positions: int64 [n], strictly ascending; the last is the newest token of the sequence.
+        scale: factor of the query-key dot products.
+        window_queries: float32 [num_heads, w, head_dim]; the query rows of the w newest tokens, after RoPE.
+        accumulated: float32 [kv_heads, n]; attention probability (or its square, as the scorer says) that the token
+            received, summed over the query rows seen so far and over the query heads of its KV head.
+        query_statistics: of the query rows seen so far.
+        kept_tokens: tokens that a KV head will keep, on average.
+        request_id, layer, first_head: who this is; `first_head` counts the KV heads of all ranks.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    scale: float
+    window_queries: torch.Tensor | None = None
+    accumulated: torch.Tensor | None = None
+    query_statistics: QueryStatistics | None = None
+    kept_tokens: int | None = None
+    request_id: str = ""
+    layer: int = 0
+    first_head: int = 0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Cached tokens of each head."""
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Logical tokens of the sequence, evicted ones included: the position of the next token."""
+        return int(self.positions[-1]) + 1
+
+
+class Scorer(BaseModel, ABC):
+    """Parameters of one way to score tokens; subclasses add a `name` that YAML files use.
+
+    Attributes:
+        needs: optional fields of LayerView that must be collected for this scorer.
+        query_agnostic: whether a cache compressed by these scores may serve another question than the prompt's own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    query_agnostic: ClassVar[bool]
+
+    def score(self, view: LayerView) -> torch.Tensor:
+        """Float32 [kv_heads, n], higher = keep; finite, or +inf for tokens the method never evicts.
+
+        Raises:
+            ValueError: the view lacks something of `needs`.
+        """
+        missing = sorted(field for field in self.needs if getattr(view, field) is None)
+        if missing:
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which the view does not have")
+        return self._score(view)
+
+    @abstractmethod
+    def _score(self, view: LayerView) -> torch.Tensor:
+        """`score` of a view that has all of `needs`."""
+
+
+def protect(scores: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
+    """A copy of scores [..., n] in which the first `sinks` and the last `recent` tokens are +inf.
+
+    A budget must leave each head at least sinks + recent tokens (Budget's minimum_pages): selection treats +inf as a
+    tie like any other.
+    """
+    if sinks < 0 or recent < 0:
+        raise ValueError(f"sinks and recent must not be negative, got {sinks} and {recent}")
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill((index < sinks) | (index >= scores.shape[-1] - recent), torch.inf)
