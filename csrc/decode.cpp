@@ -15,10 +15,13 @@ namespace {
 constexpr int CHUNK_TILES = 32;
 constexpr int CHUNK_TOKENS_DENSE = 2048;
 
+constexpr int32_t NOT_KEPT = -1;
+
 // Tokens [first, last) of one request and KV head. `index` of `chunks` partial results.
 struct Task {
   Request request;
   int32_t kv_head, first, last, index, chunks;
+  int32_t kept;  // else the head's first kept page, and first and last count its kept tokens
 };
 
 struct Scratch {
@@ -76,13 +79,16 @@ class Decode {
     const int32_t size = l.tile_tokens ? CHUNK_TILES * l.tile_tokens : CHUNK_TOKENS_DENSE;
     for (int32_t i = 0; i < n; ++i) {
       const Request r = request_of(b, req_ids[i]);
-      const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : 0;
-      const int32_t chunk = first / size, chunks = (r.seq_len - 1) / size - chunk + 1;
-      for (int32_t h = 0; h < l.num_kv_heads; ++h)
-        for (int32_t c = 0; c < chunks; ++c) {
-          const int32_t start = (chunk + c) * size;
-          tasks.push_back({r, h, std::max(first, start), std::min(r.seq_len, start + size), c, chunks});
-        }
+      const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : r.kept_end;
+      for (int32_t h = 0; h < l.num_kv_heads; ++h) {
+        const KvsKept kept = r.kept_end ? kept_of(a, r.row, h) : KvsKept{};
+        const int32_t done = (kept.num_tokens + size - 1) / size;
+        const int32_t chunks = done + (r.seq_len - 1) / size - first / size + 1;
+        for (int32_t c = 0; c < done; ++c)
+          tasks.push_back({r, h, c * size, std::min(kept.num_tokens, (c + 1) * size), c, chunks, kept.first_page});
+        for (int32_t c = done, start = first / size * size; c < chunks; ++c, start += size)
+          tasks.push_back({r, h, std::max(first, start), std::min(r.seq_len, start + size), c, chunks, NOT_KEPT});
+      }
     }
   }
 
@@ -95,6 +101,7 @@ class Decode {
       for (int32_t p = t.first; p < t.last; ++p) push(dense_slot(l, a, t.request.row, t.kv_head, p), heads, s);
       return flush(heads, s);
     }
+    if (t.kept != NOT_KEPT) return attend_kept(t, heads, s);
     attend_sealed(t, heads, s);
     attend_own(t, heads, s);
   }
@@ -104,28 +111,44 @@ class Decode {
     const int32_t* row = t.request.row;
     const int32_t shown = std::max(t.first, l.sink_tokens);  // the first token that is read from a page
     const int32_t tile = shown / size, tiles_end = (std::min(t.last, tile_start) + size - 1) / size;
-    for (int32_t i = tile; i < std::min(tile + MAX_PAGES, tiles_end); ++i)
-      prefetch(tile_page(l, a, row, t.kv_head, i), l.page_bytes);
+    prefetch_pages(t, tile, tiles_end);
+    const int32_t sinks = t.first == t.request.kept_end ? 0 : t.first;  // of an evicted request: in its first chunk
     const int32_t sinks_end = std::min({t.last, l.sink_tokens, tile_start});
-    for (int32_t p = t.first; p < sinks_end; ++p) push(sink_slot(l, a, row, t.kv_head, p), heads, s);
+    for (int32_t p = sinks; p < sinks_end; ++p) push(sink_slot(l, a, row, t.kv_head, p), heads, s);
     for (int32_t p = std::max(t.first, tile_start); p < std::min(t.last, position); ++p)
       push(tail_slot(l, a, row, t.kv_head, p), heads, s);
     flush(heads, s);
     for (int32_t i = tile; i < tiles_end; i += MAX_PAGES)
-      attend_tiles(t, i, tiles_end, std::max(shown - i * size, 0), heads, s);
+      attend_batch(t, i, tiles_end, std::max(shown - i * size, 0), heads, s);
   }
 
-  // MAX_PAGES tiles from `first` on, without the first `hidden` tokens.
-  void attend_tiles(const Task& t, int32_t first, int32_t tiles_end, int hidden, const Heads& heads, Scratch& s) const {
+  void attend_kept(const Task& t, const Heads& heads, Scratch& s) const {
+    const int32_t size = l.tile_tokens, first = t.first / size, end = (t.last + size - 1) / size;
+    prefetch_pages(t, first, end);
+    for (int32_t i = first; i < end; i += MAX_PAGES) attend_batch(t, i, end, 0, heads, s);
+  }
+
+  // MAX_PAGES pages from `first` on, without the first `hidden` tokens.
+  void attend_batch(const Task& t, int32_t first, int32_t pages_end, int hidden, const Heads& heads, Scratch& s) const {
     Pages pages;
     pages.page_bytes = l.page_bytes;
-    for (int32_t i = first; i < std::min(first + MAX_PAGES, tiles_end); ++i) {
+    for (int32_t i = first; i < std::min(first + MAX_PAGES, pages_end); ++i) {
       const int32_t after = i + MAX_PAGES;
-      pages.pages[pages.count] = tile_page(l, a, t.request.row, t.kv_head, i);
-      pages.next[pages.count++] = after < tiles_end ? tile_page(l, a, t.request.row, t.kv_head, after) : nullptr;
+      pages.pages[pages.count] = page_of(t, i);
+      pages.next[pages.count++] = after < pages_end ? page_of(t, after) : nullptr;
     }
+    const int last = std::min(pages.count * l.tile_tokens, t.last - first * l.tile_tokens);
     for (int h = 0; h < group; h += MAX_HEADS)
-      attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), hidden, s.page);
+      attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), hidden, last, s.page);
+  }
+
+  // Tile i, or the i-th page that the KV head keeps.
+  const uint8_t* page_of(const Task& t, int32_t i) const {
+    return t.kept == NOT_KEPT ? tile_page(l, a, t.request, t.kv_head, i)
+                              : kept_page(l, a, t.request.row, t.request.kept_row, t.kept + i);
+  }
+  void prefetch_pages(const Task& t, int32_t first, int32_t end) const {
+    for (int32_t i = first; i < std::min(first + MAX_PAGES, end); ++i) prefetch(page_of(t, i), l.page_bytes);
   }
 
   // The query's own token, which is not stored yet.

@@ -23,12 +23,12 @@ struct Task {
   int64_t cost;
 };
 
-// 64 columns (tokens) ready for the micro-kernels; tokens outside [begin, end) are zero and never visible.
+// 64 columns (tokens) ready for the micro-kernels; tokens outside [begin, end) are finite and never visible.
 struct Tile {
   const float* keys;    // [head_dim][64]
   const float* values;  // [head_dim / 64][64][64], panels `panel_stride` apart
   ptrdiff_t panel_stride;
-  int first;  // position of column 0
+  int first;  // position of column 0; 0 for columns that every query sees
   int begin, end;
 };
 
@@ -77,6 +77,7 @@ class Worker {
   void store_outputs();
   void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
+  void attend_kept();
   void attend(const Tile& tile, int row_begin, int row_end);
   Range score_strip(const Tile& tile, int row, int row_begin, int row_end);
   Range mask_strip(const Tile& tile, int row, int row_begin, int row_end, Range* visible) const;
@@ -192,7 +193,7 @@ void Worker::attend_sealed(int tile_index) {
   const int window_end = layout_.sliding_window ? tile_end - 1 + layout_.sliding_window : last_ + 1;
   const int end = std::min(last_ + 1, window_end);
   if (first >= end) return;
-  const uint8_t* page = tile_page(layout_, arena_, request_.row, task_.kv_head, tile_index);
+  const uint8_t* page = tile_page(layout_, arena_, request_, task_.kv_head, tile_index);
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
   decode_keys(layout_, page, keys_);
   decode_values(layout_, page, values_);
@@ -201,6 +202,28 @@ void Worker::attend_sealed(int tile_index) {
     const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride,
                     tile_index * tile_tokens_ + part, 0, COLUMNS};
     attend(tile, (first - task_.first) * group_, (end - task_.first) * group_);
+  }
+}
+
+// All queries over what an evicted request has left before kept_end: sinks and kept pages.
+void Worker::attend_kept() {
+  if (layout_.sink_tokens) {
+    std::fill_n(keys_, (size_t)COLUMNS * dim_, 0.0f);
+    std::fill_n(values_, (size_t)COLUMNS * dim_, 0.0f);
+    load_sinks(keys_, values_, COLUMNS * COLUMNS);
+    attend({keys_, values_, COLUMNS * COLUMNS, 0, 0, layout_.sink_tokens}, 0, rows_);
+  }
+  const KvsKept kept = kept_of(arena_, request_.row, task_.kv_head);
+  const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
+  for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
+    const uint8_t* page = kept_page(layout_, arena_, request_.row, request_.kept_row, f);
+    decode_keys(layout_, page, keys_);
+    decode_values(layout_, page, values_);
+    for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {
+      const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride, 0, 0,
+                      std::min(COLUMNS, kept.num_tokens - first - part)};
+      attend(tile, 0, rows_);
+    }
   }
 }
 
@@ -347,7 +370,9 @@ void Worker::run(const Task& task) {
   padded_ = round_up(rows_, MR);
   carve_scratch(padded_);
   load_queries();
-  for (int tile = window_begin(task.first) / tile_tokens_; tile <= last_ / tile_tokens_; ++tile) {
+  if (request_.kept_end) attend_kept();
+  const int begin = std::max(window_begin(task.first), request_.kept_end);
+  for (int tile = begin / tile_tokens_; tile <= last_ / tile_tokens_; ++tile) {
     const int first = tile * tile_tokens_;
     if (layout_.tile_tokens) attend_sealed(tile);
     const int query_end = layout_.tile_tokens ? std::min(last_ + 1, first + tile_tokens_) : last_ + 1;

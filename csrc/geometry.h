@@ -1,5 +1,7 @@
 // Addresses of pages and dense slots (kvserve/pages/layout.py). `row` is a request's row of the block table.
 #pragma once
+#include <cstring>
+
 #include "kvserve.h"
 
 namespace kvs {
@@ -11,20 +13,57 @@ inline uint8_t* cell(const KvsArena& a, int32_t block, int32_t kv_head) {
   return a.base + block * a.block_stride + kv_head * a.head_stride;
 }
 
-// Sealed page of tile i.
-inline uint8_t* tile_page(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t i) {
+// One request of a batch.
+struct Request {
+  int32_t first_row;     // of its query rows
+  int32_t num_computed;  // tokens stored before this step
+  int32_t seq_len;
+  const int32_t* row;
+  int32_t kept_end = 0, kept_row = 0, kept_blocks = 0;  // all 0 unless it was evicted
+};
+
+// `kept`: the request's three integers (KvsBatch), or null.
+inline Request request_of(int32_t first_row, int32_t num_computed, int32_t seq_len, const int32_t* row,
+                          const int32_t* kept) {
+  if (!kept || kept[0] == 0) return {first_row, num_computed, seq_len, row};
+  return {first_row, num_computed, seq_len, row, kept[0], kept[1], kept[2]};
+}
+
+inline Request request_of(const KvsBatch& b, int32_t r) {
+  const int32_t first = b.query_start_loc[r], len = b.query_start_loc[r + 1] - first;
+  return request_of(first, b.seq_lens[r] - len, b.seq_lens[r], b.block_table + r * b.block_table_stride,
+                    b.kept ? b.kept + 3 * int64_t(r) : nullptr);
+}
+
+// Sealed page of tile i. Tile blocks that a request got after it was evicted lie behind its kept blocks.
+inline uint8_t* tile_page(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv_head, int32_t i) {
   const int32_t j = i / l.tiles_per_block;
-  const int32_t block = row[l.tail_blocks + j + (j ? l.sink_blocks : 0)];
+  const int32_t r = l.state_blocks + l.tail_blocks + j + (j ? l.sink_blocks : 0);
+  const int32_t block = q.row[r < q.kept_row ? r : r + q.kept_blocks];
   return cell(a, block, kv_head) + (i % l.tiles_per_block) * l.page_bytes;
+}
+// Kept page f of a request: its pages fill each kept block layer by layer, whichever layer they belong to.
+inline uint8_t* kept_page(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kept_row, int32_t f) {
+  const int32_t of_layer = l.num_kv_heads * l.tiles_per_block, of_block = a.num_layers * of_layer;
+  const int32_t block = row[kept_row + f / of_block], layer = f % of_block / of_layer, i = f % of_layer;
+  return cell(a, block, i / l.tiles_per_block) + (layer - a.layer) * a.layer_stride +
+         (i % l.tiles_per_block) * l.page_bytes;
+}
+// What one KV head of an evicted request keeps in this layer.
+inline KvsKept kept_of(const KvsArena& a, const int32_t* row, int32_t kv_head) {
+  KvsKept kept;
+  memcpy(&kept, cell(a, row[0], kv_head), sizeof kept);
+  return kept;
 }
 // Dense slot of sink token s.
 inline uint8_t* sink_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t s) {
-  return cell(a, row[l.tail_blocks + 1 + s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
+  const int32_t block = row[l.state_blocks + l.tail_blocks + 1 + s / l.slots_per_cell];
+  return cell(a, block, kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
 }
 // Dense slot of the unfinished tile's token at position p.
 inline uint8_t* tail_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
   const int32_t s = p % l.tile_tokens;
-  return cell(a, row[s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
+  return cell(a, row[l.state_blocks + s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
 }
 // Slot of the token at position p under the dense policy.
 inline uint8_t* dense_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
@@ -39,19 +78,6 @@ inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t 
 inline uint8_t* row_at(const KvsRows& rows, int64_t token, int64_t head) {
   const int64_t bytes = rows.dtype == KVS_F32 ? 4 : 2;
   return (uint8_t*)rows.data + (token * rows.token_stride + head * rows.head_stride) * bytes;
-}
-
-// One request of a batch.
-struct Request {
-  int32_t first_row;     // of its query rows
-  int32_t num_computed;  // tokens stored before this step
-  int32_t seq_len;
-  const int32_t* row;
-};
-
-inline Request request_of(const KvsBatch& b, int32_t r) {
-  const int32_t first = b.query_start_loc[r], len = b.query_start_loc[r + 1] - first;
-  return {first, b.seq_lens[r] - len, b.seq_lens[r], b.block_table + r * b.block_table_stride};
 }
 
 }  // namespace kvs

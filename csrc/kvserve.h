@@ -13,6 +13,10 @@
 //   t <  tile_start(p), t <  sink_tokens : the dense slot in the sink blocks
 //   t >= tile_start(p)                   : the dense row (tail slot if older than this step, else `staged`)
 // It depends on positions only, so chunking, prefix hits and recompute cannot change the result.
+//
+// A request may have been evicted at kept_end, a multiple of T: of the tokens sink_tokens <= t < kept_end each layer and
+// KV head keeps its own subset, re-packed in ascending order into kept pages. A query at p >= kept_end (no other occurs)
+// then sees, of the tokens before kept_end, the sinks and what its KV head kept; all others as above.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +31,7 @@ struct KvsLayout {
   int32_t block_size;       // tokens of one block
   int32_t dense_dtype;      // KvsDtype of dense slots
   int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
-  int32_t tiles_per_block, slots_per_cell, tail_blocks, sink_blocks, sink_tokens;
+  int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
   int32_t key_bits, key_group, boost_channels;
   int32_t value_bits, value_group, value_rotated;
   int32_t sliding_window;   // 0: none
@@ -36,10 +40,19 @@ struct KvsLayout {
   int64_t key_codes, key_boost_codes, value_codes, key_scales, value_scales, key_boost_index;  // offsets in a page
 };
 
-// The cell of (block b, kv head h) of this layer starts at base + b * block_stride + h * head_stride.
+// One layer's view of the arena: the cell of (block b, kv head h) of layer i, of num_layers, starts at
+// base + b * block_stride + h * head_stride + (i - layer) * layer_stride. Every layer has the same KV heads.
 struct KvsArena {
   uint8_t* base;
-  int64_t block_stride, head_stride;  // bytes
+  int64_t block_stride, head_stride, layer_stride;  // bytes
+  int32_t layer, num_layers;
+};
+
+// What one (layer, KV head) of an evicted request keeps; stored at byte 0 of the layer's cell (row[0], kv_head).
+struct KvsKept {
+  int32_t end;                    // kept_end of its request
+  int32_t first_page, num_pages;  // of the request's kept pages: the last one is partly filled
+  int32_t num_tokens;
 };
 
 // num_reqs requests; request r has the query rows [query_start_loc[r], query_start_loc[r + 1]) and, with them,
@@ -50,6 +63,7 @@ struct KvsBatch {
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t block_table_stride;  // elements
+  const int32_t* kept;         // [num_reqs][kept_end, kept_row, kept_blocks]; kept_end 0: not evicted. Null: nobody is
 };
 
 // [tokens, heads, head_dim] rows; the last dim is contiguous.
@@ -69,6 +83,16 @@ void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const fl
 // The four in order.
 void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRows* key, const KvsRows* value,
                  int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
+
+// K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
+// [num_kv_heads][last - first][head_dim]; V is un-rotated. `kept`: the request's three integers (KvsBatch) or null; of
+// an evicted request, only sinks and tokens from kept_end on can be read.
+void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, const int32_t* kept, int32_t num_tokens,
+              int32_t first, int32_t last, float* key, float* value);
+// Encodes what each KV head of this layer keeps and stores it with its header, kept[num_kv_heads]. The tokens of head h
+// are the rows [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V not rotated.
+void kvs_write_kept(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_row, const KvsKept* kept,
+                    const int64_t* offsets, const float* key, const float* value);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

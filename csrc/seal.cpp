@@ -45,7 +45,7 @@ void gather(const KvsLayout& l, const KvsArena& a, const float* staged, const Ti
 void seal(const KvsLayout& l, const KvsArena& a, const float* staged, const Tile& tile, TileScratch& s) {
   const int32_t sinks = tile.index == 0 ? l.sink_tokens : 0;
   gather(l, a, staged, tile, s);
-  encode_page(l, s, sinks, tile_page(l, a, tile.request.row, tile.kv_head, tile.index));
+  encode_page(l, s, sinks, tile_page(l, a, tile.request, tile.kv_head, tile.index));
   for (int32_t t = 0; t < sinks; ++t) {
     uint8_t* slot = sink_slot(l, a, tile.request.row, tile.kv_head, t);
     store_row(slot, s.key + t * l.head_dim, l.head_dim, l.dense_dtype);

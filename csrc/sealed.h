@@ -241,13 +241,13 @@ PagesOp weigh_pages_for(int heads) {
   return table[heads - 1];
 }
 
-inline void mask_tokens(float* scores, int heads, int last) {
+inline void mask_tokens(float* scores, int heads, int first, int last) {
   for (int h = 0; h < heads; ++h)
-    for (int t = 0; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
+    for (int t = first; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
 }
 
-// All tokens of the pages but the first `hidden`, for `count` <= MAX_HEADS heads; hidden < tile_tokens.
-inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int hidden,
+// Tokens [first, last) of the pages, at least one, for `count` <= MAX_HEADS heads.
+inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int first, int last,
                          PageScratch& s) {
   const PagesOp score = l.key_bits == 2   ? score_pages_for<2>(count)
                         : l.key_bits == 4 ? score_pages_for<4>(count)
@@ -256,7 +256,8 @@ inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& he
                         : l.value_bits == 4 ? weigh_pages_for<4>(count)
                                             : weigh_pages_for<8>(count);
   score(l, pages, heads, s);
-  mask_tokens(s.scores, count, hidden);
+  mask_tokens(s.scores, count, 0, first);
+  mask_tokens(s.scores, count, last, pages.count * l.tile_tokens);
   float rescale[MAX_HEADS];
   softmax(heads, count, s.scores, pages.count * l.tile_tokens, rescale);
   for (int h = 0; h < count; ++h) {

@@ -6,11 +6,13 @@ One step of one layer is `forward`; csrc/kvserve.h states its four parts and wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from kvserve.pages.kept import Kept
 from kvserve.pages.layout import PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,12 +47,15 @@ class Batch:
         query_start_loc: int32 [num_reqs + 1]; request r has the query rows [r, r + 1) of it.
         seq_lens: int32 [num_reqs]; tokens of the request, this step's included.
         block_table: int32 [num_reqs, >= blocks]; rows may lie apart, each row is contiguous.
+        kept: int32 [num_reqs, 3], contiguous; the `Kept` of each request, end 0 where it was not evicted. None: nobody
+            was. Only for layers that can evict: sealed pages and no sliding window.
         native: what a kernel made of the tensors above; they must not be replaced once it is set.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    kept: torch.Tensor | None = None
     native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -131,6 +136,78 @@ class PagedAttention(ABC):
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
         """Write the new tokens of the unfinished tile to the tail slots (dense policy: nothing)."""
 
+    @abstractmethod
+    def read(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        first: int,
+        last: int,
+        num_tokens: int | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is stored of the tokens [first, last) of one request; not for the dense policy.
+
+        Args:
+            block_table_row: int32 [>= blocks], contiguous.
+            num_tokens: tokens stored of the request; None: `last`. It says which tile is the unfinished one.
+            kept: the request's `Kept`, if it was evicted: then only sinks or tokens from kept.end on can be read.
+
+        Returns:
+            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it.
+        """
+
+    @abstractmethod
+    def write_kept(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        kept: Sequence[int],
+        first_pages: Sequence[int],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> None:
+        """Write what one evicted request keeps in this layer: its kept pages and headers.
+
+        Args:
+            block_table_row: int32 [>= blocks], contiguous.
+            kept: the request's `Kept` (end, row, blocks).
+            first_pages: per KV head, its first kept page.
+            keys, values: per KV head, float32 [num_kept, head_dim] in ascending positions, as `read` gives them.
+
+        Raises:
+            ValueError: the pages do not fit into the kept blocks, or the shapes do not fit the layer.
+        """
+
+    def check_kept(self, batch: Batch) -> None:
+        """Reject evicted requests in a layer that cannot have them."""
+        if batch.kept is not None and (self.layout.state_blocks == 0 or self.spec.sliding_window is not None):
+            raise ValueError("evicted requests need a layout with state_blocks and a layer without sliding window")
+
+    def check_span(self, row: torch.Tensor, first: int, last: int, num_tokens: int, kept: Kept | None) -> None:
+        """Reject tokens that `read` cannot give."""
+        check_row(row)
+        if self.layout.sections is None:
+            raise ValueError("read needs a policy with codecs: the dense policy keeps no pages")
+        if not 0 <= first <= last <= num_tokens:
+            raise ValueError(f"tokens [{first}, {last}) are not among the {num_tokens} stored ones")
+        if kept is not None and kept.end and first < kept.end and last > self.layout.policy.sink_tokens:
+            raise ValueError(f"tokens [{first}, {last}) were evicted at {kept.end}")
+
+    def check_kept_rows(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[int]:
+        """Kept tokens of each KV head; rejects what is not float32 [num_kept, head_dim]."""
+        if len(keys) != self.spec.num_kv_heads or len(values) != self.spec.num_kv_heads:
+            raise ValueError(f"need rows of {self.spec.num_kv_heads} KV heads, got {len(keys)} and {len(values)}")
+        for rows in (*keys, *values):
+            if rows.dtype != torch.float32 or rows.dim() != 2 or rows.shape[1] != self.layout.head_dim:
+                raise ValueError(
+                    f"kept rows must be float32 [tokens, {self.layout.head_dim}], got {rows.dtype} {list(rows.shape)}"
+                )
+        counts = [len(rows) for rows in keys]
+        if counts != [len(rows) for rows in values]:
+            raise ValueError(f"keys and values differ in tokens: {counts} and {[len(rows) for rows in values]}")
+        return counts
+
 
 def check_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> None:
     """Reject a [tokens, heads, head_dim] tensor that the kernels cannot read.
@@ -159,6 +236,23 @@ def check_batch(batch: Batch) -> None:
             f"{batch.num_reqs} seq_lens need {batch.num_reqs + 1} query_start_loc entries and a block_table row each, "
             f"got {list(batch.query_start_loc.shape)} and {list(batch.block_table.shape)}"
         )
+
+    if batch.kept is not None:
+        check_kept_table(batch.kept, batch.num_reqs)
+
+
+def check_kept_table(kept: torch.Tensor, num_reqs: int) -> None:
+    """Reject a `Batch.kept` that the kernels cannot read."""
+    if kept.dtype != torch.int32 or not kept.is_contiguous():
+        raise TypeError(f"kept must be contiguous int32, got {kept.dtype} with strides {kept.stride()}")
+    if kept.dim() != 2 or kept.shape[0] < num_reqs or kept.shape[1] != 3:
+        raise ValueError(f"kept must be [{num_reqs}, 3], got {list(kept.shape)}")
+
+
+def check_row(row: torch.Tensor) -> None:
+    """Reject a row of the block table that is not contiguous int32."""
+    if row.dtype != torch.int32 or row.dim() != 1 or not row.is_contiguous():
+        raise TypeError(f"block_table_row must be contiguous int32 [blocks], got {row.dtype} {list(row.shape)}")
 
 
 def check_cells(cells: torch.Tensor, layout: PageLayout, num_kv_heads: int) -> None:

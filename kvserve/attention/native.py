@@ -7,11 +7,14 @@ import functools
 import os
 import platform
 import sysconfig
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch  # loads libgomp.so.1 first: the kernels share its thread pool
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_rows
+from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_row, check_rows
+from kvserve.pages.kept import Kept, make_headers, num_layers_of
 from kvserve.pages.layout import PageLayout
 
 LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
@@ -30,8 +33,9 @@ _int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 class _Layout(ctypes.Structure):
     _fields_ = [
         *((name, _int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
-        *((name, _int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "tail_blocks")),
-        *((name, _int32) for name in ("sink_blocks", "sink_tokens", "key_bits", "key_group", "boost_channels")),
+        *((name, _int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
+        *((name, _int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "key_bits", "key_group")),
+        ("boost_channels", _int32),
         *((name, _int32) for name in ("value_bits", "value_group", "value_rotated", "sliding_window")),
         ("scale", ctypes.c_float),
         *((name, _int64) for name in ("page_bytes", "key_codes", "key_boost_codes", "value_codes")),
@@ -40,7 +44,15 @@ class _Layout(ctypes.Structure):
 
 
 class _Arena(ctypes.Structure):
-    _fields_ = [("base", _pointer), ("block_stride", _int64), ("head_stride", _int64)]
+    _fields_ = [
+        ("base", _pointer),
+        *((name, _int64) for name in ("block_stride", "head_stride", "layer_stride")),
+        *((name, _int32) for name in ("layer", "num_layers")),
+    ]
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [(name, _int32) for name in ("end", "first_page", "num_pages", "num_tokens")]
 
 
 class _Batch(ctypes.Structure):
@@ -50,6 +62,7 @@ class _Batch(ctypes.Structure):
         ("seq_lens", _pointer),
         ("block_table", _pointer),
         ("block_table_stride", _int64),
+        ("kept", _pointer),
     ]
 
 
@@ -87,7 +100,7 @@ class NativeAttention(PagedAttention):
         return staged
 
     def store_sealed(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
-        self._library.kvs_store_sealed(self._layout, _batch(batch), self._arena(cells), staged.data_ptr())
+        self._library.kvs_store_sealed(self._layout, self._batch(batch), self._arena(cells), staged.data_ptr())
 
     def attend(
         self,
@@ -100,7 +113,7 @@ class NativeAttention(PagedAttention):
     ) -> None:
         self._library.kvs_attend(
             self._layout,
-            _batch(batch),
+            self._batch(batch),
             self._arena(cells),
             staged.data_ptr(),
             self._query_rows("query", query),
@@ -122,7 +135,7 @@ class NativeAttention(PagedAttention):
         staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
         self._library.kvs_forward(
             self._layout,
-            _batch(batch),
+            self._batch(batch),
             self._arena(cells),
             self._kv_rows("key", key),
             self._kv_rows("value", value),
@@ -134,7 +147,48 @@ class NativeAttention(PagedAttention):
         )
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
-        self._library.kvs_store_tail(self._layout, _batch(batch), self._arena(cells), staged.data_ptr())
+        self._library.kvs_store_tail(self._layout, self._batch(batch), self._arena(cells), staged.data_ptr())
+
+    def read(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        first: int,
+        last: int,
+        num_tokens: int | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = last if num_tokens is None else num_tokens
+        self.check_span(block_table_row, first, last, stored, Kept(*kept) if kept else None)
+        key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
+        value = torch.empty_like(key)
+        row, triple = block_table_row.data_ptr(), (_int32 * 3)(*kept) if kept else None
+        pointers = (key.data_ptr(), value.data_ptr())
+        self._library.kvs_read(self._layout, self._arena(cells), row, triple, stored, first, last, *pointers)
+        return key, value
+
+    def write_kept(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        kept: Sequence[int],
+        first_pages: Sequence[int],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> None:
+        check_row(block_table_row)
+        arena, counts, place = self._arena(cells), self.check_kept_rows(keys, values), Kept(*kept)
+        headers = make_headers(self.layout, cells, place, first_pages, counts)
+        table = (_Kept * len(headers))(*(_Kept(*header) for header in headers))
+        offsets = (_int64 * (len(counts) + 1))(0, *accumulate(counts))
+        key, value = torch.cat(list(keys)), torch.cat(list(values))
+        pointers = (key.data_ptr(), value.data_ptr())
+        row = block_table_row.data_ptr()
+        self._library.kvs_write_kept(self._layout, arena, row, place.row, table, offsets, *pointers)
+
+    def _batch(self, batch: Batch) -> _Batch:
+        self.check_kept(batch)
+        return _batch(batch)
 
     def _kv_rows(self, name: str, rows: torch.Tensor) -> _Rows:
         return _rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
@@ -146,7 +200,9 @@ class NativeAttention(PagedAttention):
         known, base = self._arena_struct, cells.data_ptr()
         if known.base != base or (known.block_stride, known.head_stride) != cells.stride()[:2]:
             check_cells(cells, self.layout, self.spec.num_kv_heads)
-            self._arena_struct = _Arena(base, cells.stride(0), cells.stride(1))
+            num_layers, layer = num_layers_of(cells, self.layout)
+            strides = (cells.stride(0), cells.stride(1), self.layout.cell_bytes)
+            self._arena_struct = _Arena(base, *strides, layer, num_layers)
         return self._arena_struct
 
 
@@ -218,6 +274,8 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_store_sealed": [layout, batch, arena, _pointer],
         "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer],
         "kvs_store_tail": [layout, batch, arena, _pointer],
+        "kvs_read": [layout, arena, _pointer, _pointer, _int32, _int32, _int32, _pointer, _pointer],
+        "kvs_write_kept": [layout, arena, _pointer, _int32, _pointer, _pointer, _pointer, _pointer],
         "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
     }.items():
         function = getattr(library, name)
@@ -250,7 +308,7 @@ def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
     sections, policy = layout.sections, layout.policy
     if sections is None or policy.key is None or policy.value is None:
         return struct
-    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "tail_blocks", "sink_blocks"):
+    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
     for name in ("key_group", "boost_channels", "value_group"):
         setattr(struct, name, getattr(layout, name))
@@ -272,6 +330,7 @@ def _batch(batch: Batch) -> _Batch:
             batch.seq_lens.data_ptr(),
             batch.block_table.data_ptr(),
             batch.block_table.stride(0),
+            None if batch.kept is None else batch.kept.data_ptr(),
         )
     return batch.native
 

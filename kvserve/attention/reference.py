@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from kvserve.attention.base import Batch, PagedAttention, check_batch, check_cells, check_rows
+from kvserve.attention.base import Batch, PagedAttention, check_batch, check_cells, check_row, check_rows
+from kvserve.pages.kept import Kept, arena_of, make_headers, read_header, read_pages, write_header, write_pages
 from kvserve.pages.reference import FLOAT16_MAX, decode_page, encode_page, hadamard
 
 
@@ -15,6 +17,16 @@ class _Request(NamedTuple):
     computed: int  # tokens stored before this step
     seq_len: int
     blocks: list[int]
+    kept: Kept = Kept(0, 0, 0)
+
+
+class _History(NamedTuple):
+    """What one KV head sees of a request, float32; dense and sealed are zero where a token has no such row."""
+
+    dense: torch.Tensor  # [seq_len, 2, head_dim]
+    sealed: torch.Tensor  # [seq_len, 2, head_dim]
+    kept: torch.Tensor  # [num_kept, 2, head_dim]
+    end: int  # tokens before it are sinks, kept or gone
 
 
 class ReferenceAttention(PagedAttention):
@@ -69,40 +81,39 @@ class ReferenceAttention(PagedAttention):
         for request in self._requests(cells, batch):
             rows = slice(request.first_row, request.first_row + request.seq_len - request.computed)
             for kv_head in range(self.spec.num_kv_heads):
-                dense, sealed = self._history(cells, request, kv_head, staged)
+                history = self._history(cells, request, kv_head, staged)
                 heads = slice(kv_head * self.spec.group, (kv_head + 1) * self.spec.group)
                 for p, row in enumerate(range(rows.start, rows.stop), request.computed):
-                    result, log_sum = self._attend_row(query[row, heads].float(), p, dense, sealed)
+                    result, log_sum = self._attend_row(query[row, heads].float(), p, history)
                     output[row, heads] = result.to(output.dtype)
                     if lse is not None:
                         lse[row, heads] = log_sum
 
-    def _attend_row(
-        self, query: torch.Tensor, position: int, dense: torch.Tensor, sealed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token's heads of one group: query [group, head_dim], histories [seq_len, 2, head_dim]."""
+    def _attend_row(self, query: torch.Tensor, position: int, history: _History) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token's heads of one group: query [group, head_dim]."""
+        assert position >= history.end, f"a query at {position} of a request evicted at {history.end}"
+        sinks = self.layout.policy.sink_tokens
         window = self.spec.sliding_window or position + 1
         t = torch.arange(max(0, position + 1 - window), position + 1)
+        t = t[(t < sinks) | (t >= history.end)]
         is_sealed = torch.zeros_like(t, dtype=torch.bool)
         if self.layout.sections is not None:
             tile_start = position // self.layout.tile_tokens * self.layout.tile_tokens
-            is_sealed = (t < tile_start) & (t >= self.layout.policy.sink_tokens)
-        seen = torch.where(is_sealed[:, None, None], sealed[t], dense[t])
+            is_sealed = (t < tile_start) & (t >= sinks)
+        seen = torch.cat([history.kept, torch.where(is_sealed[:, None, None], history.sealed[t], history.dense[t])])
         scores = query @ seen[:, 0].T * self.spec.scale
         return self._rotate(scores.softmax(-1) @ seen[:, 1]), scores.logsumexp(-1)
 
-    def _history(
-        self, cells: torch.Tensor, request: _Request, head: int, staged: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense and sealed rows of a request, float32 [seq_len, 2, head_dim]; zero where a token has no such row."""
+    def _history(self, cells: torch.Tensor, request: _Request, head: int, staged: torch.Tensor) -> _History:
         dense = torch.zeros(request.seq_len, 2, self.layout.head_dim)
         sealed = torch.zeros_like(dense)
+        history = _History(dense, sealed, self._kept_rows(cells, request, head), request.kept.end)
         if self.layout.sections is None:
             for t in range(request.seq_len):
                 dense[t] = self._slot(cells, request, head, t).float()
-            return dense, sealed
+            return history
         tile_tokens = self.layout.tile_tokens
-        for tile in range(request.seq_len // tile_tokens):
+        for tile in range(request.kept.end // tile_tokens, request.seq_len // tile_tokens):
             decoded = decode_page(self._page(cells, request, head, tile), self.layout)
             sealed[tile * tile_tokens : (tile + 1) * tile_tokens] = torch.stack(decoded, 1)
         if request.seq_len >= tile_tokens:
@@ -110,14 +121,77 @@ class ReferenceAttention(PagedAttention):
                 dense[t] = self._sink(cells, request, head, t).float()
         for t in range(request.computed // tile_tokens * tile_tokens, request.seq_len):
             dense[t] = self._dense_row(cells, request, head, t, staged)
-        return dense, sealed
+        return history
+
+    def _kept_rows(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
+        """What an evicted request keeps for one KV head, float32 [num_kept, 2, head_dim]; V stays rotated."""
+        if not request.kept.end:
+            return torch.zeros(0, 2, self.layout.head_dim)
+        arena = arena_of(cells, self.layout)
+        header = read_header(arena, request.blocks, head)
+        assert header.end == request.kept.end
+        return read_pages(arena, self.layout, request.blocks, request.kept, header)
+
+    def read(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        first: int,
+        last: int,
+        num_tokens: int | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = last if num_tokens is None else num_tokens
+        request = _Request(0, stored, stored, block_table_row.tolist(), Kept(*kept) if kept else Kept(0, 0, 0))
+        self.check_span(block_table_row, first, last, stored, request.kept)
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        rows = torch.empty(self.spec.num_kv_heads, last - first, 2, self.layout.head_dim)
+        for head in range(self.spec.num_kv_heads):
+            self._read_head(cells, request, head, first, rows[head])
+        return rows[:, :, 0].contiguous(), self._rotate(rows[:, :, 1])
+
+    def _read_head(self, cells: torch.Tensor, request: _Request, head: int, first: int, rows: torch.Tensor) -> None:
+        """Stored K and V from token `first` on to rows, [tokens, 2, head_dim]; V stays rotated."""
+        tile_tokens, sealed = self.layout.tile_tokens, request.computed // self.layout.tile_tokens
+        pages: dict[int, torch.Tensor] = {}
+        for t, row in enumerate(rows, first):
+            tile, index = divmod(t, tile_tokens)
+            if tile >= sealed:
+                row[:] = self._tail(cells, request, head, t)
+            elif t < self.layout.policy.sink_tokens:
+                row[:] = self._sink(cells, request, head, t)
+            else:
+                if tile not in pages:
+                    pages[tile] = torch.stack(decode_page(self._page(cells, request, head, tile), self.layout), 1)
+                row[:] = pages[tile][index]
+
+    def write_kept(
+        self,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        kept: Sequence[int],
+        first_pages: Sequence[int],
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+    ) -> None:
+        check_row(block_table_row)
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        counts, place = self.check_kept_rows(keys, values), Kept(*kept)
+        headers = make_headers(self.layout, cells, place, first_pages, counts)
+        arena, blocks = arena_of(cells, self.layout), block_table_row.tolist()
+        for head, header in enumerate(headers):
+            rows = torch.stack([keys[head], self._rotate(values[head])], 1)
+            write_pages(arena, self.layout, blocks, place, header, rows)
+            write_header(arena, blocks, head, header)
 
     def _requests(self, cells: torch.Tensor, batch: Batch) -> list[_Request]:
         check_batch(batch)
+        self.check_kept(batch)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        starts, lengths, rows = batch.query_start_loc.tolist(), batch.seq_lens.tolist(), batch.block_table.tolist()
+        kept = [(0, 0, 0)] * batch.num_reqs if batch.kept is None else batch.kept.tolist()
         return [
-            _Request(starts[r], lengths[r] - (starts[r + 1] - starts[r]), lengths[r], batch.block_table[r].tolist())
+            _Request(starts[r], lengths[r] - (starts[r + 1] - starts[r]), lengths[r], rows[r], Kept(*kept[r]))
             for r in range(batch.num_reqs)
         ]
 
@@ -139,7 +213,9 @@ class ReferenceAttention(PagedAttention):
     def _page(self, cells: torch.Tensor, request: _Request, head: int, tile: int) -> torch.Tensor:
         assert self.layout.sections is not None
         block, index = divmod(tile, self.layout.tiles_per_block)
-        row = self.layout.tail_blocks + block + (self.layout.sink_blocks if block else 0)
+        row = self.layout.tile_row(block)
+        if request.kept.end and row >= request.kept.row:
+            row += request.kept.blocks
         size = self.layout.sections.size_bytes
         return cells[request.blocks[row], head].flatten()[index * size : (index + 1) * size]
 
@@ -155,8 +231,8 @@ class ReferenceAttention(PagedAttention):
 
     def _tail(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:
         block, index = divmod(t % self.layout.tile_tokens, self.layout.slots_per_cell)
-        return self._slot_at(cells, request.blocks[block], head, index)
+        return self._slot_at(cells, request.blocks[self.layout.state_blocks + block], head, index)
 
     def _sink(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:
         block, index = divmod(t, self.layout.slots_per_cell)
-        return self._slot_at(cells, request.blocks[self.layout.tail_blocks + 1 + block], head, index)
+        return self._slot_at(cells, request.blocks[self.layout.tile_row(0) + 1 + block], head, index)

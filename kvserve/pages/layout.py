@@ -6,11 +6,12 @@ where the policy keeps tokens dense, `slots_per_cell` dense slots (K row, then V
 
 A request's row of blocks, in the order they are allocated (T = tile_tokens):
 
-    | tail_blocks       | tile block 0 | sink_blocks        | tile block 1 | ...
-    | dense tokens of   | tiles 0..n-1 | dense tokens       | tiles n..    |
-    | the unfinished T  |              | [0, sink_tokens)   |              |
+    | state_blocks      | tail_blocks       | tile block 0 | sink_blocks        | tile block 1 | ...
+    | what an evicted   | dense tokens of   | tiles 0..n-1 | dense tokens       | tiles n..    |
+    | request keeps     | the unfinished T  |              | [0, sink_tokens)   |              |
 
-Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
+State and tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be
+shared. What a request holds after eviction is in kvserve/pages/kept.py.
 The dense policy has none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense slots.
 """
 
@@ -54,6 +55,7 @@ class PageLayout:
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
         sections: offsets inside a sealed page; None for the dense policy.
+        state_blocks: blocks at the start of every request's row; 0 unless the policy evicts.
     """
 
     policy: Policy
@@ -61,20 +63,25 @@ class PageLayout:
     block_size: int
     dense_dtype: torch.dtype
     sections: PageSections | None
+    state_blocks: int = 0
 
     @classmethod
-    def build(cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype) -> PageLayout:
+    def build(
+        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int = 0
+    ) -> PageLayout:
         """Lay out the pages of `policy`.
 
         Raises:
-            ValueError: head_dim or block_size does not fit the policy; the message names the fix.
+            ValueError: head_dim, block_size or state_blocks does not fit the policy; the message names the fix.
         """
         if policy.is_dense:
+            if state_blocks:
+                raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
             return cls(policy, head_dim, block_size, model_dtype, None)
         _check_fits(policy, head_dim, block_size)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         dense_dtype = torch.float16 if model_dtype == torch.float32 else model_dtype
-        return cls(policy, head_dim, block_size, dense_dtype, _sections(policy, head_dim))
+        return cls(policy, head_dim, block_size, dense_dtype, _sections(policy, head_dim), state_blocks)
 
     @property
     def tile_tokens(self) -> int:
@@ -134,12 +141,16 @@ class PageLayout:
         return ceil(num_tokens // self.tile_tokens / self.tiles_per_block)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks a request holds with `num_tokens` cached tokens, tail and sinks included.
+        """Blocks a request holds with `num_tokens` cached tokens, state, tail and sinks included, until it is evicted.
 
         The scheduler calls this ahead of the worker, so it depends on nothing but the policy and the count.
         """
         tiles = self.tile_blocks_for(num_tokens)
-        return self.tail_blocks + tiles + (self.sink_blocks if tiles else 0)
+        return self.state_blocks + self.tail_blocks + tiles + (self.sink_blocks if tiles else 0)
+
+    def tile_row(self, tile_block: int) -> int:
+        """Index in a request's row of its tile block number `tile_block`, as long as it was not evicted."""
+        return self.state_blocks + self.tail_blocks + tile_block + (self.sink_blocks if tile_block else 0)
 
     def bits_per_element(self) -> float:
         """Bits of a sealed K or V element, scales and padding included."""

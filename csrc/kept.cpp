@@ -1,0 +1,137 @@
+// kvs_read: stored tokens back to rows. kvs_write_kept: the rows that an evicted request keeps, to its kept pages.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "dequant.h"
+#include "encode.h"
+#include "gemm.h"
+#include "geometry.h"
+#include "rotate.h"
+
+namespace kvs {
+namespace {
+
+// One page as dequant.h decodes it, and then as rows [token][head_dim].
+struct PageRows {
+  float panels[MAX_TILE * MAX_DIM], rows[MAX_TILE * MAX_DIM];
+};
+
+// Tokens [first, last) of one request.
+struct Span {
+  Request request;
+  int32_t first, last;
+};
+
+// Tokens [first, last) of a page.
+void read_keys(const KvsLayout& l, const uint8_t* page, int first, int last, float* to, PageRows& s) {
+  const int dim = l.head_dim;
+  decode_keys(l, page, s.panels);
+  for (int t = 0; t < l.tile_tokens; t += VL)
+    for (int d = 0; d < dim; d += VL)
+      transpose_block(s.panels + (ptrdiff_t)(t / COLUMNS * dim + d) * COLUMNS + t % COLUMNS, COLUMNS,
+                      s.rows + (ptrdiff_t)t * dim + d, dim);
+  std::copy(s.rows + first * dim, s.rows + last * dim, to);
+}
+
+void read_values(const KvsLayout& l, const uint8_t* page, int first, int last, float* to, PageRows& s) {
+  decode_values(l, page, s.panels);
+  for (int t = first; t < last; ++t, to += l.head_dim) {
+    const float* from = s.panels + (ptrdiff_t)t * COLUMNS;
+    for (int d = 0; d < l.head_dim; d += COLUMNS, from += (ptrdiff_t)l.tile_tokens * COLUMNS)
+      std::copy(from, from + COLUMNS, to + d);
+    if (l.value_rotated) hadamard(to, l.head_dim);
+  }
+}
+
+void read_slot(const KvsLayout& l, const uint8_t* slot, float* key, float* value) {
+  load_row(key, slot, l.head_dim, l.dense_dtype);
+  load_row(value, slot + slot_bytes(l) / 2, l.head_dim, l.dense_dtype);
+  if (l.value_rotated) hadamard(value, l.head_dim);
+}
+
+// What a span takes from tile i, to the span's rows of one KV head.
+void read_tile(const KvsLayout& l, const KvsArena& a, const Span& span, int32_t kv_head, int32_t i, float* key,
+               float* value, PageRows& s) {
+  const Request& q = span.request;
+  const int32_t start = i * l.tile_tokens, last = std::min(span.last, start + l.tile_tokens);
+  const bool sealed = start + l.tile_tokens <= q.num_computed;
+  const int32_t slots_end = sealed ? std::min(last, l.sink_tokens) : last;
+  int32_t p = std::max(span.first, start);
+  for (; p < slots_end; ++p) {
+    const uint8_t* slot = sealed ? sink_slot(l, a, q.row, kv_head, p) : tail_slot(l, a, q.row, kv_head, p);
+    const int64_t at = int64_t(p - span.first) * l.head_dim;
+    read_slot(l, slot, key + at, value + at);
+  }
+  if (p >= last) return;
+  const uint8_t* page = tile_page(l, a, q, kv_head, i);
+  const int64_t at = int64_t(p - span.first) * l.head_dim;
+  read_keys(l, page, p - start, last - start, key + at, s);
+  read_values(l, page, p - start, last - start, value + at, s);
+}
+
+struct KeptTile {
+  int32_t kv_head, page;
+  int64_t first, last;  // rows
+};
+
+std::vector<KeptTile> kept_tiles(const KvsLayout& l, const KvsKept* kept, const int64_t* offsets) {
+  std::vector<KeptTile> tiles;
+  for (int32_t h = 0; h < l.num_kv_heads; ++h) {
+    int32_t page = kept[h].first_page;
+    for (int64_t first = offsets[h]; first < offsets[h + 1]; first += l.tile_tokens)
+      tiles.push_back({h, page++, first, std::min(first + l.tile_tokens, offsets[h + 1])});
+  }
+  return tiles;
+}
+
+// The tile's rows as encode_page wants them; the last one fills what is left.
+void load_tile(const KvsLayout& l, const KeptTile& tile, const float* key, const float* value, TileScratch& s) {
+  const int dim = l.head_dim, count = int(tile.last - tile.first);
+  std::copy_n(key + tile.first * dim, int64_t(count) * dim, s.key);
+  std::copy_n(value + tile.first * dim, int64_t(count) * dim, s.value);
+  for (int t = 0; l.value_rotated && t < count; ++t) hadamard(s.value + t * dim, dim);
+  for (int t = count; t < l.tile_tokens; ++t) {
+    std::copy_n(s.key + (count - 1) * dim, dim, s.key + t * dim);
+    std::copy_n(s.value + (count - 1) * dim, dim, s.value + t * dim);
+  }
+}
+
+}  // namespace
+}  // namespace kvs
+
+using namespace kvs;
+
+void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, const int32_t* kept,
+              int32_t num_tokens, int32_t first, int32_t last, float* key, float* value) {
+  const KvsLayout& l = *layout;
+  if (first >= last) return;
+  const Span span{request_of(0, num_tokens, num_tokens, row, kept), first, last};
+  const int32_t tile = first / l.tile_tokens, tiles = (last - 1) / l.tile_tokens - tile + 1;
+  const int64_t head_elements = int64_t(last - first) * l.head_dim;
+#pragma omp parallel if (tiles * l.num_kv_heads > 1)
+  {
+    const std::unique_ptr<PageRows> scratch(new PageRows);
+#pragma omp for schedule(dynamic, 1)
+    for (int32_t i = 0; i < tiles * l.num_kv_heads; ++i) {
+      const int32_t h = i / tiles;
+      read_tile(l, *arena, span, h, tile + i % tiles, key + h * head_elements, value + h * head_elements, *scratch);
+    }
+  }
+}
+
+void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, int32_t kept_row,
+                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value) {
+  const KvsLayout& l = *layout;
+  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, row[0], h), kept + h, sizeof *kept);
+  const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
+#pragma omp parallel if (tiles.size() > 1)
+  {
+    const std::unique_ptr<TileScratch> scratch(new TileScratch);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      load_tile(l, tiles[i], key, value, *scratch);
+      encode_page(l, *scratch, 0, kept_page(l, *arena, row, kept_row, tiles[i].page));
+    }
+  }
+}

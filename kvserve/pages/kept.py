@@ -1,0 +1,137 @@
+"""What an evicted request keeps: where it lies, and the PyTorch reference that reads and writes it.
+
+Eviction at `end` leaves a request's sinks and its tokens from `end` on where they are. Of the tokens between, every
+layer and KV head keeps its own subset, re-packed in ascending order into *kept pages*: sealed pages of tile_tokens
+columns, the last one of a head partly filled.
+
+Kept pages are numbered over the whole request. They fill its kept blocks, `blocks` consecutive entries of its row from
+index `row` on, in the order [layer][kv_head][page of the cell], whichever layer and head they belong to: a page lies in
+any layer's cell. A (layer, head) owns consecutive pages, and its `Header` in the cell (row[0], kv_head) says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from kvserve.pages.layout import PageLayout
+from kvserve.pages.reference import decode_page, encode_page
+
+HEADER_BYTES = 16
+
+
+class Kept(NamedTuple):
+    """An evicted request's entry of `Batch.kept`; end 0: not evicted, and the others mean nothing."""
+
+    end: int
+    row: int
+    blocks: int
+
+
+class Header(NamedTuple):
+    """What one (layer, KV head) keeps; four int32 at byte 0 of its state cell (KvsKept in csrc/kvserve.h)."""
+
+    end: int
+    first_page: int
+    num_pages: int
+    num_tokens: int
+
+
+class Arena(NamedTuple):
+    """All layers' cells, uint8 [num_blocks, num_kv_heads, num_layers, cell_bytes], as one of them sees it."""
+
+    cells: torch.Tensor
+    layer: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.cells.shape[2]
+
+
+def num_layers_of(cells: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
+    """Layers of the arena, and the index of the one that `cells` (uint8 [blocks, heads, ...]) shows."""
+    head_stride = cells.stride(1)
+    return head_stride // layout.cell_bytes, cells.storage_offset() % head_stride // layout.cell_bytes
+
+
+def arena_of(cells: torch.Tensor, layout: PageLayout) -> Arena:
+    """The arena around one layer's `cells`."""
+    num_layers, layer = num_layers_of(cells, layout)
+    shape = (*cells.shape[:2], num_layers, layout.cell_bytes)
+    strides = (cells.stride(0), cells.stride(1), layout.cell_bytes, 1)
+    return Arena(cells.as_strided(shape, strides, cells.storage_offset() - layer * layout.cell_bytes), layer)
+
+
+def pages_per_block(layout: PageLayout, num_kv_heads: int, num_layers: int) -> int:
+    """Kept pages of one block."""
+    return num_layers * num_kv_heads * layout.tiles_per_block
+
+
+def make_headers(
+    layout: PageLayout, cells: torch.Tensor, kept: Kept, first_pages: Sequence[int], num_tokens: Sequence[int]
+) -> list[Header]:
+    """The headers of one layer's KV heads, which keep `num_tokens[h]` tokens from page `first_pages[h]` on.
+
+    Raises:
+        ValueError: the layout has no state blocks, `kept.end` is no tile border, or pages lie outside the kept blocks.
+    """
+    num_kv_heads = cells.shape[1]
+    if layout.sections is None or layout.state_blocks == 0:
+        raise ValueError("kept pages need a policy with codecs and a layout with state_blocks")
+    if kept.end <= 0 or kept.end % layout.tile_tokens:
+        raise ValueError(f"kept.end must be a positive multiple of {layout.tile_tokens}, got {kept.end}")
+    if len(first_pages) != num_kv_heads or len(num_tokens) != num_kv_heads:
+        raise ValueError(f"need pages and tokens of {num_kv_heads} KV heads, got {len(first_pages)}, {len(num_tokens)}")
+    capacity = kept.blocks * pages_per_block(layout, num_kv_heads, num_layers_of(cells, layout)[0])
+    headers = []
+    for first, count in zip(first_pages, num_tokens, strict=True):
+        pages = ceil(count / layout.tile_tokens)
+        if first < 0 or first + pages > capacity:
+            raise ValueError(f"pages [{first}, {first + pages}) do not fit in {kept.blocks} blocks of kept pages")
+        headers.append(Header(kept.end, first, pages, count))
+    return headers
+
+
+def kept_page(arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, page: int) -> torch.Tensor:
+    """A writable view of kept page number `page`, uint8 [page bytes]."""
+    assert layout.sections is not None
+    num_kv_heads, size = arena.cells.shape[1], layout.sections.size_bytes
+    block, page = divmod(page, pages_per_block(layout, num_kv_heads, arena.num_layers))
+    cell, index = divmod(page, layout.tiles_per_block)
+    layer, kv_head = divmod(cell, num_kv_heads)
+    assert block < kept.blocks
+    return arena.cells[row[kept.row + block], kv_head, layer, index * size : (index + 1) * size]
+
+
+def _header_bytes(arena: Arena, row: Sequence[int], kv_head: int) -> torch.Tensor:
+    return arena.cells[row[0], kv_head, arena.layer, :HEADER_BYTES]
+
+
+def read_header(arena: Arena, row: Sequence[int], kv_head: int) -> Header:
+    return Header(*_header_bytes(arena, row, kv_head).clone().view(torch.int32).tolist())
+
+
+def write_header(arena: Arena, row: Sequence[int], kv_head: int, header: Header) -> None:
+    _header_bytes(arena, row, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
+
+
+def write_pages(
+    arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, header: Header, rows: torch.Tensor
+) -> None:
+    """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the policy rotates."""
+    tile_tokens = layout.tile_tokens
+    for page in range(header.num_pages):
+        tile = rows[page * tile_tokens : (page + 1) * tile_tokens]
+        filled = torch.cat([tile, tile[-1:].expand(tile_tokens - len(tile), -1, -1)])
+        encoded = encode_page(filled[:, 0], filled[:, 1], layout)
+        kept_page(arena, layout, row, kept, header.first_page + page)[:] = encoded
+
+
+def read_pages(arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, header: Header) -> torch.Tensor:
+    """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
+    pages = range(header.first_page, header.first_page + header.num_pages)
+    decoded = [torch.stack(decode_page(kept_page(arena, layout, row, kept, f), layout), 1) for f in pages]
+    return torch.cat([torch.zeros(0, 2, layout.head_dim), *decoded])[: header.num_tokens]
