@@ -16,6 +16,10 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 from greedy import Step, steps_of
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.config import KVTransferConfig
+
+from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH
+from kvserve.policies.loading import load_policy
 
 MIB = 1 << 20
 STORY = (
@@ -26,8 +30,8 @@ STORY = (
 
 
 @contextmanager
-def engine(model: Path, policy: str | None, **options: Any) -> Iterator[LLM]:
-    """An engine serving `model` with `policy` (None: stock vLLM), shut down at the end."""
+def engine(model: Path, policy: str | None, changes: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+    """An engine serving `model` with `policy` (None: stock vLLM) and changes to it, shut down at the end."""
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
     _cached_get_attn_backend.cache_clear()  # its key does not know the policy
@@ -36,7 +40,9 @@ def engine(model: Path, policy: str | None, **options: Any) -> Iterator[LLM]:
         "max_num_batched_tokens": 128, "max_num_seqs": 8,
     }  # fmt: skip
     if policy is not None:
-        settings |= {"additional_config": {"kvserve": {"policy": policy}}, "block_size": 64}
+        settings |= {"additional_config": {"kvserve": {"policy": policy, "set": changes or {}}}, "block_size": 64}
+        if load_policy(policy).eviction:
+            settings |= {"kv_transfer_config": KVTransferConfig(**CONNECTOR_CONFIG), "scheduler_cls": SCHEDULER_PATH}
     llm = LLM(model=str(model), **(settings | options))
     try:
         yield llm

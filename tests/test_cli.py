@@ -71,6 +71,14 @@ def test_a_positional_model_and_overrides(started):
     assert overrides == ["sink_tokens=4", "key.bits=4"] and rest == ["some-org/model"]
 
 
+def test_rates_are_options_of_their_own(started):
+    assert main(["--policy", "kv-compress", "--compression-rate", "8"]) == 0
+    assert main(["--policy", "kv-compress", "--max-cache-tokens=512", "--port", "1"]) == 0
+    assert (started[0][0].eviction.rate, started[0][0].eviction.max_tokens) == (8, None)
+    assert (started[1][0].eviction.rate, started[1][0].eviction.max_tokens) == (None, 512)
+    assert started[1][2] == ["--port", "1"]
+
+
 def test_config_with_an_equals_sign_is_given_to_vllm_in_the_form_it_reads(started):
     assert main(["--policy", "int8", "--config=server.yaml"]) == 0
     assert started[0][2] == ["--config", "server.yaml"]
@@ -96,6 +104,9 @@ def test_a_missing_policy_lists_the_names(refusal):
         (["--policy="], "--policy needs a value"),
         (["--policy", "int8", "--policy", "none"], "given twice"),
         (["--policy", "int8", "--policy-set", "key.bits=3"], "one of 2, 4, 8"),
+        (["--policy", "kivi-2bit", "--compression-rate", "8"], "evicts nothing"),
+        (["--policy", "kv-compress", "--compression-rate", "0.5"], "a number from 1"),
+        (["--policy", "kv-compress", "--max-cache-tokens"], "--max-cache-tokens needs a value"),
         (["--policy", "int8", "--policy-set"], "--policy-set needs a value"),
         (["--policy", "int8", "--kv-cache-dtype", "fp8"], "drop the option"),
         (["--policy", "none", "--kv-cache-dtype=fp8"], "keeps the model's dtype"),

@@ -137,3 +137,43 @@ def test_config_carries_additional_config() -> None:
     from vllm.config import VllmConfig
 
     assert "additional_config" in VllmConfig.__dataclass_fields__
+
+
+def test_the_scheduler_may_be_made_by_a_function() -> None:
+    from vllm.config.scheduler import SchedulerConfig
+
+    assert "resolve_obj_by_qualname(self.scheduler_cls)" in inspect.getsource(SchedulerConfig.get_scheduler_cls)
+
+
+def test_the_scheduler_clips_steps_of_running_and_waiting_requests() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert parameters(Scheduler._mamba_block_aligned_split) == [
+        "self", "request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens",
+    ]  # fmt: skip
+    source = inspect.getsource(Scheduler.schedule)
+    assert source.count("self._mamba_block_aligned_split(") == 2
+    assert source.count("if self.need_mamba_block_aligned_split:") == 2
+
+
+def test_the_connector_learns_of_requests_and_of_the_block_manager() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert "self.connector.on_new_request(request)" in inspect.getsource(Scheduler.add_request)
+    assert "self.connector.bind_kv_cache_manager(self.kv_cache_manager)" in inspect.getsource(Scheduler.__init__)
+    assert "self.connector.request_finished(" in inspect.getsource(Scheduler._connector_finished)
+
+
+def test_the_worker_hears_from_the_connector_before_it_builds_the_attention_metadata() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert source.index("handle_preemptions(") < source.index("_build_attention_metadata(")
+
+
+def test_blocks_are_given_back_by_the_tokens_whose_steps_are_over() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    source = inspect.getsource(KVCacheManager.allocate_slots)
+    assert "total_computed_tokens - request.num_in_flight_tokens" in source
+    assert source.index("remove_skipped_blocks(") < source.index("allocate_new_blocks(")

@@ -20,24 +20,25 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from kvserve.engine.spec import PageSpec
+from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.base import KeyCodec, Policy, ValueCodec
+from kvserve.policies.base import Eviction, KeyCodec, Policy, ValueCodec
 
 init_none_hash(sha256)
 
 
-def make_layout(sink_tokens: int, block_size: int = 64) -> PageLayout:
+def make_layout(sink_tokens: int, block_size: int = 64, eviction: Eviction | None = None) -> PageLayout:
     policy = Policy(
         name="test", summary="", tile_tokens=64, sink_tokens=sink_tokens,
-        key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=2),
+        key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=2), eviction=eviction,
     )  # fmt: skip
     return PageLayout.build(policy, 64, block_size, torch.float32)
 
 
 def make_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:
     dense = FullAttentionSpec(block_size=layout.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
-    group = KVCacheGroupSpec(["layer"], PageSpec.from_attention(dense, layout))
+    spec = EvictingPageSpec if layout.state_blocks else PageSpec
+    group = KVCacheGroupSpec(["layer"], spec.from_attention(dense, layout))
     return KVCacheManager(
         KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group]),
         max_model_len=4096,
@@ -80,6 +81,10 @@ class Simulation:
     def row(self, request: Request) -> list[int]:
         return self.manager.get_block_ids(request.request_id)[0]
 
+    def chunk(self, request: Request, num_computed_tokens: int) -> int:
+        """New tokens of the request's next step."""
+        return min(request.num_tokens - num_computed_tokens, self.random.choice([32, 100, 512]))
+
     def step(self) -> None:
         for request in list(self.running):
             if request in self.running:
@@ -92,7 +97,9 @@ class Simulation:
 
     def admit(self, request: Request) -> bool:
         hits, num_hit = self.manager.get_computed_blocks(request)[:2]
-        chunk = min(request.num_tokens - num_hit, self.random.choice([32, 100, 512]))
+        chunk = self.chunk(request, num_hit)
+        if chunk == 0:
+            return False
         slots = self.manager.allocate_slots(
             request, chunk, num_new_computed_tokens=num_hit, new_computed_blocks=hits, full_sequence_must_fit=True
         )
@@ -106,8 +113,9 @@ class Simulation:
         return True
 
     def advance(self, request: Request) -> None:
-        remaining = request.num_tokens - request.num_computed_tokens
-        chunk = min(remaining, self.random.choice([32, 100, 512]))
+        chunk = self.chunk(request, request.num_computed_tokens)
+        if chunk == 0:
+            return
         while self.manager.allocate_slots(request, chunk) is None:
             victim = self.running.pop()
             self.manager.free(victim)
@@ -123,7 +131,7 @@ class Simulation:
         start, end = request.num_computed_tokens, request.num_computed_tokens + chunk
         row, layout, tokens = self.row(request), self.layout, request.all_token_ids
         assert len(row) == layout.blocks_for(end), "the row is exactly what the accounting says"
-        tail, tile = layout.tail_blocks, layout.tile_tokens
+        tail, tile = layout.private_blocks, layout.tile_tokens
         for index in range(start // tile):
             assert self.contents[row[self.tile_position(index)]] == tuple(tokens[: self.tile_end(index, start)])
         if start >= tile:
@@ -139,6 +147,9 @@ class Simulation:
                 self.contents[block] = ("sinks", tuple(tokens[:tile]))
         for block in row[:tail]:
             self.contents[block] = ("tail", request.request_id)
+        self.finish_step(request, end)
+
+    def finish_step(self, request: Request, end: int) -> None:
         request.num_computed_tokens = end
         if end == request.num_tokens:
             request.append_output_token_ids(self.random.randrange(1, 10**6))
@@ -147,7 +158,7 @@ class Simulation:
 
     def tile_position(self, index: int) -> int:
         block = index // self.layout.tiles_per_block
-        return self.layout.tail_blocks + block + (self.layout.sink_blocks if block else 0)
+        return self.layout.private_blocks + block + (self.layout.sink_blocks if block else 0)
 
     def tile_end(self, index: int, num_tokens: int) -> int:
         """Tokens that the last write to the block of tile `index` covered."""
@@ -161,9 +172,9 @@ class Simulation:
         self.num_finished += 1
 
     def check(self) -> None:
-        held = {block for request in self.running for block in self.row(request)}
+        held = {block for request in self.running for block in self.row(request)} - {self.pool.null_block.block_id}
         assert self.pool.get_num_free_blocks() + len(held) + 1 == self.num_blocks, "free + held + null = total"
-        owners = [block for request in self.running for block in self.row(request)[: self.layout.tail_blocks]]
+        owners = [block for request in self.running for block in self.row(request)[: self.layout.private_blocks]]
         assert len(owners) == len(set(owners)), "a tail belongs to one request"
 
     def run(self, num_requests: int) -> None:

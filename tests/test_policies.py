@@ -26,7 +26,7 @@ def test_the_shipped_policies_load():
     for name in policy_names():
         policy = load_policy(name)
         assert policy.name == name
-        assert policy.summary and (policy.paper or policy.is_dense)
+        assert policy.summary and (policy.paper or policy.is_dense or name == "random")
 
 
 def test_a_path_loads_like_a_name(tmp_path):
@@ -178,3 +178,45 @@ def test_policies_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         load_policy("int8").sink_tokens = 3  # type: ignore[misc]
     assert isinstance(load_policy("int8"), Policy)
+
+
+# Policies that evict
+
+
+def test_codec_takes_the_pages_of_another_policy():
+    policy = load_policy("kv-compress-2bit")
+    boost = load_policy("boost-2bit")
+    assert (policy.key, policy.value, policy.sink_tokens) == (boost.key, boost.value, boost.sink_tokens)
+    four_bit = load_policy("kv-compress-2bit", ["codec=kivi-4bit"])
+    assert (four_bit.key, four_bit.sink_tokens) == (load_policy("kivi-4bit").key, load_policy("kivi-4bit").sink_tokens)
+    assert four_bit.eviction == policy.eviction
+
+
+def test_parts_are_named_alone_or_with_parameters():
+    eviction = load_policy("snapkv", ["eviction.scorer.window=16"]).eviction
+    assert eviction.scorer.name == "window-attention" and eviction.scorer.window == 16
+    assert eviction.budget.name == "uniform" and eviction.schedule.name == "end-of-prefill"
+
+
+@pytest.mark.parametrize("name", ["kv-compress-2bit", "snapkv", "pyramidkv", "knorm", "streaming-llm", "random"])
+def test_a_policy_that_evicts_survives_the_way_to_another_process(name):
+    policy = load_policy(name, ["eviction.rate=3.5"])
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "part"),
+    [
+        ("kv-compress", "eviction.rate=0.5", "a number from 1 to 1024"),
+        ("kv-compress", "eviction.scorer.window=0", "greater than or equal to 1"),
+        ("kv-compress", "eviction.scorer.name=attention", "the scorers are accumulated-attention"),
+        ("kv-compress", "eviction.budget=fair", "the budgets are global-pages"),
+        ("kv-compress", "eviction.max_tokens=512", "one of the two"),
+        ("kv-compress", "codec=none", "needs key and value codecs"),
+        ("kv-compress", "codec=snapkv", "snapkv evicts itself"),
+        ("kv-compress", "codec=kivi", "the name of a shipped policy"),
+        ("kivi-2bit", "eviction.rate=8", "it evicts nothing"),
+    ],
+)
+def test_refused_evictions_name_the_fix(name, override, part):
+    assert part in error_of(name, override)

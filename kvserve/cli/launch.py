@@ -97,7 +97,20 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
+    if policy.eviction:
+        _connect_scheduler(args)
     _size_the_pool(args)
+
+
+def _connect_scheduler(args: argparse.Namespace) -> None:
+    """What eviction needs in vLLM's scheduler; after the checks, which refuse the user's own."""
+    from vllm.config import KVTransferConfig
+
+    from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH
+
+    if args.scheduler_cls:
+        raise UsageError("a policy that evicts brings its own scheduler class; drop --scheduler-cls")
+    args.kv_transfer_config, args.scheduler_cls = KVTransferConfig(**CONNECTOR_CONFIG), SCHEDULER_PATH
 
 
 def _size_the_pool(args: argparse.Namespace) -> None:

@@ -36,8 +36,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def context_ratio(layout: Any, num_tokens: int = CONTEXT) -> float:
     """How many times more requests of `num_tokens` tokens fit, against a 16-bit cache; tail and sinks included."""
+    from kvserve.pages.plan import held_blocks
+
     sixteen_bit = num_tokens * 2 * layout.head_dim * 2
-    return float(sixteen_bit / (layout.blocks_for(num_tokens) * layout.cell_bytes))
+    return float(sixteen_bit / (held_blocks(layout, num_tokens) * layout.cell_bytes))
 
 
 def _console() -> Console:
@@ -74,7 +76,8 @@ def _print_table(console: Console) -> None:
     console.print(table)
     console.print(
         f"\nbits/element: one sealed K or V element, scales included. capacity: requests of {CONTEXT} tokens\n"
-        "that fit, relative to a 16-bit cache, dense tail and sinks counted. `kvserve policies NAME` explains one.\n"
+        "that fit, relative to a 16-bit cache; dense tail and sinks counted, prompts evicted where the policy evicts.\n"
+        "`kvserve policies NAME` explains one.\n"
         f"Files: {configs_dir()}",
         soft_wrap=True,
     )
@@ -103,8 +106,10 @@ def _explain(console: Console, policy: Policy, head_dim: int) -> None:
         ("dense tail", f"{layout.tail_blocks} blocks of {layout.cell_bytes} bytes (up to {layout.tile_tokens} tokens)"),
         ("dense sinks", f"{layout.sink_blocks} blocks ({policy.sink_tokens} tokens)"),
     ]
+    from kvserve.pages.plan import held_blocks
+
     for context in (1024, CONTEXT, 32768):
-        total = layout.blocks_for(context) * layout.cell_bytes
+        total = held_blocks(layout, context) * layout.cell_bytes
         ratio = context_ratio(layout, context)
         rows.append((f"{context} tokens", f"{total} bytes, {ratio:.2f} times fewer than 16-bit"))
     _print_rows(console, "memory per KV head and layer", rows)
@@ -115,11 +120,14 @@ def _parameters(policy: Policy) -> list[tuple[str, str]]:
     for key, value in policy.model_dump(mode="json").items():
         if key in ("name", "summary", "paper"):
             continue
-        if isinstance(value, dict):
-            rows += [(f"{key}.{inner}", str(setting).lower()) for inner, setting in value.items()]
-        else:
-            rows.append((key, "dense" if value is None else str(value).lower()))
+        rows += _flat(key, "none" if value is None and key == "eviction" else "dense" if value is None else value)
     return rows
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [row for inner, setting in value.items() for row in _flat(f"{key}.{inner}", setting)]
+    return [(key, str(value).lower())]
 
 
 def _sections(layout: Any) -> list[tuple[str, str]]:

@@ -70,13 +70,17 @@ def split_arguments(arguments: Sequence[str]) -> ServeRequest:
     for argument in rest:
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
-        if name in ("--policy", "--policy-set"):
+        if name in _EXAMPLES:
             if not equals:
                 value = next(rest, "")
             if not value or value.startswith("--"):
                 raise UsageError(f"{name} needs a value, for example {_EXAMPLES[name]}")
             if name == "--policy-set":
                 request.overrides.append(value)
+            elif name == "--compression-rate":
+                request.overrides += [f"eviction.rate={value}", "eviction.max_tokens=null"]
+            elif name == "--max-cache-tokens":
+                request.overrides += ["eviction.rate=null", f"eviction.max_tokens={value}"]
             elif request.policy not in (None, value):
                 raise UsageError(f"--policy was given twice, as {request.policy} and as {value}; keep one")
             else:
@@ -90,7 +94,12 @@ def split_arguments(arguments: Sequence[str]) -> ServeRequest:
     return request
 
 
-_EXAMPLES = {"--policy": "--policy kivi-2bit", "--policy-set": "--policy-set sink_tokens=0"}
+_EXAMPLES = {
+    "--policy": "--policy kivi-2bit",
+    "--policy-set": "--policy-set sink_tokens=0",
+    "--compression-rate": "--compression-rate 4",
+    "--max-cache-tokens": "--max-cache-tokens 1024",
+}
 
 
 def scan_options(arguments: Sequence[str]) -> dict[str, Any]:

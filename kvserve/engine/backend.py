@@ -24,9 +24,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.eviction import PromptEviction, StepEvictor
 from kvserve.checks import UnsupportedError
+from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
-from kvserve.engine.spec import PageSpec
+from kvserve.engine.spec import EvictingPageSpec, PageSpec
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -80,7 +82,13 @@ class KvserveBackend(AttentionBackend):
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
         layout = cls.settings.layout(spec.head_size)
-        return spec if layout.sections is None else PageSpec.from_attention(spec, layout)
+        if layout.sections is None:
+            return spec
+        if not layout.state_blocks:
+            return PageSpec.from_attention(spec, layout)
+        if isinstance(spec, SlidingWindowSpec):
+            raise UnsupportedError("eviction does not serve models with sliding-window layers yet; use kivi-2bit")
+        return EvictingPageSpec.from_attention(spec, layout)
 
 
 @cache
@@ -100,6 +108,7 @@ class StepMetadata:
 
     num_actual_tokens: int
     batch: Batch
+    evictor: StepEvictor | None = None
 
 
 class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -107,6 +116,8 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        settings = EngineSettings.from_vllm_config(vllm_config)
+        self.eviction = settings.policy.eviction if settings else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -119,7 +130,24 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
             seq_lens=common.seq_lens[: common.num_reqs],
             block_table=common.block_table_tensor[: common.num_reqs],
         )
-        return StepMetadata(common.num_actual_tokens, batch)
+        evictor = self._plan_evictions(batch) if self.eviction else None
+        return StepMetadata(common.num_actual_tokens, batch, evictor)
+
+    def _plan_evictions(self, batch: Batch) -> StepEvictor | None:
+        """Tell the kernels which rows are evicted already; returns what evicts those whose prompt ends now."""
+        assert self.eviction is not None
+        rows, kept, prompts = current_plans().rows, [], []
+        for request, state_block in enumerate(batch.block_table[:, 0].tolist()):
+            row = rows.get(state_block)
+            if row is None or row.evict_now:
+                kept.append((0, 0, 0))
+            else:
+                kept.append((row.plan.end, row.plan.kept_row, row.plan.kept_blocks))
+            if row is not None and row.evict_now:
+                prompts.append(PromptEviction(request, row.request_id, row.plan))
+        if any(end for end, *_ in kept):
+            batch.kept = torch.tensor(kept, dtype=torch.int32)
+        return StepEvictor(self.eviction, prompts, len(self.layer_names)) if prompts else None
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):
@@ -168,11 +196,13 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             return output
         n = attn_metadata.num_actual_tokens
         shape = (-1, self.num_heads, self.head_size)
+        cells, batch = kv_cache.view(torch.uint8), attn_metadata.batch
         self.attention.forward(
             query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
-            value[:n].view(-1, self.num_kv_heads, self.head_size), kv_cache.view(torch.uint8),
-            attn_metadata.batch, output[:n].view(shape),
+            value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
         )  # fmt: skip
+        if attn_metadata.evictor:
+            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape), batch)
         return output
 
 

@@ -2,10 +2,11 @@
 
 Seam: `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager`.
 
-A request's row is [tail blocks][tile block 0][sink blocks][tile block 1]... as kvserve.pages.layout describes. The
-worker sees the row as ordinary new block ids, in this order, and it only ever grows. Tile blocks enter vLLM's prefix
-cache under their own hash; the sink blocks go with tile block 0 under a hash derived from its hash, so that a hit on
-tile block 0 always finds the sinks that belong to it.
+A request's row is [private blocks][tile block 0][sink blocks][tile block 1]... as kvserve.pages.layout describes. The
+private ones are its state (where prompts are evicted) and its tail. The worker sees the row as ordinary new block ids,
+in this order, and it only ever grows. Tile blocks enter vLLM's prefix cache under their own hash; the sink blocks go
+with tile block 0 under a hash derived from its hash, so that a hit on tile block 0 always finds the sinks that belong
+to it.
 """
 
 from __future__ import annotations
@@ -74,8 +75,12 @@ class PageManager(FullAttentionManager):
 
     def _tiles(self, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
         """The tile blocks of a row."""
-        first = self.layout.tail_blocks
+        first = self.layout.private_blocks
         return row[first : first + 1] + row[first + 1 + self.layout.sink_blocks :]
+
+    def row_blocks(self, request_id: str, num_tokens: int) -> int:
+        """Length of the row of a request with `num_tokens` computed tokens."""
+        return self.layout.blocks_for(num_tokens)
 
     # -- allocation ----------------------------------------------------------------------------------------------
 
@@ -85,7 +90,7 @@ class PageManager(FullAttentionManager):
         """Free blocks the request needs to hold `num_tokens`, counting hits that leave the free queue."""
         held = len(self.req_to_blocks.get(request_id, ()))
         hits = self._with_sinks(new_computed_blocks)
-        missing = self.layout.blocks_for(num_tokens) - held - len(hits)
+        missing = self.row_blocks(request_id, num_tokens) - held - len(hits)
         return max(missing, 0) + self._get_num_evictable_blocks(hits)
 
     def add_local_computed_blocks(
@@ -97,14 +102,14 @@ class PageManager(FullAttentionManager):
         assert not row and num_external_computed_tokens == 0
         hits = self._with_sinks(new_computed_blocks)
         self.block_pool.touch(hits)  # before the tail is taken, which could evict them
-        row.extend(self._take(self.layout.tail_blocks))
+        row.extend(self._take(self.layout.private_blocks))
         row.extend(hits)
         self.num_cached_block[request_id] = len(new_computed_blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order."""
         row = self.req_to_blocks[request_id]
-        new_blocks = self._take(max(self.layout.blocks_for(num_tokens) - len(row), 0))
+        new_blocks = self._take(max(self.row_blocks(request_id, num_tokens) - len(row), 0))
         row.extend(new_blocks)
         return new_blocks
 
@@ -137,7 +142,7 @@ class PageManager(FullAttentionManager):
         self.num_cached_block[request_id] = num_full
 
     def _cache_sinks(self, row: list[KVCacheBlock]) -> None:
-        first = self.layout.tail_blocks
+        first = self.layout.private_blocks
         key = row[first].block_hash
         if key is None:
             return
@@ -146,10 +151,10 @@ class PageManager(FullAttentionManager):
             self.block_pool._insert_block_hash(block_key, block, num_tokens=self.layout.policy.sink_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """The request's blocks, its tail last: callers free in reverse, so what holds no reusable tile goes first."""
+        """The request's blocks, private ones last: callers free in reverse, so what holds no tile goes first."""
         row = super().pop_blocks_for_free(request_id)
-        tail = self.layout.tail_blocks
-        return row[tail:] + row[:tail]
+        private = self.layout.private_blocks
+        return row[private:] + row[:private]
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Always 0: rows start with private blocks, so cascade attention over shared rows does not apply."""

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import PageLayout
+from kvserve.pages.plan import held_blocks
+from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +66,7 @@ class EngineReport:
     @property
     def effective_bytes_per_token(self) -> float:
         """A token of a request of max_model_len tokens, its tail and sinks counted."""
-        return self.layout.blocks_for(self.max_model_len) * self.block_bytes / self.max_model_len
+        return held_blocks(self.layout, self.max_model_len) * self.block_bytes / self.max_model_len
 
     @property
     def dense_capacity_tokens(self) -> int:
@@ -73,13 +75,21 @@ class EngineReport:
 
     @property
     def effective_capacity_tokens(self) -> int:
-        """Tokens that fit, in requests of max_model_len tokens; vLLM logs the same figure."""
-        return int(self.num_blocks / self.layout.blocks_for(self.max_model_len) * self.max_model_len)
+        """Tokens that fit, in requests of max_model_len tokens.
+
+        vLLM logs the same figure, unless the policy evicts: vLLM then counts what a prompt takes before that.
+        """
+        return int(self.num_blocks / held_blocks(self.layout, self.max_model_len) * self.max_model_len)
 
     @property
     def requested_ratio(self) -> float:
-        """16 over the bits of a sealed element."""
-        return 8 * DENSE_BYTES / self.layout.bits_per_element()
+        """16 over the bits of a sealed element, times the tokens over the tokens kept."""
+        eviction, tokens = self.layout.policy.eviction, self.max_model_len
+        share = 1.0
+        if eviction:
+            limit = request_limit(eviction, self.layout.policy, {})
+            share = limit.target(tokens) / tokens if limit else 1.0
+        return 8 * DENSE_BYTES / self.layout.bits_per_element() / share
 
     @property
     def effective_ratio(self) -> float:
@@ -87,10 +97,10 @@ class EngineReport:
         return self.dense_bytes_per_token / self.effective_bytes_per_token
 
     def pages(self, free_blocks: int, num_running: int) -> dict[str, int]:
-        """Pages of the pool by state. Every running request holds exactly `tail_blocks` dense ones."""
+        """Pages of the pool by state. Every running request holds exactly `private_blocks` that are not sealed."""
         per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
         used = max(self.num_blocks - 1 - free_blocks, 0)
-        dense = used if self.layout.sections is None else min(num_running * self.layout.tail_blocks, used)
+        dense = used if self.layout.sections is None else min(num_running * self.layout.private_blocks, used)
         return {"free": free_blocks * per_block, "dense": dense * per_block, "sealed": (used - dense) * per_block}
 
     def table(self) -> str:
@@ -101,6 +111,7 @@ class EngineReport:
             ("keys / values", describe_codecs(layout)),
             ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, all the same"),
             ("kept dense", describe_dense(layout)),
+            ("evicts", describe_eviction(layout)),
             ("bytes per token", f"{self.dense_bytes_per_token:,} in a 16-bit cache, "
              f"{self.effective_bytes_per_token:,.0f} in effect"),
             ("compression", f"{self.requested_ratio:.2f}x requested, {self.effective_ratio:.2f}x in effect "
@@ -128,6 +139,17 @@ def describe_codecs(layout: PageLayout) -> str:
     return (
         f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; V {value.bits}-bit {rotation}; "
         f"{layout.bits_per_element():.2f} bits per element"
+    )
+
+
+def describe_eviction(layout: PageLayout) -> str:
+    """What is dropped from prompts, in one line."""
+    eviction = layout.policy.eviction
+    if eviction is None:
+        return "nothing"
+    share = f"1 of {eviction.rate:g} tokens" if eviction.rate else f"{eviction.max_tokens} tokens"
+    return (
+        f"prompts at their end, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvserve.checks import ServeOptions, check_model, check_options
+from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options
 from kvserve.compat import check_vllm_version
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "kvserve"
+# What a policy that evicts needs in the scheduler (engine/connector.py, engine/scheduler.py).
+CONNECTOR_NAME = "KvserveConnector"
+CONNECTOR_CONFIG = {
+    "kv_connector": CONNECTOR_NAME, "kv_role": "kv_producer", "kv_connector_module_path": "kvserve.engine.connector",
+}  # fmt: skip
+SCHEDULER_PATH = "kvserve.engine.scheduler.make_scheduler"
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,30 @@ class EngineSettings:
         check_vllm_version()
         policy = policy_from_config(section)
         check_options(serve_options(vllm_config), policy)
+        if policy.eviction:
+            check_eviction(vllm_config)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         return cls(policy, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
 
     def layout(self, head_dim: int) -> PageLayout:
         """The pages of attention layers with this head_dim."""
         return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype)
+
+
+def check_eviction(config: VllmConfig) -> None:
+    """Refuse eviction without its two helpers in the scheduler; `kvserve serve` sets both.
+
+    Raises:
+        UnsupportedError: naming the options.
+    """
+    transfer = config.kv_transfer_config
+    if not _is_own(transfer) or config.scheduler_config.scheduler_cls != SCHEDULER_PATH:
+        raise UnsupportedError(
+            "a policy that evicts needs two more options: "
+            f"--scheduler-cls {SCHEDULER_PATH} --kv-transfer-config '{json.dumps(CONNECTOR_CONFIG)}'"
+        )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedError("eviction does not work with pipeline parallelism; drop --pipeline-parallel-size")
 
 
 def serve_options(config: VllmConfig) -> ServeOptions:
@@ -58,7 +83,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
         kv_cache_dtype_skip_layers=cache.kv_cache_dtype_skip_layers,
         block_size=cache.block_size,
         speculative_config=config.speculative_config,
-        kv_transfer_config=config.kv_transfer_config,
+        kv_transfer_config=None if _is_own(config.kv_transfer_config) else config.kv_transfer_config,
         kv_offloading_size=cache.kv_offloading_size,
         decode_context_parallel_size=parallel.decode_context_parallel_size,
         prefill_context_parallel_size=parallel.prefill_context_parallel_size,
@@ -66,3 +91,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
         runner=model and model.runner_type,
         convert=model and model.convert_type,
     )
+
+
+def _is_own(transfer: Any) -> bool:
+    return getattr(transfer, "kv_connector", None) == CONNECTOR_NAME

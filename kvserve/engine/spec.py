@@ -12,6 +12,7 @@ import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.manager import PageManager
 from kvserve.pages.layout import PageLayout
 
@@ -66,3 +67,16 @@ class PageSpec(FullAttentionSpec):
         if any(spec != specs[0] for spec in specs):
             raise ValueError("kvserve needs the same number of KV heads and the same head_dim in every layer")
         return specs[0]
+
+
+@register_kv_cache_spec(manager_class=EvictingPageManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class EvictingPageSpec(PageSpec):
+    """A group whose prompts are evicted: a row may also have kept blocks, fewer than the tile blocks they replace."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """As PageSpec, and the kept blocks: for one step a prompt is held whole and evicted."""
+        return self.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        return self.layout.blocks_for(max_len) + self.layout.tile_blocks_for(max_len)

@@ -6,12 +6,11 @@ where the policy keeps tokens dense, `slots_per_cell` dense slots (K row, then V
 
 A request's row of blocks, in the order they are allocated (T = tile_tokens):
 
-    | state_blocks      | tail_blocks       | tile block 0 | sink_blocks        | tile block 1 | ...
-    | what an evicted   | dense tokens of   | tiles 0..n-1 | dense tokens       | tiles n..    |
-    | request keeps     | the unfinished T  |              | [0, sink_tokens)   |              |
+    | tail_blocks       | tile block 0 | sink_blocks        | tile block 1 | ...
+    | dense tokens of   | tiles 0..n-1 | dense tokens       | tiles n..    |
+    | the unfinished T  |              | [0, sink_tokens)   |              |
 
-State and tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be
-shared. What a request holds after eviction is in kvserve/pages/kept.py.
+Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
 The dense policy has none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense slots.
 """
 
@@ -55,7 +54,7 @@ class PageLayout:
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
         sections: offsets inside a sealed page; None for the dense policy.
-        state_blocks: blocks at the start of every request's row; 0 unless the policy evicts.
+        state_blocks: blocks at the start of a row that hold the request's own state (1 where prompts are evicted).
     """
 
     policy: Policy
@@ -67,12 +66,12 @@ class PageLayout:
 
     @classmethod
     def build(
-        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int = 0
+        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int | None = None
     ) -> PageLayout:
         """Lay out the pages of `policy`.
 
         Raises:
-            ValueError: head_dim, block_size or state_blocks does not fit the policy; the message names the fix.
+            ValueError: head_dim or block_size does not fit the policy; the message names the fix.
         """
         if policy.is_dense:
             if state_blocks:
@@ -81,6 +80,8 @@ class PageLayout:
         _check_fits(policy, head_dim, block_size)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         dense_dtype = torch.float16 if model_dtype == torch.float32 else model_dtype
+        if state_blocks is None:
+            state_blocks = 1 if policy.eviction else 0
         return cls(policy, head_dim, block_size, dense_dtype, _sections(policy, head_dim), state_blocks)
 
     @property
@@ -115,6 +116,11 @@ class PageLayout:
         return 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)
 
     @property
+    def private_blocks(self) -> int:
+        """Blocks at the start of a row that no other request shares."""
+        return self.state_blocks + self.tail_blocks
+
+    @property
     def sink_blocks(self) -> int:
         """Blocks of dense sink tokens that go with tile block 0."""
         return ceil(self.policy.sink_tokens / self.slots_per_cell)
@@ -141,16 +147,16 @@ class PageLayout:
         return ceil(num_tokens // self.tile_tokens / self.tiles_per_block)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks a request holds with `num_tokens` cached tokens, state, tail and sinks included, until it is evicted.
+        """Blocks a request holds with `num_tokens` cached tokens, state, tail and sinks included.
 
         The scheduler calls this ahead of the worker, so it depends on nothing but the policy and the count.
         """
         tiles = self.tile_blocks_for(num_tokens)
-        return self.state_blocks + self.tail_blocks + tiles + (self.sink_blocks if tiles else 0)
+        return self.private_blocks + tiles + (self.sink_blocks if tiles else 0)
 
     def tile_row(self, tile_block: int) -> int:
         """Index in a request's row of its tile block number `tile_block`, as long as it was not evicted."""
-        return self.state_blocks + self.tail_blocks + tile_block + (self.sink_blocks if tile_block else 0)
+        return self.private_blocks + tile_block + (self.sink_blocks if tile_block else 0)
 
     def bits_per_element(self) -> float:
         """Bits of a sealed K or V element, scales and padding included."""

@@ -5,9 +5,17 @@ A policy names parts and their parameters. It owns no allocation, no kernel and 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 Bits = Literal[2, 4, 8]
 
@@ -54,6 +62,40 @@ class ValueCodec(_Part):
         return self
 
 
+class Eviction(_Part):
+    """Which tokens of a prompt stay, and how many: a scorer, a budget and a schedule, each by its name and parameters.
+
+    `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
+    `sink_tokens` of the policy and the tokens of the unfinished tile always stay.
+    """
+
+    scorer: Any
+    budget: Any
+    schedule: Annotated[Any, Field(validate_default=True)] = "end-of-prefill"
+    rate: Annotated[float | None, Field(ge=1, le=1024)] = None
+    max_tokens: Annotated[int | None, Field(ge=64)] = None
+
+    @field_validator("scorer", "budget", "schedule", mode="before")
+    @classmethod
+    def _make_part(cls, content: Any, info: ValidationInfo) -> Any:
+        # Imported here: the parts need torch, which a policy without eviction does not.
+        from kvserve.policies.parts import make_part
+
+        return make_part(str(info.field_name), content)
+
+    @field_serializer("scorer", "budget", "schedule")
+    def _part_content(self, part: Any) -> dict[str, Any]:
+        return {"name": part.name} | part.model_dump(mode="json", exclude_defaults=True)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Eviction:
+        if (self.rate is None) == (self.max_tokens is None):
+            raise ValueError("give eviction.rate or eviction.max_tokens, one of the two")
+        if self.schedule.name != "end-of-prefill" or self.schedule.chunk_tokens:
+            raise ValueError("only the schedule end-of-prefill, without chunk_tokens, is served so far")
+        return self
+
+
 class Policy(_Part):
     """One named way to keep the KV cache.
 
@@ -68,12 +110,15 @@ class Policy(_Part):
     sink_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     key: KeyCodec | None = None
     value: ValueCodec | None = None
+    eviction: Eviction | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Policy:
         if (self.key is None) != (self.value is None):
             raise ValueError("give both key and value, or neither (the dense policy)")
         if self.key is None or self.value is None:
+            if self.eviction:
+                raise ValueError("eviction needs key and value codecs so far: set both, for example to 8 bits")
             if self.sink_tokens:
                 raise ValueError("sink_tokens needs key and value codecs: a dense policy keeps every token dense")
             return self

@@ -21,6 +21,8 @@ from kvserve.policies.base import Policy
 from kvserve.policies.registry import policy_names, shipped_path
 
 _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
+_PARTS = ("scorer", "budget", "schedule")
+_CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value")  # what `codec: NAME` takes from another policy
 
 
 class PolicyError(ValueError):
@@ -120,7 +122,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise PolicyError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise PolicyError(f"{path}, line 1: a policy is a list of `key: value` lines, found {content!r:.60}")
+    if "codec" in content:
+        content = _codec_of(content.pop("codec")) | content
     return content
+
+
+def _codec_of(name: Any) -> dict[str, Any]:
+    """The codec of a shipped policy that evicts nothing, as content."""
+    if not isinstance(name, str) or name not in policy_names():
+        raise PolicyError(f"codec is {_show(name)}, it must be the name of a shipped policy, for example kivi-2bit")
+    content = _read_yaml(shipped_path(name))
+    if "eviction" in content:
+        raise PolicyError(f"codec: {name} evicts itself; name a policy that only writes pages, for example kivi-2bit")
+    return {key: content[key] for key in _CODEC_KEYS if key in content}
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -135,12 +149,19 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    if dotted == "codec":
+        for key in _CODEC_KEYS:
+            content.pop(key, None)
+        content |= _codec_of(value)
+        return
     keys = dotted.split(".")
     model: type[BaseModel] = Policy
     for depth, key in enumerate(keys):
         if key not in model.model_fields or (depth == 0 and key in _DESCRIPTIVE):
             raise PolicyError(_unknown_key(dotted, _settable_keys()))
         nested = _nested_model(model.model_fields[key])
+        if nested is None and key in _PARTS:
+            break  # a scorer, budget or schedule checks its own keys
         if depth + 1 < len(keys):
             if nested is None:
                 raise PolicyError(_unknown_key(dotted, _settable_keys()))
@@ -148,7 +169,7 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     target = content
     for key in keys[:-1]:
         if not isinstance(target.get(key), dict):
-            target[key] = {}
+            target[key] = {"name": target[key]} if key in _PARTS and target.get(key) else {}
         target = target[key]
     target[keys[-1]] = value
 
@@ -177,6 +198,10 @@ def _sentence(error: ErrorDetails) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if any(part in _PARTS for part in error["loc"][:-1]):
+        return f"{dotted} is {_show(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "missing" and error["loc"][0] == "eviction":
+        return f"it evicts nothing ({dotted} is missing); choose one that evicts, for example kv-compress-2bit"
     if error["type"] == "missing":
         return f"{dotted} is missing, it must be {_allowed(dotted)}"
     if error["type"] == "extra_forbidden":
@@ -208,13 +233,14 @@ def _allowed(dotted: str) -> str:
         return "something else"
     if nested := _nested_model(field):
         return f"a group of keys ({', '.join(nested.model_fields)})"
-    annotation = field.annotation
+    annotation = _without_none(field.annotation)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
     low = next((m.ge for m in field.metadata if getattr(m, "ge", None) is not None), None)
     high = next((m.le for m in field.metadata if getattr(m, "le", None) is not None), None)
-    if annotation is int:
-        return f"a whole number from {low} to {high}" if low is not None and high is not None else "a whole number"
+    if annotation in (int, float):
+        number = "a whole number" if annotation is int else "a number"
+        return number + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
     if annotation is bool:
         return "true or false"
     if any(getattr(m, "pattern", None) for m in field.metadata):
@@ -241,6 +267,13 @@ def _nested_model(field: FieldInfo) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _without_none(annotation: Any) -> Any:
+    """T of `T | None`."""
+    others = [choice for choice in get_args(annotation) if choice is not type(None)]
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return others[0] if is_union and len(others) == 1 else annotation
 
 
 def _copy(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""What the scheduler tells the worker about evictions.
+
+Seam: `vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1`, vLLM's message channel from scheduler to
+worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step which rows are evicted
+and which shall be evicted in it. A row is identified by its state block, the first of the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.logger import init_logger
+
+from kvserve.engine.eviction_manager import EvictingPageManager
+from kvserve.engine.settings import EngineSettings
+from kvserve.pages.plan import EvictionPlan, plan_eviction
+from kvserve.policies.limits import request_limit
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The plan of one row in this step; `evict_now`: its prompt is complete when the step ends."""
+
+    request_id: str
+    plan: EvictionPlan
+    evict_now: bool
+
+
+@dataclass
+class StepPlans(KVConnectorMetadata):
+    """Rows with a plan that matters to this step, by the id of their state block."""
+
+    rows: dict[int, RowPlan] = field(default_factory=dict)
+
+
+logger = init_logger("vllm.kvserve")
+_NO_PLANS = StepPlans()
+_current = _NO_PLANS
+
+
+def current_plans() -> StepPlans:
+    """The plans of the step that this worker is about to run."""
+    return _current
+
+
+class KvserveConnector(KVConnectorBase_V1):
+    """Carries StepPlans; everything about moving KV is a no-op."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        settings = EngineSettings.from_vllm_config(vllm_config)
+        assert settings is not None and settings.policy.eviction is not None
+        self.eviction = settings.policy.eviction
+        self.manager: EvictingPageManager | None = None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # -- scheduler ------------------------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        (manager,) = kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, EvictingPageManager)
+        self.manager = manager
+
+    def on_new_request(self, request: Request) -> None:
+        """Plan the eviction of a request's prompt; its `vllm_xargs` may change the policy's limit."""
+        assert self.manager is not None
+        layout = self.manager.layout
+        params = request.sampling_params
+        try:
+            limit = request_limit(self.eviction, layout.policy, (params and params.extra_args) or {})
+        except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
+            logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
+            limit = request_limit(self.eviction, layout.policy, {})
+        window = getattr(self.eviction.scorer, "window", 1)
+        plan = limit and plan_eviction(layout, limit, request.num_prompt_tokens, window)
+        if plan:
+            self.manager.plans[request.request_id] = plan
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are freed at once."""
+        assert self.manager is not None
+        self.manager.plans.pop(request.request_id, None)
+        return False, None
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlans:
+        """The plans that matter to the rows of this step."""
+        assert self.manager is not None
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        plans = StepPlans()
+        for request_id, before in computed.items():
+            plan = self.manager.plans.get(request_id)
+            if plan is None or before + scheduler_output.num_scheduled_tokens[request_id] < plan.prompt_len:
+                continue
+            row = RowPlan(request_id, plan, evict_now=before < plan.prompt_len)
+            plans.rows[self.manager.state_block(request_id)] = row
+        return plans
+
+    # -- worker ---------------------------------------------------------------------------------------------------
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """The first call of a step in the worker, before the attention metadata is built."""
+        global _current
+        assert isinstance(kv_connector_metadata, StepPlans)
+        _current = kv_connector_metadata
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass

@@ -1,0 +1,50 @@
+"""vLLM's scheduler with steps that end where a prompt is evicted.
+
+Seams: `--scheduler-cls`, and `Scheduler._mamba_block_aligned_split`, through which vLLM clips steps for models whose
+state must be saved at certain tokens; kvserve's state is the evicted cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from kvserve.engine.eviction_manager import EvictingPageManager
+
+
+class _EvictingMixin:
+    """Clips steps to the requests' eviction plans."""
+
+    kv_cache_manager: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, EvictingPageManager)
+        self.manager = manager
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:  # fmt: skip
+        plan = self.manager.plans.get(request.request_id)
+        computed = request.num_computed_tokens + num_new_local_computed_tokens
+        return plan.clip_step(computed, num_new_tokens) if plan else num_new_tokens
+
+
+class EvictingScheduler(_EvictingMixin, Scheduler):
+    """For synchronous scheduling."""
+
+
+class EvictingAsyncScheduler(_EvictingMixin, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+def make_scheduler(vllm_config: Any, **kwargs: Any) -> Scheduler:
+    """What vLLM calls in place of a scheduler class."""
+    use_async = vllm_config.scheduler_config.async_scheduling
+    return (EvictingAsyncScheduler if use_async else EvictingScheduler)(vllm_config=vllm_config, **kwargs)

@@ -1,0 +1,89 @@
+"""Evicted prompts through the engine: what stays is what an independent simulation keeps, however steps are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from engine_cases import MIB, STORY, encode, engine, generate, steps
+from greedy import Step, assert_same_texts
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvserve.default_model import prepare_default_model
+
+NUM_TOKENS = 24
+Keep = Callable[[torch.Tensor], torch.Tensor]  # keys [kv_heads, candidates, head_dim] -> scores [kv_heads, candidates]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return prepare_default_model()
+
+
+def greedy_with_evicted_cache(folder: Path, prompt: list[int], kept_tokens: int, score: Keep) -> list[Step]:
+    """Transformers' dense model, its cache cut to the `kept_tokens` best of the whole tiles of each KV head."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cache, end, out = DynamicCache(), len(prompt) // 64 * 64, []
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
+        for layer in cache.layers:
+            best = score(layer.keys[0, :, :end]).topk(kept_tokens, -1).indices.sort(-1).values
+            rest = torch.arange(end, len(prompt)).expand(best.shape[0], -1)
+            index = torch.cat([best, rest], 1)[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
+            layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        for position in range(len(prompt), len(prompt) + NUM_TOKENS):
+            top = logits.log_softmax(-1).topk(2)
+            token = int(top.indices[0])
+            out.append(Step(str(token), float(top.values[0] - top.values[1])))
+            step = reference(
+                torch.tensor([[token]]), past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True
+            )
+            logits = step.logits[0, -1]
+    return out
+
+
+def newest(keys: torch.Tensor) -> torch.Tensor:
+    """StreamingLLM's four sinks, then the newest."""
+    scores = torch.arange(keys.shape[1], dtype=torch.float32)
+    scores[:4] = torch.inf
+    return scores.expand(keys.shape[0], -1)
+
+
+@pytest.mark.parametrize(("policy", "score"), [("knorm", lambda keys: -keys.norm(dim=-1)), ("streaming-llm", newest)])
+def test_the_text_is_that_of_a_dense_cache_cut_to_the_same_tokens(policy: str, score: Keep, model: Path) -> None:
+    with engine(model, policy, {"eviction.rate": 2}, max_model_len=2048, kv_cache_memory_bytes=256 * MIB) as llm:
+        prompts = [encode(llm, f"{name} told this story. " + STORY * 6 + "In the morning") for name in ("Anna", "Bo")]
+        actual = [steps(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS, logprobs=2)]
+    kept = [-(-(-(-len(prompt) // 2) - len(prompt) % 64) // 64) * 64 for prompt in prompts]
+    expected = [greedy_with_evicted_cache(model, p, k, score) for p, k in zip(prompts, kept, strict=True)]
+    assert_same_texts(expected, actual)
+
+
+def test_the_last_chunk_has_the_window_however_the_prompt_is_cut(model: Path) -> None:
+    texts = []
+    for budget in (70, 512):
+        with engine(model, "kv-compress", max_num_batched_tokens=budget) as llm:
+            prompts = [encode(llm, STORY * 8 + f"And {name} said:") for name in ("Anna", "Boris", "Chen", "Dalia")]
+            texts.append([steps(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS, logprobs=2)])
+    assert_same_texts(*texts)
+
+
+def test_preemption_reaches_the_same_state(model: Path) -> None:
+    names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
+    with engine(model, "kv-compress", kv_cache_memory_bytes=256 * MIB) as llm:
+        prompts = [encode(llm, f"{name} told this story. " + STORY * 5 + f"And {name} said:") for name in names]
+        expected = [steps(output) for output in generate(llm, prompts, max_tokens=150, logprobs=2)]
+        (manager,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        layout = manager.layout
+    block_bytes = 30 * 3 * layout.cell_bytes
+    num_blocks = 3 * layout.blocks_for(len(prompts[0])) + 8
+    with engine(model, "kv-compress", kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
+            outputs = generate(llm, prompts, max_tokens=150, logprobs=2)
+        assert preempt.call_count > 0
+        assert_same_texts(expected, [steps(output) for output in outputs])
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks - 1
