@@ -16,9 +16,8 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 from greedy import Step, steps_of
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.config import KVTransferConfig
 
-from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH
+from kvserve.engine.settings import scheduler_options
 from kvserve.policies.loading import load_policy
 
 MIB = 1 << 20
@@ -42,7 +41,7 @@ def engine(model: Path, policy: str | None, changes: dict[str, Any] | None = Non
     if policy is not None:
         settings |= {"additional_config": {"kvserve": {"policy": policy, "set": changes or {}}}, "block_size": 64}
         if load_policy(policy).eviction:
-            settings |= {"kv_transfer_config": KVTransferConfig(**CONNECTOR_CONFIG), "scheduler_cls": SCHEDULER_PATH}
+            settings |= scheduler_options()
     llm = LLM(model=str(model), **(settings | options))
     try:
         yield llm

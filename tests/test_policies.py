@@ -192,6 +192,13 @@ def test_codec_takes_the_pages_of_another_policy():
     assert four_bit.eviction == policy.eviction
 
 
+def test_a_name_may_carry_its_rate():
+    policy = load_policy("snapkv@2.5")
+    assert policy.name == "snapkv" and policy.eviction.rate == 2.5
+    assert "it evicts nothing" in error_of("int8@2")
+    assert "a number from 1" in error_of("snapkv@none-such")
+
+
 def test_parts_are_named_alone_or_with_parameters():
     eviction = load_policy("snapkv", ["eviction.scorer.window=16"]).eviction
     assert eviction.scorer.name == "window-attention" and eviction.scorer.window == 16

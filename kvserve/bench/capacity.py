@@ -57,8 +57,9 @@ class CapacityHost:
         """Requests held under a kvserve policy, and what its page arithmetic says."""
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from kvserve.engine.spec import PageSpec
+        from kvserve.engine.spec import EvictingPageSpec, PageSpec
         from kvserve.pages.layout import PageLayout
+        from kvserve.pages.plan import held_blocks, policy_plan
 
         policy, shape = load_policy(name), self.shape
         layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, self.dtype)
@@ -66,12 +67,16 @@ class CapacityHost:
             block_size=layout.block_size, num_kv_heads=shape.num_kv_heads, head_size=shape.head_dim, dtype=self.dtype
         )
         if layout.sections is not None:
-            spec = PageSpec.from_attention(spec, layout)
-        found = self._fill(spec, num_tokens)
-        return {**found, "expected": (found["num_blocks"] - 1) // layout.blocks_for(num_tokens)}
+            spec = (EvictingPageSpec if layout.state_blocks else PageSpec).from_attention(spec, layout)
+        plan = policy_plan(layout, num_tokens)
+        found = self._fill(spec, num_tokens, plan)
+        # The last request, too, is held whole before it is evicted.
+        peak = plan.row_blocks(layout, num_tokens) if plan else layout.blocks_for(num_tokens)
+        held = held_blocks(layout, num_tokens)
+        return {**found, "expected": (found["num_blocks"] - 1 - peak) // held + 1}
 
-    def _fill(self, spec: Any, num_tokens: int) -> dict[str, int]:
-        """Allocate requests of `num_tokens` distinct tokens until one is refused."""
+    def _fill(self, spec: Any, num_tokens: int, plan: Any = None) -> dict[str, int]:
+        """Allocate requests of `num_tokens` distinct tokens, each evicted by `plan`, until one is refused."""
         from vllm import SamplingParams
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -85,10 +90,17 @@ class CapacityHost:
             hash_block_size=spec.block_size,
             enable_caching=False,
         )
+        (pages,) = manager.coordinator.single_type_managers
         held = 0
         params = SamplingParams(max_tokens=1)
-        while manager.allocate_slots(Request(str(held), [0] * num_tokens, params, None), num_tokens) is not None:
+        while True:
+            request = Request(str(held), [0] * num_tokens, params, None)
+            if plan:
+                pages.plans[request.request_id] = plan
+            if manager.allocate_slots(request, num_tokens) is None:
+                break
             held += 1
+            pages.remove_skipped_blocks(request.request_id, num_tokens, num_tokens)
         return {"held": held, "num_blocks": num_blocks, "block_bytes": spec.page_size_bytes * self.shape.num_layers}
 
 

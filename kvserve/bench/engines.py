@@ -82,6 +82,8 @@ class EngineHost:
     def __init__(self, name: str, config: EngineConfig) -> None:
         from vllm import LLM
 
+        from kvserve.engine.settings import scheduler_options
+
         self.kv_bytes = config.kv_bytes or pool_bytes(name, config)
         extra: dict[str, Any] = {}
         if name != STOCK:
@@ -91,6 +93,8 @@ class EngineHost:
                 "block_size": policy.tile_tokens,
                 "additional_config": {"kvserve": {"policy": policy_content(policy)}},
             }
+            if policy.eviction:
+                extra |= scheduler_options()
         self.llm = LLM(
             config.model,
             dtype=config.dtype,
@@ -192,7 +196,10 @@ def pool_bytes(name: str, config: EngineConfig) -> int:
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
     layout = PageLayout.build(policy, shape.head_dim, block_size, dtype)
-    blocks = 1.1 * config.num_requests * (layout.blocks_for(config.max_model_len) + 1) + 2
+    longest = layout.blocks_for(config.max_model_len)
+    if policy.eviction:  # a prompt is held whole and evicted for one step
+        longest += layout.tile_blocks_for(config.max_model_len)
+    blocks = 1.1 * config.num_requests * (longest + 1) + 2
     return int(blocks) * layout.cell_bytes * shape.num_layers * shape.num_kv_heads
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kvserve.bench.engines import STOCK
+from kvserve.policies.loading import PolicyError, load_policy
 from kvserve.policies.registry import policy_names
 
 SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "quality", "throughput")
@@ -81,7 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The options with their help."""
     parser = _Parser(prog="kvserve bench", description="Measure stock vLLM and kvserve's policies side by side.")
     parser.add_argument("--model", help="Hugging Face folder; default: the small model that needs no download")
-    parser.add_argument("--policies", default=DEFAULT_POLICIES, help="comma separated; default: %(default)s")
+    parser.add_argument(
+        "--policies", default=DEFAULT_POLICIES, help="comma separated, NAME@RATE sets a rate; default: %(default)s"
+    )
+    parser.add_argument("--context", type=int, help="tokens of long prompts; default: 4096, with --quick 512")
     parser.add_argument("--suite", default="all", help=f"all, or some of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
     parser.add_argument("--throughput-repeats", type=int, help="default: 2, with --quick 1 (a repeat takes minutes)")
@@ -108,7 +112,7 @@ def parse(argv: Sequence[str]) -> Options:
     suites, left_out = _suites(given.suite, names, given.text is not None)
     quick = given.quick
     options = Options(
-        names=names, suites=suites, left_out=left_out, sizes=QUICK if quick else Sizes(),
+        names=names, suites=suites, left_out=left_out, sizes=_sizes(quick, given.context),
         repeats=_count("--repeats", given.repeats, 1 if quick else 5),
         throughput_repeats=_count("--throughput-repeats", given.throughput_repeats, 1 if quick else 2),
         windows=None if given.windows == "all" else _count("--windows", given.windows, 1 if quick else 8),
@@ -121,15 +125,24 @@ def parse(argv: Sequence[str]) -> Options:
     return options
 
 
+def _sizes(quick: bool, context: int | None) -> Sizes:
+    sizes = QUICK if quick else Sizes()
+    return replace(sizes, context=_count("--context", context, sizes.context))
+
+
 def _names(policies: str) -> list[str]:
     names = [name for name in dict.fromkeys(policies.split(",")) if name]
     if STOCK not in names:
         raise OptionError("--policies must contain stock, since every ratio is taken to it")
     names.remove(STOCK)
     for name in names:
-        if name not in policy_names():
+        if name.partition("@")[0] not in policy_names():
             known = ", ".join((STOCK, *policy_names()))
             raise OptionError(f"--policies takes stock and shipped policies, got {name!r}; they are {known}")
+        try:
+            load_policy(name)
+        except PolicyError as error:
+            raise OptionError(str(error)) from None
     return [STOCK, *names]
 
 

@@ -104,13 +104,12 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
 
 def _connect_scheduler(args: argparse.Namespace) -> None:
     """What eviction needs in vLLM's scheduler; after the checks, which refuse the user's own."""
-    from vllm.config import KVTransferConfig
-
-    from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH
+    from kvserve.engine.settings import scheduler_options
 
     if args.scheduler_cls:
         raise UsageError("a policy that evicts brings its own scheduler class; drop --scheduler-cls")
-    args.kv_transfer_config, args.scheduler_cls = KVTransferConfig(**CONNECTOR_CONFIG), SCHEDULER_PATH
+    for name, value in scheduler_options().items():
+        setattr(args, name, value)
 
 
 def _size_the_pool(args: argparse.Namespace) -> None:

@@ -59,6 +59,13 @@ class EngineSettings:
         return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype)
 
 
+def scheduler_options() -> dict[str, Any]:
+    """vLLM's engine arguments for a policy that evicts."""
+    from vllm.config import KVTransferConfig
+
+    return {"kv_transfer_config": KVTransferConfig(**CONNECTOR_CONFIG), "scheduler_cls": SCHEDULER_PATH}
+
+
 def check_eviction(config: VllmConfig) -> None:
     """Refuse eviction without its two helpers in the scheduler; `kvserve serve` sets both.
 

@@ -77,13 +77,16 @@ def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, window: int
     return EvictionPlan(prompt_len, end, layout.blocks_for(prompt_len), kept_blocks, window)
 
 
+def policy_plan(layout: PageLayout, prompt_len: int, window: int = 1) -> EvictionPlan | None:
+    """The plan of a prompt under the policy's own limit."""
+    eviction = layout.policy.eviction
+    limit = eviction and request_limit(eviction, layout.policy, {})
+    return plan_eviction(layout, limit, prompt_len, window) if limit else None
+
+
 def held_blocks(layout: PageLayout, prompt_len: int) -> int:
     """Blocks that a request holds once its prompt is processed, and evicted if the policy evicts."""
-    eviction = layout.policy.eviction
-    if eviction is None:
-        return layout.blocks_for(prompt_len)
-    limit = request_limit(eviction, layout.policy, {})
-    plan = limit and plan_eviction(layout, limit, prompt_len, window=1)
-    if not plan:
+    plan = policy_plan(layout, prompt_len)
+    if plan is None:
         return layout.blocks_for(prompt_len)
     return plan.row_blocks(layout, prompt_len) - plan.end // layout.block_size

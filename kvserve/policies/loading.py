@@ -33,14 +33,14 @@ def load_policy(name_or_path: str, overrides: Sequence[str] = ()) -> Policy:
     """Load a shipped policy by name, or any policy by the path of its YAML file.
 
     Args:
-        name_or_path: a name of `policy_names()`, or a path (it has a slash or ends in .yaml or .yml).
+        name_or_path: a name of `policy_names()`, or a path (it has a slash or ends in .yaml or .yml). NAME@RATE is the
+            policy NAME at another eviction rate.
         overrides: `dotted.key=value` changes, applied in order before validation.
 
     Raises:
         PolicyError: unknown name, unreadable file, or a value that is not allowed.
     """
-    path = _find(name_or_path)
-    content = _read_yaml(path)
+    content = _read_named(name_or_path)
     for override in overrides:
         _apply_override(content, override)
     return _validate(content, str(name_or_path))
@@ -64,7 +64,7 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
     if not isinstance(changes, Mapping):
         raise PolicyError(f'additional_config["kvserve"]["set"] must be a JSON object, got {changes!r}')
     if isinstance(source, str):
-        content, label = _read_yaml(_find(source)), source
+        content, label = _read_named(source), source
     elif isinstance(source, Mapping):
         content, label = _copy(source), str(source.get("name", "in additional_config"))
     else:
@@ -79,6 +79,16 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
 def policy_content(policy: Policy) -> dict[str, Any]:
     """The policy as plain JSON values: `policy_from_config({"policy": policy_content(p)}) == p`."""
     return policy.model_dump(mode="json", exclude_defaults=True)
+
+
+def _read_named(name_or_path: str) -> dict[str, Any]:
+    name, at, rate = os.fspath(name_or_path).partition("@")
+    if not at or name not in policy_names():
+        return _read_yaml(_find(name_or_path))
+    content = _read_yaml(shipped_path(name))
+    _apply_override(content, f"eviction.rate={rate}")
+    _set(content, "eviction.max_tokens", None)
+    return content
 
 
 def _find(name_or_path: str) -> Path:
