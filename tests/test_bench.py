@@ -185,7 +185,9 @@ class Direct:
 
 @pytest.mark.slow  # imports vLLM
 def test_capacity_is_what_the_block_manager_holds() -> None:
-    result = run_capacity(Direct(CapacityHost(SHAPE, "float32")), ["none", "kivi-4bit", "kivi-2bit", "kv-compress-2bit"], 4096)
+    result = run_capacity(
+        Direct(CapacityHost(SHAPE, "float32")), ["none", "kivi-4bit", "kivi-2bit", "kv-compress-2bit"], 4096
+    )
     medians = {(row.policy, row.metric[-6:]): row.measured.median for row in result.rows}
     assert medians["none", "s fp32"] == 1
     assert medians["kivi-2bit", "16-bit"] > medians["kivi-4bit", "16-bit"] > 3

@@ -1,4 +1,4 @@
-"""GET /ready: 200 only when the model can answer.
+"""GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py).
 
 Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
 vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
@@ -12,6 +12,10 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Response
 
+from kvserve.engine.request_limits import RequestLimits
+from kvserve.engine.settings import EngineSettings
+from kvserve.policies.base import Policy
+
 PROBE_TIMEOUT_SECONDS = 60.0
 
 
@@ -22,17 +26,22 @@ class ReadyEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
+        self.policy: Policy | None = None
         self._engine: Any = None
         self._has_answered = False
         self._probe_lock = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register the route."""
+        """Register the route and the check of requests."""
         app.add_api_route("/ready", self._ready, methods=["GET"], include_in_schema=True)
+        app.add_middleware(RequestLimits, state=self)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Remember the engine to ask."""
+        """Remember the engine to ask, and its policy."""
         self._engine = engine_client
+        config = getattr(engine_client, "vllm_config", None)
+        settings = EngineSettings.from_vllm_config(config) if config is not None else None
+        self.policy = settings.policy if settings else None
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""
