@@ -157,6 +157,21 @@ def test_steps_end_at_the_prompts_end_with_the_windows_rows_in_the_last(prompt_l
     assert last >= window
 
 
+def test_a_prompt_shorter_than_the_window_is_evicted_in_one_step() -> None:
+    simulation = EvictingSimulation(make_layout(8, eviction=EVICTION), 60, seed=3, window=500)
+    params = SamplingParams(max_tokens=3)
+    params.update_from_generation_config({}, eos_token_id=0)
+    request = Request("a", list(range(300)), params, None, block_hasher=simulation.hasher)
+    plan = plan_eviction(simulation.layout, Limit(4.0), 300, 500)
+    assert plan is not None
+    simulation.pages.plans["a"] = plan
+    assert plan.clip_step(0, 299) == 0 and plan.clip_step(0, 300) == 300
+    simulation.pages.add_local_computed_blocks("a", [], 0, 0)
+    assert simulation.manager.allocate_slots(request, 300) is not None
+    assert simulation.pages.plans == {"a": plan}
+    assert len(simulation.row(request)) == plan.row_blocks(simulation.layout, 300)
+
+
 def test_only_prompt_tiles_enter_the_prefix_cache() -> None:
     simulation = EvictingSimulation(make_layout(8, eviction=EVICTION), 60, seed=3)
     params = SamplingParams(max_tokens=200)

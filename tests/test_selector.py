@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
@@ -16,7 +16,7 @@ import kvserve.engine.settings
 from kvserve.checks import UnsupportedError
 from kvserve.engine import selector
 from kvserve.engine.backend import KvserveBackend, backend_for
-from kvserve.engine.settings import EngineSettings
+from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH, EngineSettings
 from kvserve.engine.spec import PageSpec
 from kvserve.policies.loading import load_policy
 
@@ -63,6 +63,25 @@ def test_the_plugin_refuses_what_the_command_line_refuses(section: str | None, f
     object.__setattr__(getattr(config, section) if section else config, field, value)
     with set_current_vllm_config(config), pytest.raises(UnsupportedError, match=re.escape(option)):
         _ = selector.backend
+
+
+@pytest.mark.parametrize(
+    ("transfer", "scheduler", "option"),
+    [
+        (None, {}, "--kv-transfer-config"),
+        (KVTransferConfig(**CONNECTOR_CONFIG), {"scheduler_cls": None}, "--scheduler-cls"),
+        (KVTransferConfig(**CONNECTOR_CONFIG), {"max_num_seqs": 32, "max_num_batched_tokens": 62}, "at least 63"),
+        (KVTransferConfig(**CONNECTOR_CONFIG), {"long_prefill_token_threshold": 31}, "--long-prefill-token-threshold"),
+    ],
+)
+def test_eviction_is_refused_without_what_it_needs_in_the_scheduler(transfer, scheduler, option: str) -> None:
+    config = VllmConfig(additional_config={"kvserve": {"policy": "snapkv"}})  # its window has 32 tokens
+    config.cache_config.block_size = 64
+    object.__setattr__(config, "kv_transfer_config", transfer)
+    for field, value in {"scheduler_cls": SCHEDULER_PATH, **scheduler}.items():
+        object.__setattr__(config.scheduler_config, field, value)
+    with pytest.raises(UnsupportedError, match=re.escape(option)):
+        EngineSettings.from_vllm_config(config)
 
 
 def test_the_dense_policy_keeps_vllms_spec() -> None:

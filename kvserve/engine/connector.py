@@ -44,8 +44,7 @@ class StepPlans(KVConnectorMetadata):
 
 
 logger = init_logger("vllm.kvserve")
-_NO_PLANS = StepPlans()
-_current = _NO_PLANS
+_current = StepPlans()
 
 
 def current_plans() -> StepPlans:
@@ -71,9 +70,7 @@ class KvserveConnector(KVConnectorBase_V1):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
-        (manager,) = kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, EvictingPageManager)
-        self.manager = manager
+        self.manager = EvictingPageManager.of(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         """Plan the eviction of a request's prompt; its `vllm_xargs` may change the policy's limit."""
@@ -85,8 +82,7 @@ class KvserveConnector(KVConnectorBase_V1):
         except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})
-        window = getattr(self.eviction.scorer, "window", 1)
-        plan = limit and plan_eviction(layout, limit, request.num_prompt_tokens, window)
+        plan = limit and plan_eviction(layout, limit, request.num_prompt_tokens, self.eviction.window)
         if plan:
             self.manager.plans[request.request_id] = plan
 

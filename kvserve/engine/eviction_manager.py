@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvserve.engine.manager import PageManager
 from kvserve.pages.plan import EvictionPlan
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvserve")
 
 
 class EvictingPageManager(PageManager):
@@ -24,6 +28,13 @@ class EvictingPageManager(PageManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, EvictionPlan] = {}
+
+    @classmethod
+    def of(cls, kv_cache_manager: KVCacheManager) -> EvictingPageManager:
+        """The one manager behind vLLM's facade: a policy that evicts has a single group."""
+        (manager,) = kv_cache_manager.coordinator.single_type_managers
+        assert isinstance(manager, cls)
+        return manager
 
     def row_blocks(self, request_id: str, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
@@ -42,7 +53,10 @@ class EvictingPageManager(PageManager):
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
         plan = self.plans.get(request_id)
-        if plan and num_local_computed_tokens > plan.prompt_len - plan.window:
+        if plan and num_local_computed_tokens > plan.window_start:
+            logger.info(
+                "request %s: a prefix hit covers the queries that its tokens are scored by; kept whole", request_id
+            )
             del self.plans[request_id]
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:

@@ -22,9 +22,7 @@ class _EvictingMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, EvictingPageManager)
-        self.manager = manager
+        self.manager = EvictingPageManager.of(self.kv_cache_manager)
         self.need_mamba_block_aligned_split = True
 
     def _mamba_block_aligned_split(

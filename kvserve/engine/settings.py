@@ -15,7 +15,7 @@ from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_from_config
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
 
 CONFIG_KEY = "kvserve"
 # What a policy that evicts needs in the scheduler (engine/connector.py, engine/scheduler.py).
@@ -50,7 +50,7 @@ class EngineSettings:
         policy = policy_from_config(section)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
-            check_eviction(vllm_config)
+            check_eviction(vllm_config, policy.eviction.window)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         return cls(policy, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
 
@@ -66,8 +66,11 @@ def scheduler_options() -> dict[str, Any]:
     return {"kv_transfer_config": KVTransferConfig(**CONNECTOR_CONFIG), "scheduler_cls": SCHEDULER_PATH}
 
 
-def check_eviction(config: VllmConfig) -> None:
-    """Refuse eviction without its two helpers in the scheduler; `kvserve serve` sets both.
+def check_eviction(config: VllmConfig, window: int) -> None:
+    """Refuse eviction without its two helpers in the scheduler (`kvserve serve` sets both), or with too small steps.
+
+    Args:
+        window: last prompt tokens that one step must compute together.
 
     Raises:
         UnsupportedError: naming the options.
@@ -80,6 +83,22 @@ def check_eviction(config: VllmConfig) -> None:
         )
     if config.parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedError("eviction does not work with pipeline parallelism; drop --pipeline-parallel-size")
+    _check_steps(config.scheduler_config, window)
+
+
+def _check_steps(scheduler: SchedulerConfig, window: int) -> None:
+    """The window's rows must fit in a step beside one token of every other request, or they could wait for ever."""
+    needed = window + scheduler.max_num_seqs - 1
+    if scheduler.max_num_batched_tokens < needed:
+        raise UnsupportedError(
+            f"the scorer reads the last {window} prompt tokens in one step: --max-num-batched-tokens must be at least "
+            f"{needed} with --max-num-seqs {scheduler.max_num_seqs}, got {scheduler.max_num_batched_tokens}"
+        )
+    if 0 < scheduler.long_prefill_token_threshold < window:
+        raise UnsupportedError(
+            f"the scorer reads the last {window} prompt tokens in one step: --long-prefill-token-threshold must be 0 "
+            f"or at least {window}, got {scheduler.long_prefill_token_threshold}"
+        )
 
 
 def serve_options(config: VllmConfig) -> ServeOptions:

@@ -37,19 +37,23 @@ class EvictionPlan:
     kept_blocks: int
     window: int
 
+    @property
+    def window_start(self) -> int:
+        """First prompt token of the window: the step that evicts computes it and all after it."""
+        return max(self.prompt_len - self.window, 0)
+
     def row_blocks(self, layout: PageLayout, num_tokens: int) -> int:
         """Length of the row of a request with `num_tokens` computed tokens."""
         return layout.blocks_for(num_tokens) + (self.kept_blocks if num_tokens >= self.prompt_len else 0)
 
     def replaced(self, layout: PageLayout) -> tuple[range, range]:
         """Row indices of the tile blocks that the kept blocks replace: before and behind the sinks."""
-        first, count = layout.private_blocks, self.end // layout.block_size
-        behind = first + 1 + layout.sink_blocks
+        first, behind, count = layout.tile_row(0), layout.tile_row(1), self.end // layout.block_size
         return range(first, first + min(count, 1)), range(behind, behind + max(count - 1, 0))
 
     def reusable_tokens(self, block_size: int) -> int:
         """Prompt tokens whose tile blocks may serve other prompts: a hit must leave the window's queries to compute."""
-        return max(self.prompt_len - self.window, 0) // block_size * block_size
+        return self.window_start // block_size * block_size
 
     def clip_step(self, num_computed_tokens: int, num_new_tokens: int) -> int:
         """New tokens of a step that ends at the prompt's end and leaves the window's rows to the last one.
@@ -61,7 +65,7 @@ class EvictionPlan:
             return num_new_tokens
         if num_new_tokens >= left:
             return left
-        return min(num_new_tokens, max(left - self.window, 0))
+        return min(num_new_tokens, max(self.window_start - num_computed_tokens, 0))
 
 
 def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, window: int) -> EvictionPlan | None:

@@ -87,6 +87,16 @@ class Eviction(_Part):
     def _part_content(self, part: Any) -> dict[str, Any]:
         return {"name": part.name} | part.model_dump(mode="json", exclude_defaults=True)
 
+    @property
+    def window(self) -> int:
+        """Last prompt tokens whose queries the scorer needs; at least one is computed by the step that evicts."""
+        return getattr(self.scorer, "window", 1)
+
+    @property
+    def protected_recent(self) -> int:
+        """Last prompt tokens that the scorer keeps in any case."""
+        return self.window if getattr(self.scorer, "keep_window", False) else 0
+
     @model_validator(mode="after")
     def _one_limit(self) -> Eviction:
         if (self.rate is None) == (self.max_tokens is None):

@@ -50,9 +50,8 @@ def request_limit(eviction: Eviction, policy: Policy, extra_args: Mapping[str, A
     rate, max_tokens = extra_args.get(RATE), extra_args.get(MAX_TOKENS)
     if rate is None and max_tokens is None:
         rate, max_tokens = eviction.rate, eviction.max_tokens
-    window = getattr(eviction.scorer, "window", 1)
     return Limit(
         None if rate is None else float(rate),
         None if max_tokens is None else int(max_tokens),
-        protected=policy.sink_tokens + (window if getattr(eviction.scorer, "keep_window", False) else 0),
+        protected=policy.sink_tokens + eviction.protected_recent,
     )
