@@ -10,7 +10,7 @@ ARGS ?=
 
 VENV := $(or $(KVSERVE_VENV),.venv)
 BIN := $(VENV)/bin
-PYTHON_FILES := kvserve tests scripts setup.py
+PYTHON_FILES := kvserve kernels tests scripts setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-full bench lint format clean clean-venv

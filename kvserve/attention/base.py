@@ -49,6 +49,7 @@ class Batch:
         block_table: int32 [num_reqs, >= blocks]; rows may lie apart, each row is contiguous.
         kept: int32 [num_reqs, 3], contiguous; the `Kept` of each request, end 0 where it was not evicted. None: nobody
             was. Only for layers that can evict: sealed pages and no sliding window.
+        max_query_len: at least the longest query. None: read from query_start_loc, which waits for a GPU.
         native: what a kernel made of the tensors above; they must not be replaced once it is set.
     """
 
@@ -56,6 +57,7 @@ class Batch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     kept: torch.Tensor | None = None
+    max_query_len: int | None = None
     native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvserve.policies.base import Policy
+if TYPE_CHECKING:  # the kernels need no pydantic
+    from kvserve.policies.base import Policy
 
 SECTION_ALIGN_BYTES = 64
 LANES = 16  # columns of one bit plane, see pages/reference.py

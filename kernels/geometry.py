@@ -1,0 +1,156 @@
+"""What every kernel knows about a layer at compile time, and what a launch needs to know about its arena and batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kvserve.pages.kept import num_layers_of
+from kvserve.pages.layout import PageLayout
+
+if TYPE_CHECKING:
+    from kvserve.attention.base import Batch, LayerSpec
+
+CHUNK_TOKENS = 64  # tokens of one step of an attention loop; every tile is a whole number of them
+MIN_DOT_ROWS = 16  # least M of tl.dot
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Geometry(NamedTuple):
+    """A PageLayout and a LayerSpec as compile-time constants; a field that the policy does not have is 0.
+
+    Kernels take it as one `tl.constexpr`. `dense` marks the dense policy: cells hold slots only, and of the fields
+    after `slot_bytes` none is used.
+    """
+
+    head_dim: int
+    block_dim: int  # head_dim, rounded up to a power of two
+    num_kv_heads: int
+    group: int
+    group_rows: int  # rows of a dot that takes the query heads of one KV head: group, rounded up
+    sliding_window: int
+    dense: bool
+    block_size: int
+    slot_dtype: Any  # tl.dtype of dense slots
+    slot_bytes: int
+    tile_tokens: int = 0
+    chunks_per_tile: int = 0
+    tiles_per_block: int = 0
+    slots_per_cell: int = 0
+    state_blocks: int = 0
+    first_tile_row: int = 0
+    sink_blocks: int = 0
+    sink_tokens: int = 0
+    key_bits: int = 0
+    key_group: int = 0
+    boost_channels: int = 0
+    value_bits: int = 0
+    value_group: int = 0
+    rotated: bool = False
+    cell_bytes: int = 0
+    page_bytes: int = 0
+    key_codes: int = 0
+    key_boost_codes: int = 0
+    value_codes: int = 0
+    key_scales: int = 0
+    value_scales: int = 0
+    key_boost_index: int = 0
+
+
+def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
+    """The constants of one attention layer.
+
+    Raises:
+        ValueError: a size that the kernels do not cover.
+    """
+    group_rows = max(MIN_DOT_ROWS, triton.next_power_of_2(spec.group))
+    common = Geometry(
+        head_dim=layout.head_dim,
+        block_dim=triton.next_power_of_2(layout.head_dim),
+        num_kv_heads=spec.num_kv_heads,
+        group=spec.group,
+        group_rows=group_rows,
+        sliding_window=spec.sliding_window or 0,
+        dense=layout.sections is None,
+        block_size=layout.block_size,
+        slot_dtype=TRITON_DTYPES[layout.dense_dtype],
+        slot_bytes=layout.slot_bytes,
+    )
+    sections, policy = layout.sections, layout.policy
+    if sections is None or policy.key is None or policy.value is None:
+        return common
+    if layout.tile_tokens % CHUNK_TOKENS:
+        raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
+    names = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks", "cell_bytes")
+    offsets = ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index")
+    return common._replace(
+        **{name: getattr(layout, name) for name in (*names, "key_group", "boost_channels", "value_group")},
+        **{name: getattr(sections, name) for name in offsets},
+        chunks_per_tile=layout.tile_tokens // CHUNK_TOKENS,
+        first_tile_row=layout.tile_row(0),
+        sink_tokens=policy.sink_tokens,
+        key_bits=policy.key.bits,
+        value_bits=policy.value.bits,
+        rotated=policy.value.rotate,
+        page_bytes=sections.size_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The device tensors of one launch, checked: arena, block table, lengths.
+
+    Attributes:
+        cells: uint8 [num_blocks, num_kv_heads, ...], one layer's cells (PagedAttention).
+        batch: its tensors lie on the device of `cells`.
+        max_query_len: at least the longest query of the batch; grids depend on it and on shapes, never on data.
+    """
+
+    cells: torch.Tensor
+    batch: Batch
+    max_query_len: int
+    num_layers: int
+    layer: int
+
+    @classmethod
+    def of(cls, layout: PageLayout, cells: torch.Tensor, batch: Batch, max_query_len: int) -> Tables:
+        num_layers, layer = num_layers_of(cells, layout)
+        return cls(cells, batch, max_query_len, num_layers, layer)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments every kernel of pages starts with; see `pages.py`."""
+        batch = self.batch
+        return (
+            *(self.cells, self.cells.stride(0), self.cells.stride(1), self.layer, self.num_layers),
+            *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0), batch.kept),
+        )
+
+
+def check_device(**tensors: torch.Tensor | None) -> None:
+    """Reject tensors that are not all where the kernels run: one CUDA device, or any device in the interpreter.
+
+    Raises:
+        ValueError: the message names the tensor.
+    """
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(present))
+    for name, tensor in present.items():
+        if tensor.device != present[first].device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} on {present[first].device}; move one of them")
+    if present[first].device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"{first} is on {present[first].device}: the Triton kernels need CUDA tensors, "
+            "or TRITON_INTERPRET=1 in the environment before Python starts"
+        )
+
+
+def interpreted() -> bool:
+    """Whether the kernels were imported under Triton's interpreter."""
+    from kvserve.kernels.pages import INTERPRETED
+
+    return bool(INTERPRETED.value)

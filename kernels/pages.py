@@ -1,0 +1,245 @@
+"""Where things lie in the arena and how a page is read: the device functions that all kernels share.
+
+Byte layout: kvserve/pages/layout.py (arena, rows of blocks), pages/reference.py (codes inside a page), pages/kept.py
+(kept pages). `G` is a Geometry. Offsets into the arena are int64 bytes from `cells`, the layer's first cell.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the bits of bfloat16: there, dots run in float32 on the rounded operands. It also casts
+# integers to bfloat16 bits: codes become float32 first.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b, accumulated in float32; float32 operands are multiplied as such."""
+    if INTERPRETED:
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        result = tl.dot(a, b, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def request_of(r, query_start_loc, seq_lens):
+    """First query row, tokens stored before this step, and tokens with it, of request r."""
+    first_row = tl.load(query_start_loc + r)
+    seq_len = tl.load(seq_lens + r)
+    return first_row, seq_len - (tl.load(query_start_loc + r + 1) - first_row), seq_len
+
+
+@triton.jit
+def kept_of(r, kept):
+    """(end, row, blocks) of request r; end 0 where it was not evicted."""
+    if kept is None:
+        return 0, 0, 0
+    else:
+        return tl.load(kept + 3 * r), tl.load(kept + 3 * r + 1), tl.load(kept + 3 * r + 2)
+
+
+@triton.jit
+def cell_at(table, index, head, block_stride, head_stride):
+    """Offset of the cell of `head` in the block at `index` of a request's row."""
+    return tl.load(table + index).to(tl.int64) * block_stride + head * head_stride
+
+
+@triton.jit
+def kept_header(cells, table, head, block_stride, head_stride, end):
+    """(first kept page, kept tokens) of one KV head; none where end is 0 (row[0] may then be no block at all)."""
+    block = tl.load(table, mask=end > 0, other=0).to(tl.int64)
+    header = (cells + block * block_stride + head * head_stride).to(tl.pointer_type(tl.int32))
+    first_page = tl.load(header + 1, mask=end > 0, other=0)
+    return first_page, tl.load(header + 3, mask=end > 0, other=0)
+
+
+@triton.jit
+def tile_index(tile, end, kept_row, kept_blocks, G: tl.constexpr):
+    """Index in a request's row of the block of a sealed tile; tiles from `end` on may lie behind the kept blocks."""
+    block = tile // G.tiles_per_block
+    row = G.first_tile_row + block + tl.where(block > 0, G.sink_blocks, 0)
+    return row + tl.where((end > 0) & (row >= kept_row), kept_blocks, 0)
+
+
+@triton.jit
+def page_of_chunk(
+    table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride, head_stride,
+    layer, num_layers, G: tl.constexpr
+):  # fmt: skip
+    """Offset of the page that holds a chunk: first a head's kept chunks, then those of the tiles from first_tile on."""
+    is_kept = chunk < kept_chunks
+    tile = first_tile + (chunk - kept_chunks) // G.chunks_per_tile
+    page = first_page + chunk // G.chunks_per_tile
+    cell = page // G.tiles_per_block
+    layer_cells = G.num_kv_heads * num_layers
+    kept_head = (cell % layer_cells) % G.num_kv_heads
+    kept_layer = (cell % layer_cells) // G.num_kv_heads
+    index = tl.where(is_kept, kept_row + cell // layer_cells, tile_index(tile, end, kept_row, kept_blocks, G))
+    in_cell = tl.where(is_kept, page % G.tiles_per_block, tile % G.tiles_per_block) * G.page_bytes
+    other_layer = tl.where(is_kept, kept_layer - layer, 0) * G.cell_bytes
+    in_block = cell_at(table, index, tl.where(is_kept, kept_head, head), block_stride, head_stride)
+    return tl.multiple_of(in_block + in_cell + other_layer, 16)
+
+
+@triton.jit
+def slot_of(table, t, is_sink, head, mask, block_stride, head_stride, G: tl.constexpr):
+    """Offsets of the dense slots of tokens t [N] (K row, then V row): in the sink blocks where is_sink, else the tail.
+
+    Dense policy: the slot of token t. Tokens outside `mask` have offset 0.
+    """
+    if G.dense:
+        index = t // G.block_size
+        slot = t % G.block_size
+    else:
+        slot_in_part = tl.where(is_sink, t, t % G.tile_tokens)
+        index = tl.where(is_sink, G.first_tile_row + 1, G.state_blocks) + slot_in_part // G.slots_per_cell
+        slot = slot_in_part % G.slots_per_cell
+    block = tl.load(table + index, mask=mask, other=0).to(tl.int64)
+    return tl.multiple_of(tl.where(mask, block * block_stride + head * head_stride + slot * G.slot_bytes, 0), 16)
+
+
+@triton.jit
+def load_codes(
+    section, row0, column0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALL_ROWS: tl.constexpr, BITS: tl.constexpr
+):
+    """Codes [row0.. + ROWS, column0.. + COLUMNS] of a matrix of ALL_ROWS rows, int32 [ROWS, COLUMNS] (pack_codes).
+
+    A 32-bit word holds four rows of 8 / BITS columns that lie 16 apart; column0 starts a block of 128 / BITS columns.
+    """
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCKS: tl.constexpr = COLUMNS // (16 * PLANES)
+    quad = (row0 // 4 + tl.arange(0, ROWS // 4))[:, None, None]
+    block = (column0 // (16 * PLANES) + tl.arange(0, BLOCKS))[None, :, None]
+    lane = tl.arange(0, 16)[None, None, :]
+    words = tl.load(section.to(tl.pointer_type(tl.int32)) + block * (ALL_ROWS * 4) + quad * 16 + lane)
+    shift = 8 * tl.arange(0, 4)[:, None] + BITS * tl.arange(0, PLANES)[None, :]
+    codes = (words[:, None, :, None, :] >> shift[None, :, None, :, None]) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [ROWS, COLUMNS])
+
+
+@triton.jit
+def halves(page, offset, index):
+    """Float16 numbers at `offset` of a page, as float32."""
+    return tl.load((page + offset).to(tl.pointer_type(tl.float16)) + index).to(tl.float32)
+
+
+@triton.jit
+def sealed_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexpr, G: tl.constexpr):
+    """query [M, head_dim] times the keys of one chunk, float32 [M, CHUNK].
+
+    The scale of each channel goes into the query, so that codes enter the dot as integers; query_rows [M] are the
+    addresses of the rows, from which boosted channels are gathered again.
+    """
+    D: tl.constexpr = G.head_dim
+    DTYPE: tl.constexpr = query.dtype
+    GROUPS: tl.constexpr = (CHUNK + G.key_group - 1) // G.key_group
+    d = tl.arange(0, D)
+    codes = load_codes(page + G.key_codes, 0, column0, D, CHUNK, D, G.key_bits).to(tl.float32).to(DTYPE)
+    wide = query.to(tl.float32)
+    scores = tl.zeros([query.shape[0], CHUNK], tl.float32)
+    for g in tl.static_range(GROUPS):
+        first = (column0 // G.key_group + g) * 2 * D
+        scale, low = halves(page, G.key_scales, first + d), halves(page, G.key_scales, first + D + d)
+        peak = tl.max(scale, 0) if tl.float16 == DTYPE else 1.0  # float16 has no room for query times scale
+        part = peak * dot((wide * (scale / peak)[None, :]).to(DTYPE), codes)
+        part += tl.sum(wide * low[None, :], 1)[:, None]
+        if G.boost_channels:
+            part += _boost_scores(query_rows, row_mask, page, column0, first, peak, CHUNK, DTYPE, G)
+        scores = tl.where((tl.arange(0, CHUNK) // G.key_group == g)[None, :], part, scores) if GROUPS > 1 else part
+    return scores
+
+
+@triton.jit
+def _boost_scores(
+    query_rows, row_mask, page, column0, first, peak, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr
+):
+    """What the two upper bits of the boosted channels add to the scores."""
+    index = tl.load(page + G.key_boost_index + tl.arange(0, G.boost_channels)).to(tl.int32)
+    query = tl.load(query_rows[:, None] + index[None, :], mask=row_mask[:, None], other=0.0).to(tl.float32)
+    scale = halves(page, G.key_scales, first + index) / peak
+    codes = load_codes(page + G.key_boost_codes, 0, column0, G.boost_channels, CHUNK, G.boost_channels, 2)
+    return 4.0 * peak * dot((query * scale[None, :]).to(DTYPE), codes.to(tl.float32).to(DTYPE))
+
+
+@triton.jit
+def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr):
+    """weights [M, CHUNK] times the values of one chunk, float32 [M, head_dim]; rotated values stay so.
+
+    Only the columns in `used` [CHUNK] exist: what a page holds in the others never enters. The scale of each token
+    goes into its weight where a token has one scale.
+    """
+    D: tl.constexpr = G.head_dim
+    T: tl.constexpr = G.tile_tokens
+    NUM_GROUPS: tl.constexpr = D // G.value_group
+    token = row0 + tl.arange(0, CHUNK)
+    codes = load_codes(page + G.value_codes, row0, 0, CHUNK, D, T, G.value_bits)
+    if NUM_GROUPS > 1:
+        group = tl.arange(0, NUM_GROUPS)
+        at = group[None, :] * (2 * T) + token[:, None]
+        scales = tl.where(used[:, None], halves(page, G.value_scales, at), 0.0)
+        lows = tl.where(used[:, None], halves(page, G.value_scales, at + T), 0.0)
+        grouped = tl.reshape(codes, [CHUNK, NUM_GROUPS, G.value_group]).to(tl.float32)
+        value = tl.reshape(grouped * scales[:, :, None] + lows[:, :, None], [CHUNK, D])
+        result = dot(weights.to(DTYPE), value.to(DTYPE))
+    else:
+        scale = tl.where(used, halves(page, G.value_scales, token), 0.0)
+        peak = tl.maximum(tl.max(scale, 0), 1e-30) if tl.float16 == DTYPE else 1.0
+        scaled = (weights * (scale / peak)[None, :]).to(DTYPE)
+        result = dot(scaled, codes.to(tl.float32).to(DTYPE))
+        if G.rotated:
+            result = peak * (result - 0.5 * ((1 << G.value_bits) - 1) * tl.sum(scaled.to(tl.float32), 1)[:, None])
+        else:
+            low = tl.where(used, halves(page, G.value_scales, T + token), 0.0)
+            result = peak * result + tl.sum(weights * low[None, :], 1)[:, None]
+    return result
+
+
+@triton.jit
+def dense_row(
+    cells, slots, stored, staged, staged_rows, new, part: tl.constexpr, BY_COLUMN: tl.constexpr, G: tl.constexpr
+):
+    """K (part 0) or V (part 1) of N tokens, float32 [N, block_dim], or [block_dim, N] BY_COLUMN; zero where neither.
+
+    Args:
+        slots: offsets [N] of the slots, read where `stored`.
+        staged: float32 [num_tokens, num_kv_heads, 2, head_dim], or None.
+        staged_rows: rows [N] of it (token * num_kv_heads + head), read where `new`.
+    """
+    d = tl.arange(0, G.block_dim)
+    if BY_COLUMN:
+        d, slots, staged_rows = d[:, None], slots[None, :], staged_rows[None, :]
+        stored, new = stored[None, :] & (d < G.head_dim), new[None, :] & (d < G.head_dim)
+    else:
+        d, slots, staged_rows = d[None, :], slots[:, None], staged_rows[:, None]
+        stored, new = stored[:, None] & (d < G.head_dim), new[:, None] & (d < G.head_dim)
+    at = (cells + slots).to(tl.pointer_type(G.slot_dtype)) + (part * G.head_dim + d)
+    old = tl.load(at, mask=stored, other=0.0).to(tl.float32)
+    if (not G.dense) and (staged is not None):
+        old += tl.load(staged + (staged_rows * 2 + part).to(tl.int64) * G.head_dim + d, mask=new, other=0.0)
+    return old
+
+
+@triton.jit
+def rotated_columns(rows, first, COLUMNS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr):
+    """Columns [first, first + COLUMNS) of rows [M, D] times the Hadamard matrix (`hadamard`), float32 [M, COLUMNS].
+
+    16-bit rows, and the two bfloat16 halves of float32 rows, run on tensor cores; float32 rows are only multiplied as
+    such where EXACT.
+    """
+    x = tl.arange(0, D)[:, None] & (first + tl.arange(0, COLUMNS))[None, :]
+    x ^= x >> 4
+    x ^= x >> 2
+    x ^= x >> 1
+    signs = (1 - 2 * (x & 1)).to(tl.float32)
+    if rows.dtype != tl.float32:
+        sums = dot(rows, signs.to(rows.dtype))
+    elif EXACT:
+        sums = dot(rows, signs)
+    else:
+        upper = rows.to(tl.bfloat16)
+        lower = (rows - upper.to(tl.float32)).to(tl.bfloat16)
+        sums = dot(upper, signs.to(tl.bfloat16)) + dot(lower, signs.to(tl.bfloat16))
+    return sums * (D**-0.5)

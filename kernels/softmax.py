@@ -1,0 +1,73 @@
+"""The running softmax over chunks of tokens, in base 2, and the two kinds of chunk it takes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvserve.kernels.pages import dense_row, dot, sealed_scores, sealed_values, slot_of
+
+
+@triton.jit
+def _rescale(scores, accumulator, peak, total):
+    """Weights of one chunk's scores [M, N], and the state with room for them; rows that saw nothing stay zero."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    return weights, accumulator * shrink[:, None], new_peak, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def add_sealed_chunk(
+    accumulator, peak, total, query, query_rows, row_mask, page, column0, visible, used, scale,
+    CHUNK: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Attend to one chunk of a sealed page.
+
+    Args:
+        accumulator, peak, total: float32 [M, head_dim], [M], [M]; the state so far.
+        query: [M, head_dim], its dtype is that of the dots; query_rows [M] are the rows' addresses.
+        visible: bool [M, CHUNK]; used: bool [CHUNK], columns that exist.
+        scale: softmax scale times log2(e).
+    """
+    scores = sealed_scores(query, query_rows, row_mask, page, column0, CHUNK, G) * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    weights, accumulator, peak, total = _rescale(scores, accumulator, peak, total)
+    accumulator += sealed_values(weights, used, page, column0, CHUNK, query.dtype, G)
+    return accumulator, peak, total
+
+
+@triton.jit
+def add_dense_chunk(
+    accumulator, peak, total, query, cells, slots, stored, staged, staged_rows, new, visible, scale, G: tl.constexpr
+):
+    """Attend to N dense tokens: slots where `stored`, staged rows where `new` (see `dense_row`); visible [M, N]."""
+    key = dense_row(cells, slots, stored, staged, staged_rows, new, 0, True, G).to(query.dtype)
+    scores = dot(query, key) * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    weights, accumulator, peak, total = _rescale(scores, accumulator, peak, total)
+    value = dense_row(cells, slots, stored, staged, staged_rows, new, 1, False, G).to(query.dtype)
+    accumulator += dot(weights.to(query.dtype), value)
+    return accumulator, peak, total
+
+
+@triton.jit
+def add_dense_tokens(
+    accumulator, peak, total, query, cells, table, staged, head, start, first_row, computed, position, sees_from,
+    sees_to, row_mask, is_sink: tl.constexpr, scale, block_stride, head_stride,
+    CHUNK: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Attend to the dense tokens start.. + CHUNK; row m sees sees_from[m] <= t < sees_to[m] (and its window)."""
+    t = start + tl.arange(0, CHUNK)
+    visible = (t[None, :] >= sees_from[:, None]) & (t[None, :] < sees_to[:, None]) & row_mask[:, None]
+    if G.sliding_window:
+        visible &= t[None, :] > position[:, None] - G.sliding_window
+    wanted = tl.max(visible.to(tl.int32), 0) > 0
+    stored = wanted & (is_sink | G.dense | (t < computed))
+    slots = slot_of(table, t, is_sink, head, stored, block_stride, head_stride, G)
+    new = wanted & (not is_sink) & (t >= computed)
+    rows = (first_row + t - computed) * G.num_kv_heads + head
+    return add_dense_chunk(
+        accumulator, peak, total, query, cells, slots, stored, staged, rows, new, visible, scale, G
+    )  # fmt: skip

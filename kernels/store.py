@@ -1,0 +1,162 @@
+"""Storing new tokens: staging, sealing the tiles that a step completes, and writing dense slots.
+
+Grids depend on shapes and on `max_query_len` alone; programs whose request has nothing to store return at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvserve.kernels.encode import encode_page
+from kvserve.kernels.geometry import Geometry, Tables, check_device
+from kvserve.kernels.pages import cell_at, dense_row, kept_of, request_of, rotated_columns, slot_of, tile_index
+
+STAGE_TOKENS = 16
+SLOT_TOKENS = 16  # tokens that one program writes to slots
+FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
+
+
+@triton.jit
+def _rounded(rows, G: tl.constexpr):
+    """Float32 rows as a dense slot keeps them."""
+    if G.slot_dtype == tl.float16:
+        rows = tl.minimum(tl.maximum(rows, -FLOAT16_MAX), FLOAT16_MAX)
+    return rows.to(G.slot_dtype).to(tl.float32)
+
+
+@triton.jit
+def stage_kernel(
+    key, key_token_stride, key_head_stride, value, value_token_stride, value_head_stride, staged, num_tokens,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Program (token tile, kv_head)."""
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, G.block_dim)
+    mask = (token < num_tokens)[:, None] & (d < G.head_dim)[None, :]
+    out = staged + ((token * G.num_kv_heads + head) * 2 * G.head_dim)[:, None]
+    key_rows = key + (token * key_token_stride)[:, None] + head * key_head_stride
+    rows = tl.load(key_rows + d[None, :], mask=mask, other=0.0)
+    tl.store(out + d[None, :], _rounded(rows.to(tl.float32), G), mask=mask)
+    value_rows = value + (token * value_token_stride)[:, None] + head * value_head_stride
+    rows = tl.load(value_rows + d[None, :], mask=mask, other=0.0)
+    out += G.head_dim
+    if G.rotated:
+        for first in range(0, G.head_dim, COLUMNS):
+            turned = rotated_columns(rows, first, COLUMNS, G.head_dim, True)
+            columns = first + tl.arange(0, COLUMNS)
+            tl.store(out + columns[None, :], _rounded(turned, G), mask=(token < num_tokens)[:, None])
+    else:
+        tl.store(out + d[None, :], _rounded(rows.to(tl.float32), G), mask=mask)
+
+
+@triton.jit
+def seal_kernel(
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
+    staged, G: tl.constexpr
+):  # fmt: skip
+    """Program (request, kv_head, n): the n-th tile that this step completes; tile 0 also writes its sinks."""
+    r, head = tl.program_id(0), tl.program_id(1)
+    first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
+    tile = computed // G.tile_tokens + tl.program_id(2)
+    if tile < seq_len // G.tile_tokens:
+        end, kept_row, kept_blocks = kept_of(r, kept)
+        table = block_table + r.to(tl.int64) * table_stride
+        t = tile * G.tile_tokens + tl.arange(0, G.tile_tokens)
+        stored = t < computed
+        slots = slot_of(table, t, False, head, stored, block_stride, head_stride, G)
+        rows = (first_row + t - computed) * G.num_kv_heads + head
+        key = dense_row(cells, slots, stored, staged, rows, t >= computed, 0, False, G)
+        value = dense_row(cells, slots, stored, staged, rows, t >= computed, 1, False, G)
+        index = tile_index(tile, end, kept_row, kept_blocks, G)
+        at = cell_at(table, index, head, block_stride, head_stride) + tile % G.tiles_per_block * G.page_bytes
+        encode_page(cells + tl.multiple_of(at, 16), key, value, tl.where(tile == 0, G.sink_tokens, 0), G)
+        if G.sink_tokens:
+            sinks = t < G.sink_tokens  # only in tile 0
+            to = slot_of(table, t, True, head, sinks, block_stride, head_stride, G)
+            _store_slots(cells, to, sinks, key, value, G)
+
+
+@triton.jit
+def _store_slots(cells, slots, mask, key, value, G: tl.constexpr):
+    """Write K and V [N, block_dim] to the dense slots at the offsets [N]."""
+    d = tl.arange(0, G.block_dim)
+    at = (cells + slots[:, None]).to(tl.pointer_type(G.slot_dtype)) + d[None, :]
+    both = mask[:, None] & (d < G.head_dim)[None, :]
+    tl.store(at, key.to(G.slot_dtype), mask=both)
+    tl.store(at + G.head_dim, value.to(G.slot_dtype), mask=both)
+
+
+@triton.jit
+def slots_kernel(
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
+    staged, TOKENS: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Program (token tile, request, kv_head): new tokens of the unfinished tile; dense policy: every new token."""
+    r, head = tl.program_id(1), tl.program_id(2)
+    first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
+    first = computed
+    if not G.dense:
+        first = tl.maximum(computed, seq_len // G.tile_tokens * G.tile_tokens)
+    first += tl.program_id(0) * TOKENS
+    if first < seq_len:
+        t = first + tl.arange(0, TOKENS)
+        mask = t < seq_len
+        d = tl.arange(0, G.block_dim)
+        row = ((first_row + t - computed) * G.num_kv_heads + head).to(tl.int64) * 2 * G.head_dim
+        both = mask[:, None] & (d < G.head_dim)[None, :]
+        key = tl.load(staged + row[:, None] + d[None, :], mask=both, other=0.0)
+        value = tl.load(staged + row[:, None] + G.head_dim + d[None, :], mask=both, other=0.0)
+        table = block_table + r.to(tl.int64) * table_stride
+        slots = slot_of(table, t, False, head, mask, block_stride, head_stride, G)
+        _store_slots(cells, slots, mask, key, value, G)
+
+
+def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """New rows as the arena will keep them: rounded to the dense dtype, V rotated where the policy rotates.
+
+    Args:
+        key, value: [num_tokens, num_kv_heads, head_dim], last dim contiguous; float32, float16 or bfloat16.
+
+    Returns:
+        float32 [num_tokens, num_kv_heads, 2 (K, V), head_dim].
+    """
+    check_device(key=key, value=value)
+    num_tokens, heads, head_dim = key.shape
+    staged = torch.empty(num_tokens, heads, 2, head_dim, dtype=torch.float32, device=key.device)
+    if num_tokens:
+        stage_kernel[(triton.cdiv(num_tokens, STAGE_TOKENS), heads)](
+            key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), staged, num_tokens,
+            STAGE_TOKENS, min(32, geometry.block_dim), geometry,
+        )  # fmt: skip
+    return staged
+
+
+def store_sealed(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> None:
+    """Seal every tile that the step completes, with its sinks; dense policy: write the new tokens to their slots.
+
+    `staged` as `stage` returns it. Older tokens of a tile are read from the tail, so `store_tail` comes later.
+    """
+    if geometry.dense:
+        _launch_slots(geometry, tables, staged, tables.max_query_len)
+        return
+    check_device(cells=tables.cells, staged=staged, block_table=tables.batch.block_table)
+    tiles = triton.cdiv(tables.max_query_len, geometry.tile_tokens)
+    warps = 8 if geometry.head_dim * geometry.tile_tokens > 64 * 64 else 4
+    seal_kernel[(tables.batch.num_reqs, geometry.num_kv_heads, tiles)](
+        *tables.arguments, staged, geometry, num_warps=warps
+    )
+
+
+def store_tail(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> None:
+    """Write the new tokens of each request's unfinished tile to its tail slots; dense policy: nothing."""
+    if not geometry.dense:
+        _launch_slots(geometry, tables, staged, min(tables.max_query_len, geometry.tile_tokens - 1))
+
+
+def _launch_slots(geometry: Geometry, tables: Tables, staged: torch.Tensor, most_tokens: int) -> None:
+    check_device(cells=tables.cells, staged=staged, block_table=tables.batch.block_table)
+    grid = (triton.cdiv(most_tokens, SLOT_TOKENS), tables.batch.num_reqs, geometry.num_kv_heads)
+    slots_kernel[grid](*tables.arguments, staged, SLOT_TOKENS, geometry)
