@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,12 @@ from triton_cases import DEVICE, batch_on, cells_on, run_case, with_wide_lengths
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.bench import gpu as gpu_benchmark
+from kvserve.bench.gpu_cases import FORMATS, layout_of
 from kvserve.kernels import decode
+from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page
+from kvserve.policies.loading import load_policy
 from kvserve.scorers.base import LayerView
 from kvserve.scorers.window_attention import window_probabilities
 
@@ -190,6 +195,9 @@ def test_wrong_tensors_are_refused_by_name():
         attention.attention_received(case.query[:0], case.cells, case.batch.block_table[0], 2)
 
 
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'pydantic', 'yaml', 'rich'])); "
+
+
 def run_python(*arguments: str, **environment: str) -> str:
     """Standard output of a Python process that imports the tests' helpers and kvserve as this one does."""
     path = ":".join([str(Path(__file__).parent), *sys.path])
@@ -201,9 +209,35 @@ def run_python(*arguments: str, **environment: str) -> str:
 
 
 def test_the_kernels_import_with_torch_and_triton_alone():
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'pydantic', 'yaml', 'rich'])); "
-    out = run_python("-c", blocked + "import kvserve.attention.triton; print('imported')")
+    out = run_python("-c", BLOCKED + "import kvserve.attention.triton, kvserve.bench.gpu_cases; print('imported')")
     assert out.strip() == "imported"
+
+
+@slow
+def test_the_gpu_benchmark_runs_dry_with_torch_and_triton_alone(tmp_path: Path):
+    path = tmp_path / "dry.json"
+    code = "from kvserve.bench.gpu import main; sys.exit(main(['--dry-run', '--output', sys.argv[1]]))"
+    out = run_python("-c", BLOCKED + code, str(path))
+    content = json.loads(path.read_text())
+    assert "5 checks against the reference passed" in out and len(content["checks"]) == 5
+    timed = {(row["what"], row["variant"]) for row in content["rows"]}
+    assert {("decode", name) for name in FORMATS} <= timed
+    assert all(row["time_us"] > 0 for row in content["rows"]) and content["left_out"] == []
+    assert f"wrote {path}" in out and "kivi-2bit" in out
+
+
+def test_the_gpu_benchmark_names_what_it_lacks(capsys: pytest.CaptureFixture[str]):
+    if DEVICE.type == "cuda":
+        pytest.skip("there is a GPU")
+    assert gpu_benchmark.main([]) == 2
+    assert "no CUDA device; `--dry-run` runs without one" in capsys.readouterr().err
+
+
+def test_the_benchmark_times_the_formats_of_the_policies():
+    for name in FORMATS:
+        layout = layout_of(name, 128, torch.bfloat16)
+        assert layout.sections == PageLayout.build(load_policy(name), 128, 64, torch.bfloat16).sections
+        assert layout.policy.sink_tokens == load_policy(name).sink_tokens
 
 
 @slow
