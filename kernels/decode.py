@@ -24,6 +24,7 @@ from kvserve.kernels.softmax import add_dense_tokens, add_sealed_chunk
 
 LOG2_E = 1.4426950408889634
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+SEALED_STAGES: tl.constexpr = tl.constexpr(3)  # chunks of a sealed page in flight
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 
@@ -43,15 +44,18 @@ def decode_kernel(
         query_rows = query + first_row.to(tl.int64) * query_token_stride + (head * G.group + m) * query_head_stride
         rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < G.head_dim)[None, :], other=0.0)
         table = block_table + r.to(tl.int64) * table_stride
-        accumulator = tl.zeros([G.group_rows, G.block_dim], tl.float32)
-        peak = tl.full([G.group_rows], float("-inf"), tl.float32)
-        total = tl.zeros([G.group_rows], tl.float32)
+        ROWS: tl.constexpr = G.group_rows
+        DIM: tl.constexpr = G.block_dim
+        accumulator = tl.zeros([ROWS, DIM], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
         oldest = tl.maximum(computed + 1 - G.sliding_window, 0) if G.sliding_window else 0
-        position = tl.full([G.group_rows], 0, tl.int32) + computed
+        position = tl.zeros([ROWS], tl.int32) + computed
         if G.dense:
             chunks = (computed - oldest) // CHUNK + 1
             share = (chunks + SPLITS - 1) // SPLITS
-            for chunk in range(split * share, tl.minimum(split * share + share, chunks)):
+            STAGES: tl.constexpr = 2 if G.block_dim <= 128 else 1
+            for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=STAGES):
                 accumulator, peak, total = add_dense_tokens(
                     accumulator, peak, total, rows, cells, table, staged, head, oldest + chunk * CHUNK, first_row,
                     computed, position, tl.zeros_like(position), position + 1, row_mask, False, scale, block_stride,
@@ -70,7 +74,8 @@ def decode_kernel(
                         tl.zeros_like(position), tl.minimum(tile_start, G.sink_tokens), row_mask, True, scale,
                         block_stride, head_stride, CHUNK, G
                     )  # fmt: skip
-                for start in range(computed // G.tile_tokens * G.tile_tokens, computed + 1, CHUNK):
+                first_tail = computed // G.tile_tokens * G.tile_tokens
+                for start in tl.range(first_tail, computed + 1, CHUNK, num_stages=1):
                     accumulator, peak, total = add_dense_tokens(
                         accumulator, peak, total, rows, cells, table, staged, head, start, first_row, computed,
                         position, tile_start, position + 1, row_mask, False, scale, block_stride, head_stride, CHUNK, G
@@ -95,7 +100,7 @@ def _sealed_share(
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
     chunks = kept_chunks + (computed // G.tile_tokens - first_tile) * G.chunks_per_tile
     share = (chunks + SPLITS - 1) // SPLITS
-    for chunk in range(split * share, tl.minimum(split * share + share, chunks)):
+    for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=SEALED_STAGES):
         page = page_of_chunk(
             table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride,
             head_stride, layer, num_layers, G
@@ -126,11 +131,13 @@ def combine_kernel(
         m, d = tl.arange(0, G.group_rows), tl.arange(0, G.block_dim)
         row_mask = m < G.group
         at = (r.to(tl.int64) * G.num_kv_heads + head) * SPLITS * G.group_rows + m
-        peak = tl.full([G.group_rows], float("-inf"), tl.float32)
+        ROWS: tl.constexpr = G.group_rows
+        DIM: tl.constexpr = G.block_dim
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
         for split in range(SPLITS):
             peak = tl.maximum(peak, tl.load(partial_lse + at + split * G.group_rows))
-        total = tl.zeros([G.group_rows], tl.float32)
-        merged = tl.zeros([G.group_rows, G.block_dim], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        merged = tl.zeros([ROWS, DIM], tl.float32)
         safe = tl.where(peak == float("-inf"), 0.0, peak)
         for split in range(SPLITS):
             weight = tl.exp2(tl.load(partial_lse + at + split * G.group_rows) - safe)
@@ -196,7 +203,7 @@ def decode(
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     decode_kernel[(batch.num_reqs, geometry.num_kv_heads, splits)](
         *tables.arguments, query, query.stride(0), query.stride(1), staged, partial, partial_lse, scale * LOG2_E,
-        splits, CHUNK_TOKENS, geometry, num_warps=4, num_stages=2,
+        splits, CHUNK_TOKENS, geometry, num_warps=4,
     )  # fmt: skip
     combine_kernel[(batch.num_reqs, geometry.num_kv_heads)](
         batch.query_start_loc, partial, partial_lse, output, output.stride(0), output.stride(1), lse, query.shape[1],

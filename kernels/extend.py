@@ -40,7 +40,8 @@ def extend_kernel(
         rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < G.head_dim)[None, :], other=0.0)
         table = block_table + r.to(tl.int64) * table_stride
         last = tl.minimum(first + TOKENS, seq_len) - 1
-        accumulator = tl.zeros([ROWS, G.block_dim], tl.float32)
+        DIM: tl.constexpr = G.block_dim
+        accumulator = tl.zeros([ROWS, DIM], tl.float32)
         peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
         dense_from, tile_start = tl.zeros_like(first), tl.zeros_like(position)
         if G.dense:

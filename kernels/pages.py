@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bits of bfloat16: there, dots run in float32 on the rounded operands. It also casts
-# integers to bfloat16 bits: codes become float32 first.
+# The interpreter computes with the bits of bfloat16 as if they were integers: there, dots run in float32 on the rounded
+# operands, and codes become float32 first.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -121,6 +121,22 @@ def load_codes(
 
 
 @triton.jit
+def as_float(codes, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes as floating-point numbers, exactly.
+
+    A code in the low mantissa bits of a power of two is that power plus the code: an OR and a subtraction, where a GPU
+    converts integers at a quarter of that rate or less.
+    """
+    if DTYPE == tl.float16:
+        result = (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    elif DTYPE == tl.bfloat16 and BITS < 8 and not INTERPRETED:
+        result = (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 128.0
+    else:
+        result = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).to(DTYPE)
+    return result
+
+
+@triton.jit
 def halves(page, offset, index):
     """Float16 numbers at `offset` of a page, as float32."""
     return tl.load((page + offset).to(tl.pointer_type(tl.float16)) + index).to(tl.float32)
@@ -137,7 +153,7 @@ def sealed_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexp
     DTYPE: tl.constexpr = query.dtype
     GROUPS: tl.constexpr = (CHUNK + G.key_group - 1) // G.key_group
     d = tl.arange(0, D)
-    codes = load_codes(page + G.key_codes, 0, column0, D, CHUNK, D, G.key_bits).to(tl.float32).to(DTYPE)
+    codes = as_float(load_codes(page + G.key_codes, 0, column0, D, CHUNK, D, G.key_bits), G.key_bits, DTYPE)
     wide = query.to(tl.float32)
     scores = tl.zeros([query.shape[0], CHUNK], tl.float32)
     for g in tl.static_range(GROUPS):
@@ -161,7 +177,7 @@ def _boost_scores(
     query = tl.load(query_rows[:, None] + index[None, :], mask=row_mask[:, None], other=0.0).to(tl.float32)
     scale = halves(page, G.key_scales, first + index) / peak
     codes = load_codes(page + G.key_boost_codes, 0, column0, G.boost_channels, CHUNK, G.boost_channels, 2)
-    return 4.0 * peak * dot((query * scale[None, :]).to(DTYPE), codes.to(tl.float32).to(DTYPE))
+    return 4.0 * peak * dot((query * scale[None, :]).to(DTYPE), as_float(codes, 2, DTYPE))
 
 
 @triton.jit
@@ -181,14 +197,14 @@ def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.cons
         at = group[None, :] * (2 * T) + token[:, None]
         scales = tl.where(used[:, None], halves(page, G.value_scales, at), 0.0)
         lows = tl.where(used[:, None], halves(page, G.value_scales, at + T), 0.0)
-        grouped = tl.reshape(codes, [CHUNK, NUM_GROUPS, G.value_group]).to(tl.float32)
+        grouped = tl.reshape(as_float(codes, G.value_bits, tl.float32), [CHUNK, NUM_GROUPS, G.value_group])
         value = tl.reshape(grouped * scales[:, :, None] + lows[:, :, None], [CHUNK, D])
         result = dot(weights.to(DTYPE), value.to(DTYPE))
     else:
         scale = tl.where(used, halves(page, G.value_scales, token), 0.0)
         peak = tl.maximum(tl.max(scale, 0), 1e-30) if tl.float16 == DTYPE else 1.0
         scaled = (weights * (scale / peak)[None, :]).to(DTYPE)
-        result = dot(scaled, codes.to(tl.float32).to(DTYPE))
+        result = dot(scaled, as_float(codes, G.value_bits, DTYPE))
         if G.rotated:
             result = peak * (result - 0.5 * ((1 << G.value_bits) - 1) * tl.sum(scaled.to(tl.float32), 1)[:, None])
         else:
@@ -201,7 +217,9 @@ def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.cons
 def dense_row(
     cells, slots, stored, staged, staged_rows, new, part: tl.constexpr, BY_COLUMN: tl.constexpr, G: tl.constexpr
 ):
-    """K (part 0) or V (part 1) of N tokens, float32 [N, block_dim], or [block_dim, N] BY_COLUMN; zero where neither.
+    """K (part 0) or V (part 1) of N tokens, [N, block_dim], or [block_dim, N] BY_COLUMN; zero where neither.
+
+    Float32, or the dtype of the slots where no row is staged (dense policy).
 
     Args:
         slots: offsets [N] of the slots, read where `stored`.
@@ -216,7 +234,9 @@ def dense_row(
         d, slots, staged_rows = d[None, :], slots[:, None], staged_rows[:, None]
         stored, new = stored[:, None] & (d < G.head_dim), new[:, None] & (d < G.head_dim)
     at = (cells + slots).to(tl.pointer_type(G.slot_dtype)) + (part * G.head_dim + d)
-    old = tl.load(at, mask=stored, other=0.0).to(tl.float32)
+    old = tl.load(at, mask=stored, other=0.0)
+    if not G.dense:
+        old = old.to(tl.float32)
     if (not G.dense) and (staged is not None):
         old += tl.load(staged + (staged_rows * 2 + part).to(tl.int64) * G.head_dim + d, mask=new, other=0.0)
     return old
