@@ -26,6 +26,7 @@ LOG2_E = 1.4426950408889634
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SEALED_STAGES: tl.constexpr = tl.constexpr(3)  # chunks of a sealed page in flight
 MAX_SPLITS = 64
+DECODE_WARPS = 4
 PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 
 
@@ -33,10 +34,10 @@ PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 def decode_kernel(
     cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
     query, query_token_stride, query_head_stride, staged, partial, partial_lse, scale,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
+    CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head, split): its share of the chunks; the last split adds sinks and tail."""
-    r, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
     if seq_len - computed == 1:
         m, d = tl.arange(0, G.group_rows), tl.arange(0, G.block_dim)
@@ -53,7 +54,7 @@ def decode_kernel(
         position = tl.zeros([ROWS], tl.int32) + computed
         if G.dense:
             chunks = (computed - oldest) // CHUNK + 1
-            share = (chunks + SPLITS - 1) // SPLITS
+            share = (chunks + splits - 1) // splits
             STAGES: tl.constexpr = 2 if G.block_dim <= 128 else 1
             for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=STAGES):
                 accumulator, peak, total = add_dense_tokens(
@@ -63,10 +64,10 @@ def decode_kernel(
                 )  # fmt: skip
         else:
             accumulator, peak, total = _sealed_share(
-                accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, computed, oldest,
-                kept, scale, block_stride, head_stride, layer, num_layers, SPLITS, CHUNK, G
+                accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed,
+                oldest, kept, scale, block_stride, head_stride, layer, num_layers, CHUNK, G
             )  # fmt: skip
-            if split == SPLITS - 1:
+            if split == splits - 1:
                 tile_start = tl.zeros_like(position) + computed // G.tile_tokens * G.tile_tokens
                 if G.sink_tokens:
                     accumulator, peak, total = add_dense_tokens(
@@ -80,7 +81,7 @@ def decode_kernel(
                         accumulator, peak, total, rows, cells, table, staged, head, start, first_row, computed,
                         position, tile_start, position + 1, row_mask, False, scale, block_stride, head_stride, CHUNK, G
                     )  # fmt: skip
-        at = ((r.to(tl.int64) * G.num_kv_heads + head) * SPLITS + split) * G.group_rows + m
+        at = ((r.to(tl.int64) * G.num_kv_heads + head) * splits + split) * G.group_rows + m
         divisor = tl.where(total > 0.0, total, 1.0)  # a split without tokens: peak is -inf, and so is its LSE
         tl.store(partial_lse + at, peak + tl.log2(divisor))
         tl.store(partial + at[:, None] * G.block_dim + d[None, :], accumulator / divisor[:, None])
@@ -88,8 +89,8 @@ def decode_kernel(
 
 @triton.jit
 def _sealed_share(
-    accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, computed, oldest, kept, scale,
-    block_stride, head_stride, layer, num_layers, SPLITS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
+    accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed, oldest, kept,
+    scale, block_stride, head_stride, layer, num_layers, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """This split's share of a head's kept chunks and of the chunks of its sealed tiles."""
     end, kept_row, kept_blocks = kept_of(r, kept)
@@ -99,7 +100,7 @@ def _sealed_share(
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
     chunks = kept_chunks + (computed // G.tile_tokens - first_tile) * G.chunks_per_tile
-    share = (chunks + SPLITS - 1) // SPLITS
+    share = (chunks + splits - 1) // splits
     for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=SEALED_STAGES):
         page = page_of_chunk(
             table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride,
@@ -119,10 +120,10 @@ def _sealed_share(
     return accumulator, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
-    query_start_loc, partial, partial_lse, output, output_token_stride, output_head_stride, lse, num_heads,
-    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
+    query_start_loc, partial, partial_lse, output, output_token_stride, output_head_stride, lse, num_heads, splits,
+    COLUMNS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head): merges the splits by their LSE, and turns rotated values back."""
     r, head = tl.program_id(0), tl.program_id(1)
@@ -130,16 +131,16 @@ def combine_kernel(
     if tl.load(query_start_loc + r + 1) - first_row == 1:
         m, d = tl.arange(0, G.group_rows), tl.arange(0, G.block_dim)
         row_mask = m < G.group
-        at = (r.to(tl.int64) * G.num_kv_heads + head) * SPLITS * G.group_rows + m
+        at = (r.to(tl.int64) * G.num_kv_heads + head) * splits * G.group_rows + m
         ROWS: tl.constexpr = G.group_rows
         DIM: tl.constexpr = G.block_dim
         peak = tl.full([ROWS], float("-inf"), tl.float32)
-        for split in range(SPLITS):
+        for split in range(splits):
             peak = tl.maximum(peak, tl.load(partial_lse + at + split * G.group_rows))
         total = tl.zeros([ROWS], tl.float32)
         merged = tl.zeros([ROWS, DIM], tl.float32)
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        for split in range(SPLITS):
+        for split in range(splits):
             weight = tl.exp2(tl.load(partial_lse + at + split * G.group_rows) - safe)
             part = tl.load(partial + (at + split * G.group_rows)[:, None] * G.block_dim + d[None, :])
             merged += weight[:, None] * part
@@ -183,6 +184,7 @@ def decode(
     lse: torch.Tensor | None,
     scale: float,
     splits: int | None = None,
+    warps: int = DECODE_WARPS,
 ) -> None:
     """Attention of the requests that bring exactly one token; rows of the others are not written.
 
@@ -192,7 +194,7 @@ def decode(
         staged: float32 [num_tokens, num_kv_heads, 2, head_dim], contiguous (PagedAttention.stage).
         lse: float32 [num_tokens, num_heads], contiguous, or None.
         scale: softmax scale.
-        splits: programs that share a sequence; None: by the shapes.
+        splits: programs that share a sequence; None: by the shapes. warps: of each program.
     """
     batch = tables.batch
     check_device(cells=tables.cells, query=query, staged=staged, output=output, lse=lse, block_table=batch.block_table)
@@ -203,7 +205,7 @@ def decode(
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     decode_kernel[(batch.num_reqs, geometry.num_kv_heads, splits)](
         *tables.arguments, query, query.stride(0), query.stride(1), staged, partial, partial_lse, scale * LOG2_E,
-        splits, CHUNK_TOKENS, geometry, num_warps=4,
+        CHUNK_TOKENS, geometry, num_warps=warps,
     )  # fmt: skip
     combine_kernel[(batch.num_reqs, geometry.num_kv_heads)](
         batch.query_start_loc, partial, partial_lse, output, output.stride(0), output.stride(1), lse, query.shape[1],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 64  # tokens of one step of an attention loop; every tile is a whole number of them
 MIN_DOT_ROWS = 16  # least M of tl.dot
+ALIGNMENT_BYTES = 16
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -59,6 +60,11 @@ class Geometry(NamedTuple):
     key_scales: int = 0
     value_scales: int = 0
     key_boost_index: int = 0
+
+
+def storage_geometry(geometry: Geometry) -> Geometry:
+    """The constants of kernels that see no query: the same, and so compiled once, for every group and window."""
+    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0)
 
 
 def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
@@ -118,6 +124,7 @@ class Tables:
 
     @classmethod
     def of(cls, layout: PageLayout, cells: torch.Tensor, batch: Batch, max_query_len: int) -> Tables:
+        check_alignment(cells)
         num_layers, layer = num_layers_of(cells, layout)
         return cls(cells, batch, max_query_len, num_layers, layer)
 
@@ -146,6 +153,15 @@ def check_device(**tensors: torch.Tensor | None) -> None:
         raise ValueError(
             f"{first} is on {present[first].device}: the Triton kernels need CUDA tensors, "
             "or TRITON_INTERPRET=1 in the environment before Python starts"
+        )
+
+
+def check_alignment(cells: torch.Tensor) -> None:
+    """Reject an arena whose cells do not start at multiples of 16 bytes: the kernels load 16 bytes at once."""
+    if cells.data_ptr() % ALIGNMENT_BYTES or any(stride % ALIGNMENT_BYTES for stride in cells.stride()[:2]):
+        raise ValueError(
+            f"cells must start at multiples of {ALIGNMENT_BYTES} bytes, got address {cells.data_ptr():#x} and strides "
+            f"{cells.stride()[:2]}; allocate the arena as its own tensor"
         )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.encode import encode_page
-from kvserve.kernels.geometry import Geometry, check_device
+from kvserve.kernels.geometry import Geometry, check_alignment, check_device, storage_geometry
 from kvserve.kernels.pages import dense_row, slot_of, tile_index
 from kvserve.pages.kept import Header, Kept
 
@@ -156,6 +156,7 @@ def read(
         stored: tokens stored of the request.
     """
     check_device(cells=cells, block_table_row=table)
+    check_alignment(cells)
     shape = (geometry.num_kv_heads, last - first, geometry.head_dim)
     key = torch.empty(shape, dtype=torch.float32, device=cells.device)
     value = torch.empty_like(key)
@@ -163,7 +164,7 @@ def read(
         grid = (triton.cdiv(last - first, READ_TOKENS), geometry.num_kv_heads)
         read_kernel[grid](
             cells, cells.stride(0), cells.stride(1), table, stored, first, last, *kept, key, value, READ_TOKENS,
-            geometry,
+            storage_geometry(geometry),
         )  # fmt: skip
     return key, value
 
@@ -195,6 +196,7 @@ def _launch(
     key: torch.Tensor | None, value: torch.Tensor | None, positions: torch.Tensor | None
 ) -> None:  # fmt: skip
     check_device(cells=cells, block_table_row=table, key=key, value=value, positions=positions)
+    check_alignment(cells)
     rows, first_row = [], 0
     for header in headers:
         rows.append((first_row, header.first_page, header.num_tokens))
@@ -205,5 +207,5 @@ def _launch(
     pages = max(1, *(header.num_pages for header in headers))
     kept_kernel[(pages, geometry.num_kv_heads)](
         cells, cells.stride(0), cells.stride(1), layer, num_layers, table, kept.row, kept.end, heads, key, value,
-        positions, geometry, num_warps=8,
+        positions, storage_geometry(geometry), num_warps=8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.decode import LOG2_E
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_device
+from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device
 from kvserve.kernels.pages import cell_at, dense_row, dot, sealed_scores, slot_of, tile_index
 
 SCORE_ROWS = 32
@@ -112,6 +112,7 @@ def attention_received(
     if power not in (1, 2) or not 1 <= rows <= stored:
         raise ValueError(f"power must be 1 or 2 and rows in [1, {stored}], got {power} and {rows}")
     check_device(cells=cells, block_table_row=table, query=query)
+    check_alignment(cells)
     chunks = triton.cdiv(stored, CHUNK_TOKENS)
     partial = torch.empty(num_heads, chunks, rows, dtype=torch.float32, device=query.device)
     received = torch.empty(num_heads, stored, dtype=torch.float32, device=query.device)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.encode import encode_page
-from kvserve.kernels.geometry import Geometry, Tables, check_device
+from kvserve.kernels.geometry import Geometry, Tables, check_device, storage_geometry
 from kvserve.kernels.pages import cell_at, dense_row, kept_of, request_of, rotated_columns, slot_of, tile_index
 
 STAGE_TOKENS = 16
@@ -129,7 +129,7 @@ def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor) -> torch.T
     if num_tokens:
         stage_kernel[(triton.cdiv(num_tokens, STAGE_TOKENS), heads)](
             key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), staged, num_tokens,
-            STAGE_TOKENS, min(32, geometry.block_dim), geometry,
+            STAGE_TOKENS, min(32, geometry.block_dim), storage_geometry(geometry),
         )  # fmt: skip
     return staged
 
@@ -146,7 +146,7 @@ def store_sealed(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> No
     tiles = triton.cdiv(tables.max_query_len, geometry.tile_tokens)
     warps = 8 if geometry.head_dim * geometry.tile_tokens > 64 * 64 else 4
     seal_kernel[(tables.batch.num_reqs, geometry.num_kv_heads, tiles)](
-        *tables.arguments, staged, geometry, num_warps=warps
+        *tables.arguments, staged, storage_geometry(geometry), num_warps=warps
     )
 
 
@@ -159,4 +159,4 @@ def store_tail(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> None
 def _launch_slots(geometry: Geometry, tables: Tables, staged: torch.Tensor, most_tokens: int) -> None:
     check_device(cells=tables.cells, staged=staged, block_table=tables.batch.block_table)
     grid = (triton.cdiv(most_tokens, SLOT_TOKENS), tables.batch.num_reqs, geometry.num_kv_heads)
-    slots_kernel[grid](*tables.arguments, staged, SLOT_TOKENS, geometry)
+    slots_kernel[grid](*tables.arguments, staged, SLOT_TOKENS, storage_geometry(geometry))

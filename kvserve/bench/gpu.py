@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ERROR_LIMIT = 3e-2  # bfloat16 weights and outputs, on values of order 1
 DIFFERING_BYTES_LIMIT = 1e-3  # rare ties of rotated values
+CHECK_PROCESSES = 8  # each holds a CUDA context
 MEMORY_SHARE = 0.4  # of free device memory, for the largest K and V of a workload
 
 
@@ -113,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(checks)} checks against the reference passed")
     run.copy_bytes_per_s = copy_bandwidth(run)
     time_decode(run)
+    time_launch_parameters(run)
     time_others(run)
     print_table(run)
     name = "dry-run" if options.dry_run else torch.cuda.get_device_name().lower().replace(" ", "-")
@@ -123,20 +127,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_checks(run: Run) -> list[dict[str, Any]]:
-    """Every format, head_dim and group size against the PyTorch reference, before anything is timed."""
+    """Every format, head_dim and group size against the PyTorch reference, before anything is timed.
+
+    Most of the time goes into compiling, which the processes share through Triton's cache.
+    """
+    from kvserve.bench.gpu_cases import FORMATS
+
+    if run.dry:
+        return [check_one(name, 64, 2, True) for name in FORMATS]
+    sizes = [*itertools.product((64, 128), (1, 4, 8)), (256, 4)]
+    cases = list(itertools.product(FORMATS, sizes))
+    workers = min(len(cases), CHECK_PROCESSES, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        results = [pool.submit(check_one, name, head_dim, group, False) for name, (head_dim, group) in cases]
+        return [result.result() for result in results]
+
+
+def check_one(name: str, head_dim: int, group: int, dry: bool) -> dict[str, Any]:
+    """One format and shape against the reference."""
     from kvserve.bench import gpu_cases
 
-    results = []
-    sizes = [(64, 2)] if run.dry else itertools.product((64, 128, 256), (1, 4, 8))
-    for name, (head_dim, group) in itertools.product(gpu_cases.FORMATS, sizes):
-        work = gpu_cases.Workload(70 if run.dry else 333, 1, head_dim, group, 1 if run.dry else 2)
-        error, differing = gpu_cases.check(name, work, torch.float16 if run.dry else torch.bfloat16, run.device)
-        passed = error <= ERROR_LIMIT and differing <= DIFFERING_BYTES_LIMIT
-        results.append(
-            {"format": name, "head_dim": head_dim, "group": group, "error": error, "differing_bytes": differing}
-            | {"passed": passed}
-        )
-    return results
+    work = gpu_cases.Workload(70 if dry else 333, 1, head_dim, group, 1 if dry else 8)
+    device, dtype = ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
+    error, differing = gpu_cases.check(name, work, dtype, torch.device(device))
+    passed = error <= ERROR_LIMIT and differing <= DIFFERING_BYTES_LIMIT
+    result = {"format": name, "head_dim": head_dim, "group": group, "error": error, "differing_bytes": differing}
+    return result | {"passed": passed}
 
 
 def copy_bandwidth(run: Run) -> float:
@@ -177,6 +193,20 @@ def time_decode(run: Run) -> None:
             step = gpu_cases.decode_step(name, work, dtype, run.device)
             run.add("decode", name, work, run.time_us(step.attend), step.moved_bytes, dense_us)
             del step
+
+
+def time_launch_parameters(run: Run) -> None:
+    """Decode attention of the low-bit formats by number of splits and warps, to choose the kernel's own from."""
+    from kvserve.bench import gpu_cases
+
+    dtype = torch.bfloat16 if not run.dry else torch.float16
+    work = workloads(run)[0]
+    for name in ("kivi-2bit", "boost-2bit", "kivi-4bit"):
+        step = gpu_cases.decode_step(name, work, dtype, run.device)
+        for splits, warps in ((1, 4),) if run.dry else itertools.product((1, 2, 4, 8, 16, 32), (2, 4, 8)):
+            time_us = run.time_us(lambda step=step, s=splits, w=warps: step.attend_with(s, w))  # type: ignore[misc]
+            run.add(f"decode, {splits} splits, {warps} warps", name, work, time_us, step.moved_bytes, None)
+        del step
 
 
 def time_others(run: Run) -> None:

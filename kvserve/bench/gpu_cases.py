@@ -17,6 +17,8 @@ import torch
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.kernels import decode
+from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import Header, Kept, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import encode_page
@@ -87,6 +89,12 @@ class Step:
 
     def attend(self) -> None:
         self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output)
+
+    def attend_with(self, splits: int, warps: int) -> None:
+        """`attend` with other launch parameters than the kernel's own."""
+        tables = Tables.of(self.attention.layout, self.cells, self.batch, 1)
+        arguments = (tables, self.query, self.staged, self.output, None, self.attention.spec.scale)
+        decode.decode(self.attention.geometry, *arguments, splits, warps)
 
     def store(self) -> None:
         self.attention.store_sealed(self.cells, self.batch, self.staged)
