@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_row, check_rows
-from kvserve.kernels import decode, extend, kept, scores, store
+from kvserve.kernels import decode, extend, scores, store
+from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, geometry_of
 from kvserve.pages.kept import Kept, make_headers
 from kvserve.pages.layout import PageLayout
@@ -67,7 +68,7 @@ class TritonAttention(PagedAttention):
         stored, place = last if num_tokens is None else num_tokens, Kept(*kept) if kept else Kept(0, 0, 0)
         self.check_span(block_table_row, first, last, stored, place)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        key, value = _kept_kernels.read(self.geometry, cells, block_table_row, first, last, stored, place)
+        key, value = kept_pages.read(self.geometry, cells, block_table_row, first, last, stored, place)
         return key, value @ self._rotation(value) if self.geometry.rotated else value
 
     def write_kept(
@@ -85,7 +86,7 @@ class TritonAttention(PagedAttention):
         headers = make_headers(self.layout, cells, place, first_pages, counts)
         key, value = torch.cat(list(keys)), torch.cat(list(values))
         value = value @ self._rotation(value) if self.geometry.rotated else value
-        _kept_kernels.write(self.geometry, cells, block_table_row, place, headers, key, value)
+        kept_pages.write(self.geometry, cells, block_table_row, place, headers, key, value)
 
     def compact(
         self,
@@ -104,7 +105,7 @@ class TritonAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         place = Kept(*kept)
         headers = make_headers(self.layout, cells, place, first_pages, [len(chosen) for chosen in positions])
-        _kept_kernels.compact(self.geometry, cells, block_table_row, place, headers, torch.cat(list(positions)))
+        kept_pages.compact(self.geometry, cells, block_table_row, place, headers, torch.cat(list(positions)))
 
     def attention_received(
         self, query: torch.Tensor, cells: torch.Tensor, block_table_row: torch.Tensor, stored: int, power: int = 1
@@ -130,6 +131,3 @@ class TritonAttention(PagedAttention):
 
     def _rotation(self, like: torch.Tensor) -> torch.Tensor:
         return hadamard(self.layout.head_dim).to(like.device)
-
-
-_kept_kernels = kept  # `kept` is also the name of a parameter

@@ -55,6 +55,8 @@ class Run:
     device: torch.device
     dry: bool
     deadline: float
+    output: Path | None
+    checks: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     copy_bytes_per_s: float = 0.0
@@ -84,11 +86,23 @@ class Run:
         sizes = (work.context, work.batch, work.head_dim, work.group)
         self.rows.append(Row(what, variant, *sizes, time_us, moved, share, speedup))
 
+    def free_bytes(self) -> int:
+        """Device memory that is left once torch gives back what it only caches."""
+        if self.dry:
+            return 1 << 40
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+
+    def save(self) -> None:
+        """Write what there is so far: a run that is cut off leaves a file."""
+        if self.output is not None:
+            write_json(self.output, self)
+
     def has_room(self, work: Any) -> bool:
         """Whether a workload may still start; notes it where not."""
         if time.monotonic() > self.deadline:
             self.left_out.append(f"{work}: the time limit was reached")
-        elif not self.dry and work.dense_bytes > MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
+        elif work.dense_bytes > MEMORY_SHARE * self.free_bytes():
             self.left_out.append(f"{work}: {work.dense_bytes / 2**30:.0f} GiB of K and V do not fit")
         else:
             return True
@@ -108,21 +122,24 @@ def main(arguments: list[str] | None = None) -> int:
         print("kvserve.bench.gpu: error: no CUDA device; `--dry-run` runs without one", file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.dry_run else "cuda")
-    run = Run(device, options.dry_run, time.monotonic() + options.time_limit_s)
-    checks = run_checks(run)
-    if failed := [check for check in checks if not check["passed"]]:
-        print("\n".join(f"FAILED {check}" for check in failed), file=sys.stderr)
-        return 1
-    print(f"{len(checks)} checks against the reference passed")
-    run.copy_bytes_per_s = copy_bandwidth(run)
-    time_decode(run)
-    time_launch_parameters(run)
-    time_others(run)
-    print_table(run)
     name = "dry-run" if options.dry_run else torch.cuda.get_device_name().lower().replace(" ", "-")
     output = options.output or (None if options.dry_run else RESULTS / f"gpu-{name}.json")
+    run = Run(device, options.dry_run, time.monotonic() + options.time_limit_s, output)
+    run.checks = run_checks(run)
+    if failed := [check for check in run.checks if not check["passed"]]:
+        print("\n".join(f"FAILED {check}" for check in failed), file=sys.stderr)
+        return 1
+    print(f"{len(run.checks)} checks against the reference passed", flush=True)
+    run.copy_bytes_per_s = copy_bandwidth(run)
+    first, *cross = workloads(run)
+    time_decode(run, first)
+    time_launch_parameters(run, first)
+    time_others(run)
+    for work in cross:
+        time_decode(run, work)
+    print_table(run)
     if output is not None:
-        write_json(output, run, checks)
+        print("wrote", output)
     return 0
 
 
@@ -174,39 +191,36 @@ def workloads(run: Run) -> list[Any]:
     return [first, *(work for sizes in cross if (work := Workload(*sizes)) != first)]
 
 
-def time_decode(run: Run) -> None:
+def time_decode(run: Run, work: Any) -> None:
     """Decode attention of every format beside torch's dense attention."""
     from kvserve.bench import gpu_cases
 
+    if not run.has_room(work):
+        return
     dtype = torch.bfloat16 if not run.dry else torch.float16
-    for work in workloads(run):
-        if not run.has_room(work):
-            continue
-        dense = {
-            name: run.time_us(launch)
-            for name, launch in gpu_cases.dense_attention(work, dtype, run.device).items()
-        }  # fmt: skip
-        dense_us = min(dense.values())
-        for name, time_us in dense.items():
-            run.add("decode", name, work, time_us, work.dense_bytes, dense_us)
-        for name in gpu_cases.FORMATS:
-            step = gpu_cases.decode_step(name, work, dtype, run.device)
-            run.add("decode", name, work, run.time_us(step.attend), step.moved_bytes, dense_us)
-            del step
+    dense = {name: run.time_us(launch) for name, launch in gpu_cases.dense_attention(work, dtype, run.device).items()}
+    dense_us = min(dense.values())
+    for name, time_us in dense.items():
+        run.add("decode", name, work, time_us, work.dense_bytes, dense_us)
+    for name in gpu_cases.FORMATS:
+        step = gpu_cases.decode_step(name, work, dtype, run.device)
+        run.add("decode", name, work, run.time_us(step.attend), step.moved_bytes, dense_us)
+        del step
+    run.save()
 
 
-def time_launch_parameters(run: Run) -> None:
+def time_launch_parameters(run: Run, work: Any) -> None:
     """Decode attention of the low-bit formats by number of splits and warps, to choose the kernel's own from."""
     from kvserve.bench import gpu_cases
 
     dtype = torch.bfloat16 if not run.dry else torch.float16
-    work = workloads(run)[0]
     for name in ("kivi-2bit", "boost-2bit", "kivi-4bit"):
         step = gpu_cases.decode_step(name, work, dtype, run.device)
         for splits, warps in ((1, 4),) if run.dry else itertools.product((1, 2, 4, 8, 16, 32), (2, 4, 8)):
             time_us = run.time_us(lambda step=step, s=splits, w=warps: step.attend_with(s, w))  # type: ignore[misc]
             run.add(f"decode, {splits} splits, {warps} warps", name, work, time_us, step.moved_bytes, None)
         del step
+    run.save()
 
 
 def time_others(run: Run) -> None:
@@ -230,6 +244,7 @@ def time_others(run: Run) -> None:
             step = gpu_cases.kept_step(name, sizes, dtype, run.device, ragged)
             what = "decode, kept pages, " + ("ragged" if ragged else "uniform")
             run.add(what, name, sizes, run.time_us(step.attend), step.moved_bytes, None)
+    run.save()
 
 
 def print_table(run: Run) -> None:
@@ -247,7 +262,7 @@ def print_table(run: Run) -> None:
         print("left out:", line)
 
 
-def write_json(path: Path, run: Run, checks: list[dict[str, Any]]) -> None:
+def write_json(path: Path, run: Run) -> None:
     """Everything that was measured, with what it was measured on."""
     import triton
 
@@ -261,13 +276,12 @@ def write_json(path: Path, run: Run, checks: list[dict[str, Any]]) -> None:
         "device": device,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "copy_bytes_per_s": run.copy_bytes_per_s,
-        "checks": checks,
+        "checks": run.checks,
         "rows": [asdict(row) for row in run.rows],
         "left_out": run.left_out,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print("wrote", path)
 
 
 if __name__ == "__main__":
