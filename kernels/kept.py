@@ -186,7 +186,8 @@ def compact(
 ) -> None:  # fmt: skip
     """Write kept pages and headers from the stored tokens at `positions`, int64 [all heads' tokens], all below `end`.
 
-    The row of blocks still shows the tiles that the kept pages replace.
+    The row of blocks still shows the tiles that the kept pages replace; the kept blocks are others, since the tiles are
+    read while the pages are written.
     """
     _launch(geometry, cells, table, kept, headers, None, None, positions)
 

@@ -82,7 +82,7 @@ def test_written_pages_and_headers_equal_the_reference(family: str):
 def test_compaction_equals_reading_and_writing_with_the_reference(family: str):
     layout, spec, arena, row = whole_request(family)
     reference, attention = ReferenceAttention(layout, spec), TritonAttention(layout, spec)
-    place, first_pages, layer = Kept(128, 8, 2), [3, 1], 1
+    place, first_pages, layer = Kept(128, layout.blocks_for(150), 2), [3, 1], 1
     positions = [torch.arange(4, 128, 2), torch.tensor([5, 66, 127])]
     key, value = reference.read(arena[:, :, layer], row, 0, 128, 150)
     cells = cells_on(DEVICE, arena[:, :, layer])
@@ -96,8 +96,8 @@ def whole_request(family: str) -> tuple[PageLayout, LayerSpec, torch.Tensor, tor
     """A request of 150 tokens in one layer of three, and a row of blocks with room for what it will keep."""
     layout = PageLayout.build(make_policy(family), 64, 64, torch.float32, state_blocks=1)
     spec, generator = LayerSpec(4, 2, 0.125), torch.Generator().manual_seed(4)
-    row = torch.randperm(12, generator=generator).int()
-    arena = torch.full((12, 2, 3, layout.cell_bytes), POISON, dtype=torch.uint8)
+    row = torch.randperm(layout.blocks_for(150) + 2, generator=generator).int()
+    arena = torch.full((len(row), 2, 3, layout.cell_bytes), POISON, dtype=torch.uint8)
     key, value = (torch.randn(150, 2, 64, generator=generator) for _ in range(2))
     ReferenceAttention(layout, spec).store(key, value, arena[:, :, 1], make_batch(layout, [0], [150], row[None]))
     return layout, spec, arena, row
