@@ -145,7 +145,7 @@ class Decode {
   // Tile i, or the i-th page that the KV head keeps.
   const uint8_t* page_of(const Task& t, int32_t i) const {
     return t.kept == NOT_KEPT ? tile_page(l, a, t.request, t.kv_head, i)
-                              : kept_page(l, a, t.request.row, t.request.kept_row, t.kept + i);
+                              : kept_page(l, a, t.request.kept_blocks, t.kept + i);
   }
   void prefetch_pages(const Task& t, int32_t first, int32_t end) const {
     for (int32_t i = first; i < std::min(first + MAX_PAGES, end); ++i) prefetch(page_of(t, i), l.page_bytes);

@@ -216,7 +216,7 @@ void Worker::attend_kept() {
   const KvsKept kept = kept_of(arena_, request_.row, task_.kv_head);
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
   for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
-    const uint8_t* page = kept_page(layout_, arena_, request_.row, request_.kept_row, f);
+    const uint8_t* page = kept_page(layout_, arena_, request_.kept_blocks, f);
     decode_keys(layout_, page, keys_);
     decode_values(layout_, page, values_);
     for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {

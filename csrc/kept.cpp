@@ -1,4 +1,5 @@
-// kvs_read: stored tokens back to rows. kvs_write_kept: the rows that an evicted request keeps, to its kept pages.
+// kvs_read: stored tokens back to rows. kvs_read_kept, kvs_write_kept: the rows that an evicted request keeps, from and
+// to its kept pages.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -102,11 +103,11 @@ void load_tile(const KvsLayout& l, const KeptTile& tile, const float* key, const
 
 using namespace kvs;
 
-void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, const int32_t* kept,
-              int32_t num_tokens, int32_t first, int32_t last, float* key, float* value) {
+void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, int32_t num_tokens, int32_t first,
+              int32_t last, float* key, float* value) {
   const KvsLayout& l = *layout;
   if (first >= last) return;
-  const Span span{request_of(0, num_tokens, num_tokens, row, kept), first, last};
+  const Span span{{0, num_tokens, num_tokens, row}, first, last};
   const int32_t tile = first / l.tile_tokens, tiles = (last - 1) / l.tile_tokens - tile + 1;
   const int64_t head_elements = int64_t(last - first) * l.head_dim;
 #pragma omp parallel if (tiles * l.num_kv_heads > 1)
@@ -120,10 +121,28 @@ void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row
   }
 }
 
-void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, int32_t kept_row,
+void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* kept_blocks, const KvsKept* kept,
+                   const int64_t* offsets, float* key, float* value) {
+  const KvsLayout& l = *layout;
+  const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
+#pragma omp parallel if (tiles.size() > 1)
+  {
+    const std::unique_ptr<PageRows> scratch(new PageRows);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      const KeptTile& tile = tiles[i];
+      const uint8_t* page = kept_page(l, *arena, kept_blocks, tile.page);
+      const int count = int(tile.last - tile.first);
+      read_keys(l, page, 0, count, key + tile.first * l.head_dim, *scratch);
+      read_values(l, page, 0, count, value + tile.first * l.head_dim, *scratch);
+    }
+  }
+}
+
+void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t state_block, const int32_t* kept_blocks,
                     const KvsKept* kept, const int64_t* offsets, const float* key, const float* value) {
   const KvsLayout& l = *layout;
-  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, row[0], h), kept + h, sizeof *kept);
+  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, state_block, h), kept + h, sizeof *kept);
   const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
 #pragma omp parallel if (tiles.size() > 1)
   {
@@ -131,7 +150,7 @@ void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, const int32_
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
       load_tile(l, tiles[i], key, value, *scratch);
-      encode_page(l, *scratch, 0, kept_page(l, *arena, row, kept_row, tiles[i].page));
+      encode_page(l, *scratch, 0, kept_page(l, *arena, kept_blocks, tiles[i].page));
     }
   }
 }

@@ -63,7 +63,9 @@ struct KvsBatch {
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t block_table_stride;  // elements
-  const int32_t* kept;         // [num_reqs][kept_end, kept_row, kept_blocks]; kept_end 0: not evicted. Null: nobody is
+  const int32_t* kept_ends;    // [num_reqs] kept_end; 0: not evicted. Null: nobody is, and the next two mean nothing
+  const int32_t* kept_starts;  // [num_reqs + 1] request r has kept_blocks[kept_starts[r] .. kept_starts[r + 1]]
+  const int32_t* kept_blocks;  // block ids
 };
 
 // [tokens, heads, head_dim] rows; the last dim is contiguous.
@@ -85,14 +87,17 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
                  int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
-// [num_kv_heads][last - first][head_dim]; V is un-rotated. `kept`: the request's three integers (KvsBatch) or null; of
-// an evicted request, only sinks and tokens from kept_end on can be read.
-void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, const int32_t* kept, int32_t num_tokens,
-              int32_t first, int32_t last, float* key, float* value);
-// Encodes what each KV head of this layer keeps and stores it with its header, kept[num_kv_heads]. The tokens of head h
-// are the rows [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V not rotated.
-void kvs_write_kept(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_row, const KvsKept* kept,
-                    const int64_t* offsets, const float* key, const float* value);
+// [num_kv_heads][last - first][head_dim]; V is un-rotated. Of an evicted request, only sinks and tokens from kept_end on
+// are there to be read.
+void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t num_tokens, int32_t first, int32_t last,
+              float* key, float* value);
+// What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h are the rows
+// [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated.
+void kvs_read_kept(const KvsLayout*, const KvsArena*, const int32_t* kept_blocks, const KvsKept* kept,
+                   const int64_t* offsets, float* key, float* value);
+// The reverse; stores the headers too, in state_block.
+void kvs_write_kept(const KvsLayout*, const KvsArena*, int32_t state_block, const int32_t* kept_blocks,
+                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

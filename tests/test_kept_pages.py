@@ -7,12 +7,12 @@ import functools
 import pytest
 import torch
 from attention_cases import POISON, build_case, make_policy
-from kept_cases import ABSURD, LAYERS, NUM_LAYERS, Ask, KeptCase, build_kept_case, rotated, write_kept
+from kept_cases import ABSURD, LAYERS, NUM_LAYERS, Ask, KeptCase, build_kept_case, coded, rotated, write_kept
 
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.pages.kept import Header, arena_of, kept_page, read_header
+from kvserve.pages.kept import Header, Kept, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, unpack_codes
 
@@ -163,12 +163,12 @@ def test_the_unused_columns_of_a_page_are_never_visible(asks: tuple[Ask, ...], i
     sections, size = case.layout.sections, case.layout.tile_tokens
     changed, head_dim = case.arena.clone(), case.layout.head_dim
     for (layer, r), chosen in case.chosen.items():
-        arena, row = arena_of(changed[:, :, layer], case.layout), case.batch.block_table[r].tolist()
+        arena = arena_of(changed[:, :, layer], case.layout)
         for first, tokens in zip(case.first_pages[layer, r], chosen, strict=True):
             used = len(tokens) % size
             if not used:
                 continue
-            page = kept_page(arena, case.layout, row, case.kept_of(r), first + len(tokens) // size)
+            page = kept_page(arena, case.layout, case.kept_of(r), first + len(tokens) // size)
             codes = page[sections.key_codes : sections.key_codes + head_dim * size // 4]
             columns = unpack_codes(codes, 2, head_dim, size)
             columns[:, used:] = 3 - columns[:, used:]
@@ -226,14 +226,14 @@ def test_written_pages_equal_the_reference(family: str, isa: str):
         return
     assert (arenas[0] != arenas[1]).float().mean() < 1e-3
     for (layer, r), chosen in case.chosen.items():
-        row = case.batch.block_table[r].tolist()
+        state_block = int(case.batch.block_table[r, 0])
         for h, tokens in enumerate(chosen):
             expected, found = (arena_of(arena[:, :, layer], case.layout) for arena in arenas)
-            header = read_header(expected, row, h)
+            header = read_header(expected, state_block, h)
             assert header == Header(case.asks[r].end, case.first_pages[layer, r][h], -(-len(tokens) // 64), len(tokens))
-            assert read_header(found, row, h) == header
+            assert read_header(found, state_block, h) == header
             for page in range(header.first_page, header.first_page + header.num_pages):
-                pages = (kept_page(arena, case.layout, row, case.kept_of(r), page) for arena in (expected, found))
+                pages = (kept_page(arena, case.layout, case.kept_of(r), page) for arena in (expected, found))
                 (key, value), (key_ref, value_ref) = (decode_page(p, case.layout) for p in pages)
                 assert torch.equal(key, key_ref)
                 assert ((value - value_ref).abs() > 2e-3).float().mean() < 1e-3
@@ -243,9 +243,9 @@ def test_a_kept_page_is_where_the_numbering_says():
     layout = PageLayout.build(make_policy("kivi-2"), 64, 128, torch.float32, state_blocks=1)
     attention = ReferenceAttention(layout, LayerSpec(2, 2, 1.0))
     arena = torch.full((9, 2, NUM_LAYERS, layout.cell_bytes), POISON, dtype=torch.uint8)
-    row, size = torch.tensor([8, 0, 1, 2, 5, 6], dtype=torch.int32), layout.sections.size_bytes
+    size = layout.sections.size_bytes
     keys = [torch.randn(130, 64), torch.randn(1, 64)]
-    attention.write_kept(arena[:, :, 1], row, (128, 4, 2), [11, 7], keys, keys)
+    attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], keys, keys)
     # 12 pages a block: [layer][kv_head][page of the cell]; head 0 has pages 11, 12, 13 and head 1 page 7.
     places = [(5, 1, 2, 1), (6, 0, 0, 0), (6, 0, 0, 1), (5, 1, 1, 1)]
     tiles = [keys[0][:64], keys[0][64:128], keys[0][128:], keys[1]]
@@ -301,29 +301,49 @@ def test_read_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_blo
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_of_an_evicted_request_only_sinks_and_later_tokens_can_be_read(isa: str):
+def test_of_an_evicted_request_sinks_and_later_tokens_can_be_read(isa: str):
     case = kept_case("kivi-2", DECODE)
-    cells, row, kept = case.arena[:, :, 0], case.batch.block_table[0], case.kept_of(0)
+    cells, row = case.arena[:, :, 0], case.batch.block_table[0]
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     for first, last in ((0, 4), (128, 200), (150, 195)):
-        rows = [kernel.read(cells, row, first, last, 200, kept) for kernel in kernels]
+        rows = [kernel.read(cells, row, first, last, 200) for kernel in kernels]
         torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=2e-6)
-    for kernel in kernels:
-        with pytest.raises(ValueError, match="were evicted at 128"):
-            kernel.read(cells, row, 100, 140, 200, kept)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_each_head_keeps_is_read_back_as_its_codec_left_it(family: str, isa: str):
+    case = kept_case(family, DECODE)
+    for (layer, r), written in case.kept_rows.items():
+        for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)):
+            state_block = int(case.batch.block_table[r, 0])
+            keys, values = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
+            for h in range(case.spec.num_kv_heads):
+                turned = attention_rows(case, written, h)
+                expected = coded(turned, case.layout)
+                torch.testing.assert_close(keys[h], expected[:, 0], rtol=1e-6, atol=1e-6)
+                back = hadamard(64) if rotated(case.layout.policy) else torch.eye(64)
+                torch.testing.assert_close(values[h], expected[:, 1] @ back, rtol=1e-6, atol=2e-6)
+
+
+def attention_rows(case: KeptCase, written: tuple[list[torch.Tensor], list[torch.Tensor]], head: int) -> torch.Tensor:
+    """One head's kept K and V as they go into the codec, [tokens, 2, head_dim]."""
+    turn = hadamard(case.layout.head_dim) if rotated(case.layout.policy) else torch.eye(case.layout.head_dim)
+    return torch.stack([written[0][head], written[1][head] @ turn], 1)
 
 
 def test_wrong_arguments_are_refused_by_name():
     case = kept_case("kivi-2", DECODE)
     cells, row, kept = case.arena[:, :, 0], case.batch.block_table[0], case.kept_of(0)
+    state = int(row[0])
     rows = [torch.zeros(70, 64), torch.zeros(1, 64)]
     for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec)):
         with pytest.raises(ValueError, match="do not fit in"):
-            attention.write_kept(cells, row, kept, [0, 6 * kept.blocks], rows, rows)
+            attention.write_kept(cells, state, kept, [0, 6 * len(kept.blocks)], rows, rows)
         with pytest.raises(ValueError, match="positive multiple of 64"):
-            attention.write_kept(cells, row, kept._replace(end=100), [0, 2], rows, rows)
+            attention.write_kept(cells, state, kept._replace(end=100), [0, 2], rows, rows)
         with pytest.raises(ValueError, match="keys and values differ"):
-            attention.write_kept(cells, row, kept, [0, 2], rows, rows[::-1])
+            attention.write_kept(cells, state, kept, [0, 2], rows, rows[::-1])
         with pytest.raises(ValueError, match="not among the 64 stored"):
             attention.read(cells, row, 0, 65, 64)
         with pytest.raises(TypeError, match="block_table_row must be contiguous int32"):

@@ -24,11 +24,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
-from kvserve.attention.eviction import PromptEviction, StepEvictor
+from kvserve.attention.eviction import StepEvictor
 from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.pages.kept import Kept, KeptTable
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -134,20 +135,15 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         return StepMetadata(common.num_actual_tokens, batch, evictor)
 
     def _plan_evictions(self, batch: Batch) -> StepEvictor | None:
-        """Tell the kernels which rows are evicted already; returns what evicts those whose prompt ends now."""
+        """Tell the kernels which rows are cut already; returns what has to be done after each layer."""
         assert self.eviction is not None
-        rows, kept, prompts = current_plans().rows, [], []
-        for request, state_block in enumerate(batch.block_table[:, 0].tolist()):
-            row = rows.get(state_block)
-            if row is None or row.evict_now:
-                kept.append((0, 0, 0))
-            else:
-                kept.append((row.plan.end, row.plan.kept_row, row.plan.kept_blocks))
-            if row is not None and row.evict_now:
-                prompts.append(PromptEviction(request, row.request_id, row.plan))
-        if any(end for end, *_ in kept):
-            batch.kept = torch.tensor(kept, dtype=torch.int32)
-        return StepEvictor(self.eviction, prompts, len(self.layer_names)) if prompts else None
+        rows = current_plans().rows
+        found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
+        steps = {request: step for request, step in found if step}
+        if any(step.kept.end for step in steps.values()):
+            batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
+        busy = any(step.cut or step.window_start is not None for step in steps.values())
+        return StepEvictor(self.eviction, steps, len(self.layer_names)) if busy else None
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):

@@ -1,8 +1,8 @@
 """What the scheduler tells the worker about evictions.
 
 Seam: `vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1`, vLLM's message channel from scheduler to
-worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step which rows are evicted
-and which shall be evicted in it. A row is identified by its state block, the first of the row.
+worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step what its rows keep and
+which of them shall be cut. A row is identified by its state block, the first of the row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.settings import EngineSettings
-from kvserve.pages.plan import EvictionPlan, plan_eviction
+from kvserve.pages.plan import RowStep, plan_eviction
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -27,20 +27,11 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The plan of one row in this step; `evict_now`: its prompt is complete when the step ends."""
-
-    request_id: str
-    plan: EvictionPlan
-    evict_now: bool
-
-
 @dataclass
 class StepPlans(KVConnectorMetadata):
-    """Rows with a plan that matters to this step, by the id of their state block."""
+    """Rows that are cut already or have something to do in this step, by the id of their state block."""
 
-    rows: dict[int, RowPlan] = field(default_factory=dict)
+    rows: dict[int, RowStep] = field(default_factory=dict)
 
 
 logger = init_logger("vllm.kvserve")
@@ -60,6 +51,7 @@ class KvserveConnector(KVConnectorBase_V1):
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None and settings.policy.eviction is not None
         self.eviction = settings.policy.eviction
+        self.max_model_len = vllm_config.model_config.max_model_len
         self.manager: EvictingPageManager | None = None
 
     @property
@@ -82,9 +74,13 @@ class KvserveConnector(KVConnectorBase_V1):
         except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})
-        plan = limit and plan_eviction(layout, limit, request.num_prompt_tokens, self.eviction.window)
-        if plan:
-            self.manager.plans[request.request_id] = plan
+        plan = plan_eviction(layout, limit, request.num_prompt_tokens, self.max_model_len) if limit else None
+        if plan is None:
+            return
+        self.manager.plans[request.request_id] = plan
+        if plan.cuts_prompt:
+            # Behind the first cut nothing can be taken from the prefix cache: it was computed from other tokens.
+            request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are freed at once."""
@@ -106,12 +102,28 @@ class KvserveConnector(KVConnectorBase_V1):
         computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         plans = StepPlans()
         for request_id, before in computed.items():
-            plan = self.manager.plans.get(request_id)
-            if plan is None or before + scheduler_output.num_scheduled_tokens[request_id] < plan.prompt_len:
-                continue
-            row = RowPlan(request_id, plan, evict_now=before < plan.prompt_len)
-            plans.rows[self.manager.state_block(request_id)] = row
+            after = before + scheduler_output.num_scheduled_tokens[request_id]
+            row = self._row_step(request_id, before, after)
+            if row is not None:
+                plans.rows[self.manager.state_block(request_id)] = row
         return plans
+
+    def _row_step(self, request_id: str, before: int, after: int) -> RowStep | None:
+        """What a step from `before` to `after` tokens has to know and do; None: nothing."""
+        assert self.manager is not None
+        plan = self.manager.plans.get(request_id)
+        if plan is None:
+            return None
+        kept, following = self.manager.kept_at(request_id, before), plan.next_cut(before)
+        cut, window_start = None, None
+        if following:
+            assert after <= following.point, "a step ends where its request is cut"
+            cut = self.manager.kept_at(request_id, after) if after == following.point else None
+            if after > plan.window_start(following):
+                window_start = plan.window_start(following)
+        if cut is None and not kept.end and window_start is None:
+            return None
+        return RowStep(request_id, kept, cut, window_start)
 
     # -- worker ---------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class ValueCodec(_Part):
 
 
 class Eviction(_Part):
-    """Which tokens of a prompt stay, and how many: a scorer, a budget and a schedule, each by its name and parameters.
+    """Which tokens stay, how many, and when: a scorer, a budget and a schedule, each by its name and parameters.
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
     `sink_tokens` of the policy and the tokens of the unfinished tile always stay.
@@ -93,6 +93,11 @@ class Eviction(_Part):
         return getattr(self.scorer, "window", 1)
 
     @property
+    def remembers_queries(self) -> bool:
+        """Whether a request must remember queries of earlier steps: decode steps bring one at a time."""
+        return self.window > 1 and self.schedule.decodes
+
+    @property
     def protected_recent(self) -> int:
         """Last prompt tokens that the scorer keeps in any case."""
         return self.window if getattr(self.scorer, "keep_window", False) else 0
@@ -101,8 +106,11 @@ class Eviction(_Part):
     def _one_limit(self) -> Eviction:
         if (self.rate is None) == (self.max_tokens is None):
             raise ValueError("give eviction.rate or eviction.max_tokens, one of the two")
-        if self.schedule.name != "end-of-prefill" or self.schedule.chunk_tokens:
-            raise ValueError("only the schedule end-of-prefill, without chunk_tokens, is served so far")
+        if self.schedule.needs_max_tokens and self.max_tokens is None:
+            raise ValueError(
+                f"the schedule {self.schedule.name} needs eviction.max_tokens (--max-cache-tokens); "
+                "with a rate, use every-n"
+            )
         return self
 
 
