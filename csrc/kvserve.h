@@ -93,6 +93,14 @@ void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, const int32
 // are the rows [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V not rotated.
 void kvs_write_kept(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_row, const KvsKept* kept,
                     const int64_t* offsets, const float* key, const float* value);
+// The attention that the last `num_queries` of a request's `num_tokens` stored tokens pay to each token it holds: over
+// the query rows, the sum (maximum: the largest) of probability ** power (1 or 2), for every query head. Keys count as
+// they are stored now; a query sees the tokens up to its own. sums: float32 [num_heads][columns], written; of a KV head
+// the columns are all tokens, or, for an evicted request, sinks, kept tokens and those from kept_end on, where every
+// query must stand; columns behind its tokens are zero. Not for a sliding window.
+void kvs_attention_sums(const KvsLayout*, const KvsArena*, const int32_t* row, const int32_t* kept, int32_t num_tokens,
+                        const KvsRows* query, int32_t num_queries, int32_t power, int32_t maximum, float* sums,
+                        int64_t columns);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

@@ -13,8 +13,18 @@ from pathlib import Path
 
 import torch  # loads libgomp.so.1 first: the kernels share its thread pool
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_row, check_rows
-from kvserve.pages.kept import Kept, make_headers, num_layers_of
+from kvserve.attention.base import (
+    Batch,
+    LayerSpec,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_row,
+    check_rows,
+)
+from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, make_headers, num_layers_of
 from kvserve.pages.layout import PageLayout
 
 LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
@@ -186,6 +196,26 @@ class NativeAttention(PagedAttention):
         row = block_table_row.data_ptr()
         self._library.kvs_write_kept(self._layout, arena, row, place.row, table, offsets, *pointers)
 
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Sequence[int] | None = None,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        arena, place = self._arena(cells), Kept(*kept or NOT_KEPT)
+        self.check_sums(query, block_table_row, num_tokens, place, power, reduce)
+        columns = max(held_tokens(cells, self.layout, block_table_row.tolist(), num_tokens, place))
+        sums = torch.empty(self.spec.num_heads, columns)
+        row, triple = block_table_row.data_ptr(), (_int32 * 3)(*place)
+        rows, how = self._query_rows("query", query), (power, reduce == "max")
+        stored = (self._layout, arena, row, triple, num_tokens)
+        self._library.kvs_attention_sums(*stored, rows, query.shape[0], *how, sums.data_ptr(), columns)
+        return sums
+
     def _batch(self, batch: Batch) -> _Batch:
         self.check_kept(batch)
         return _batch(batch)
@@ -276,6 +306,10 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_store_tail": [layout, batch, arena, _pointer],
         "kvs_read": [layout, arena, _pointer, _pointer, _int32, _int32, _int32, _pointer, _pointer],
         "kvs_write_kept": [layout, arena, _pointer, _int32, _pointer, _pointer, _pointer, _pointer],
+        "kvs_attention_sums": [
+            *(layout, arena, _pointer, _pointer, _int32, rows),
+            *(_int32, _int32, _int32, _pointer, _int64),
+        ],
         "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
     }.items():
         function = getattr(library, name)

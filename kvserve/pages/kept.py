@@ -31,6 +31,9 @@ class Kept(NamedTuple):
     blocks: int
 
 
+NOT_KEPT = Kept(0, 0, 0)
+
+
 class Header(NamedTuple):
     """What one (layer, KV head) keeps; four int32 at byte 0 of its state cell (KvsKept in csrc/kvserve.h)."""
 
@@ -116,6 +119,18 @@ def read_header(arena: Arena, row: Sequence[int], kv_head: int) -> Header:
 
 def write_header(arena: Arena, row: Sequence[int], kv_head: int, header: Header) -> None:
     _header_bytes(arena, row, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
+
+
+def held_tokens(cells: torch.Tensor, layout: PageLayout, row: Sequence[int], num_tokens: int, kept: Kept) -> list[int]:
+    """Tokens that each KV head of one layer holds of a request with `num_tokens` computed ones.
+
+    After an eviction those are the sinks, what the head keeps, and the tokens from kept.end on, in this order.
+    """
+    num_kv_heads = cells.shape[1]
+    if not kept.end:
+        return [num_tokens] * num_kv_heads
+    arena, others = arena_of(cells, layout), layout.policy.sink_tokens + num_tokens - kept.end
+    return [others + read_header(arena, row, head).num_tokens for head in range(num_kv_heads)]
 
 
 def write_pages(
