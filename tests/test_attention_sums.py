@@ -12,10 +12,12 @@ from kept_cases import LAYERS, Ask, KeptCase, build_kept_case, coded
 
 from kvserve.attention.base import LayerSpec, PagedAttention
 from kvserve.attention.native import NativeAttention, available_isas
+from kvserve.attention.query_window import PagedWindow
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.pages.kept import held_tokens
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
+from kvserve.scorers.query_window import PlainWindow
 
 ISAS = available_isas()
 FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense"]
@@ -239,6 +241,32 @@ def test_unused_bytes_and_the_number_of_threads_do_not_change_a_bit(isa: str):
     half = len(answers) // 2
     for with_poison, clean in zip(answers[:half], answers[half:], strict=True):
         assert with_poison.isfinite().all() and torch.equal(with_poison, clean)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 150])
+def test_a_window_over_pages_pays_what_a_window_over_tensors_pays(rows: int):
+    case = stored_case("kivi-4", (150,))
+    native, _ = kernels(case, ISAS[0])
+    query, row = query_rows(150, case.spec, 64), case.batch.block_table[0]
+    keys, _ = native.read(case.cells, row, 0, 150)
+    plain = PlainWindow(query.transpose(0, 1), keys, torch.arange(150), case.spec.scale)
+    paged = PagedWindow(native, case.cells, row, 150, query)
+    assert paged.num_rows == plain.num_rows == 150
+    for how in HOW:
+        assert_equal(paged.attention(rows, *how), plain.attention(rows, *how))
+    for head, window in enumerate(paged.by_head()):
+        assert torch.equal(window.attention(rows), paged.attention(rows)[3 * head : 3 * head + 3])
+
+
+def test_the_windows_of_an_evicted_requests_heads_end_with_their_tokens():
+    case = kept_case("int8")
+    native, _ = kernels(case, ISAS[0])
+    place = case.arena[:, :, 0], case.batch.block_table[0], 200, query_rows(9, case.spec, 64), case.kept_of(0)
+    sums = PagedWindow(native, *place).attention(9, 2)
+    for head, window in enumerate(PagedWindow(native, *place).by_head()):
+        tokens = 4 + (70, 3)[head] + 72  # sinks, kept, from kept.end on
+        assert window.num_rows == 9
+        assert torch.equal(window.attention(9, 2), sums[3 * head : 3 * head + 3, :tokens])
 
 
 def test_wrong_arguments_are_refused_by_name():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
+from kvserve.attention.query_window import PagedWindow
 from kvserve.budgets.base import select
 from kvserve.pages.kept import Kept, num_layers_of
 from kvserve.pages.plan import EvictionPlan
@@ -66,21 +67,24 @@ class StepEvictor:
         self, index: int, layer: _Layer, prompt: PromptEviction, query: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """Scores of the candidates [sinks, end), float32 [kv_heads, end - sinks]."""
-        plan, spec = prompt.plan, layer.attention.spec
+        plan, attention, needs = prompt.plan, layer.attention, self.eviction.scorer.needs
         row = batch.block_table[prompt.request]
-        key, value = layer.attention.read(layer.cells, row, 0, plan.prompt_len)
         last = int(batch.query_start_loc[prompt.request + 1])
         first = max(last - plan.window, int(batch.query_start_loc[prompt.request]))
+        key = value = None
+        if needs & {"keys", "values"}:
+            key, value = attention.read(layer.cells, row, 0, plan.prompt_len)
         view = LayerView(
+            kv_heads=attention.spec.num_kv_heads,
+            positions=torch.arange(plan.prompt_len),
+            scale=attention.spec.scale,
             keys=key,
             values=value,
-            positions=torch.arange(plan.prompt_len),
-            scale=spec.scale,
-            window_queries=query[first:last].float().transpose(0, 1),
+            query_window=PagedWindow(attention, layer.cells, row, plan.prompt_len, query[first:last]),
             request_id=prompt.request_id,
             layer=index,
         )
-        return self.eviction.scorer.score(view)[:, layer.attention.layout.policy.sink_tokens : plan.end]
+        return self.eviction.scorer.score(view)[:, attention.layout.policy.sink_tokens : plan.end]
 
     def _evict(self, number: int, prompt: PromptEviction, batch: Batch) -> None:
         layers = [self.layers[index] for index in sorted(self.layers)]
