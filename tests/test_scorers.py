@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kvserve.scorers.accumulated_attention import AccumulatedAttention
+from kvserve.scorers.accumulated_attention import AccumulatedAttention, accumulate
 from kvserve.scorers.base import LayerView, Scorer, protect
 from kvserve.scorers.expected_attention import ExpectedAttention
 from kvserve.scorers.key_diff import KeyDiff
@@ -190,6 +190,21 @@ def test_accumulated_attention_per_row_divides_by_the_rows_that_could_see_the_to
     view = make_view(tokens=3, positions=torch.tensor([0, 4, 9]), accumulated=torch.full((KV_HEADS, 3), 30.0))
     scores = AccumulatedAttention(recent_share=0, per_row=True).score(view)
     assert_scores(scores, [[30 / 10, 30 / 6, 30 / 1]] * KV_HEADS)
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_steps_accumulate_to_what_all_rows_pay(exponent):
+    view = make_view(window=TOKENS)
+    queries, sums = plain_window(view).queries, None
+    for start, stop in ((0, 1), (1, 6), (6, TOKENS)):
+        keys, positions = view.keys[:, :stop], view.positions[:stop]
+        sums = accumulate(PlainWindow(queries[:, start:stop], keys, positions, view.scale), KV_HEADS, exponent, sums)
+    expected = [[0.0] * TOKENS for _ in range(KV_HEADS)]
+    for head in range(HEADS):
+        for row in range(TOKENS):
+            for token, share in enumerate(attention(view, head, row)):
+                expected[head // GROUP][token] += share**exponent
+    assert_scores(sums, expected)
 
 
 def test_key_norm_prefers_short_keys():
