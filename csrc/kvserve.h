@@ -98,6 +98,14 @@ void kvs_read_kept(const KvsLayout*, const KvsArena*, const int32_t* kept_blocks
 // The reverse; stores the headers too, in state_block.
 void kvs_write_kept(const KvsLayout*, const KvsArena*, int32_t state_block, const int32_t* kept_blocks,
                     const KvsKept* kept, const int64_t* offsets, const float* key, const float* value);
+// The attention that the last `num_queries` of a request's `num_tokens` stored tokens pay to each token it holds: over
+// the query rows, the sum (maximum: the largest) of probability ** power (1 or 2), for every query head. Keys count as
+// they are stored now; a query sees the tokens up to its own. sums: float32 [num_heads][columns], written; of a KV head
+// the columns are all tokens, or, for an evicted request, sinks, kept tokens and those from kept_end on, where every
+// query must stand; columns behind its tokens are zero. Not for a sliding window.
+void kvs_attention_sums(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_end,
+                        const int32_t* kept_blocks, int32_t num_tokens, const KvsRows* query, int32_t num_queries,
+                        int32_t power, int32_t maximum, float* sums, int64_t columns);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

@@ -105,7 +105,7 @@ def build_case(
     generator = torch.Generator().manual_seed(seed)
     sealed_block_size = tiles_per_block * policy.tile_tokens
     layout = PageLayout.build(
-        policy, head_dim, (block_size or 16) if policy.is_dense else sealed_block_size, model_dtype
+        policy, head_dim, (block_size or 16) if policy.is_dense else sealed_block_size, model_dtype, query_group=group
     )
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]

@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
 from kvserve.pages.layout import PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 16
+Power = Literal[1, 2]
+Reduction = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,38 @@ class PagedAttention(ABC):
             ValueError: the pages do not fit into the kept blocks, or the shapes do not fit the layer.
         """
 
+    @abstractmethod
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        """How much attention the newest tokens of one request pay to each token it holds, from stored keys alone.
+
+        Args:
+            query: [rows, num_heads, head_dim], float32, float16 or bfloat16: the query rows of the last `rows` of the
+                `num_tokens` stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1.
+            block_table_row: int32 [>= blocks], contiguous.
+            kept: the request's `Kept`, if it was evicted; its rows then stand at kept.end or later.
+            power: of each probability, before the reduction.
+            reduce: over the rows.
+
+        Returns:
+            float32 [num_heads, n]: for whole requests n is num_tokens. The heads of an evicted one have
+            `held_tokens` columns (kvserve/pages/kept.py): sinks, kept tokens, tokens from kept.end on; zeros behind.
+
+        However many rows there are, the native kernel holds at most 2**20 logits at a time, or those of one row where
+        they are more (rounded up to 6 heads): with the rows they belong to, about 8 MiB of scratch.
+
+        Raises:
+            TypeError, ValueError: the rows do not fit the layer or the request, or the layer has a sliding window.
+        """
+
     def check_kept(self, batch: Batch) -> None:
         """Reject evicted requests in a layer that cannot have them."""
         if batch.kept is not None and (self.layout.state_blocks == 0 or self.spec.sliding_window is not None):
@@ -201,6 +235,24 @@ class PagedAttention(ABC):
             raise ValueError("read needs a policy with codecs: the dense policy keeps no pages")
         if not 0 <= first <= last <= num_tokens:
             raise ValueError(f"tokens [{first}, {last}) are not among the {num_tokens} stored ones")
+
+    def check_sums(
+        self, query: torch.Tensor, row: torch.Tensor, num_tokens: int, kept: Kept, power: int, reduce: str
+    ) -> None:
+        """Reject what `attention_sums` cannot answer."""
+        check_row(row)
+        check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
+        if self.spec.sliding_window is not None:
+            raise ValueError("attention sums need a layer without sliding window")
+        if kept.end and self.layout.state_blocks == 0:
+            raise ValueError("evicted requests need a layout with state_blocks")
+        if not 1 <= query.shape[0] <= num_tokens - kept.end:
+            raise ValueError(
+                f"need at least one query row and at most those of the tokens [{kept.end}, {num_tokens}), "
+                f"got {query.shape[0]}"
+            )
+        if power not in get_args(Power) or reduce not in get_args(Reduction):
+            raise ValueError(f"power must be 1 or 2 and reduce sum or max, got {power} and {reduce}")
 
     def check_kept_rows(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[int]:
         """Kept tokens of each KV head; rejects what is not float32 [num_kept, head_dim]."""

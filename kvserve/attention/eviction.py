@@ -7,34 +7,33 @@ keeps. What has to be remembered from one step to the next lies in the request's
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
+from kvserve.attention.query_window import PagedWindow
 from kvserve.budgets.base import select
-from kvserve.pages.kept import Kept, num_layers_of
+from kvserve.pages.kept import Kept, held_tokens, num_layers_of
 from kvserve.pages.plan import RowStep
 from kvserve.policies.base import Eviction
 from kvserve.scorers.base import LayerView
 
 
-class Tokens(NamedTuple):
-    """The cached tokens of one KV head, or of several that hold the same ones.
+@dataclass(frozen=True)
+class _Request:
+    """A row of the batch that this step cuts."""
 
-    Attributes:
-        keys, values: float32 [kv_heads, n, head_dim].
-        positions: int64 [n], ascending. An earlier cut does not say where the tokens it kept came from: they count as
-            the ones right before it.
-        first, last: those in between are the candidates; before them are sinks, behind them what stays in any case.
-    """
+    index: int
+    step: RowStep
+    cut: Kept
+    row: torch.Tensor
+    num_tokens: int
+    query_rows: slice
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    first: int
-    last: int
+    @property
+    def state_block(self) -> int:
+        return int(self.row[0])
 
 
 @dataclass
@@ -50,17 +49,24 @@ class StepEvictor:
     Args:
         eviction: the policy's parts.
         steps: by index in the batch.
+        batch: the step.
         num_layers: attention layers of this worker.
     """
 
-    def __init__(self, eviction: Eviction, steps: dict[int, RowStep], num_layers: int) -> None:
-        self.eviction, self.num_layers = eviction, num_layers
-        self.cuts = [(request, step, step.cut) for request, step in steps.items() if step.cut]
+    def __init__(self, eviction: Eviction, steps: dict[int, RowStep], batch: Batch, num_layers: int) -> None:
+        self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
+        self.requests = [self._request(r, step, step.cut) for r, step in steps.items() if step.cut]
         self.layers: dict[int, _Layer] = {}
         self.remembered: Rows | None = None
 
-    def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor, batch: Batch) -> None:
+    def _request(self, index: int, step: RowStep, cut: Kept) -> _Request:
+        first, last = self.batch.query_start_loc[index : index + 2].tolist()
+        return _Request(
+            index, step, cut, self.batch.block_table[index], int(self.batch.seq_lens[index]), slice(first, last)
+        )
+
+    def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
 
         Args:
@@ -70,50 +76,57 @@ class StepEvictor:
         layout = attention.layout
         if layout.remembered_queries:
             if not self.layers:
-                self.remembered = rows_to_remember(layout, batch, self.windows)
+                self.remembered = rows_to_remember(layout, self.batch, self.windows)
             if self.remembered:
                 remember(layout, cells, self.remembered, query)
         _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
-        for request, step, cut in self.cuts:
-            layer.scores.append(self._score(index, layer, request, step, cut, query, batch))
+        for request in self.requests:
+            layer.scores.append(self._score(index, layer, request, query))
         if len(self.layers) == self.num_layers:
-            for number, (request, step, cut) in enumerate(self.cuts):
-                self._cut(number, request, step, cut, batch)
+            for number, request in enumerate(self.requests):
+                self._cut(number, request)
 
-    def _score(
-        self, index: int, layer: _Layer, request: int, step: RowStep, cut: Kept, query: torch.Tensor, batch: Batch
-    ) -> list[torch.Tensor]:
+    def _score(self, index: int, layer: _Layer, request: _Request, query: torch.Tensor) -> list[torch.Tensor]:
         """Scores of each KV head's candidates, float32."""
-        queries = self._window(layer, request, step, query, batch)
-        group, scores = layer.attention.spec.group, list[torch.Tensor]()
-        for tokens in cached_tokens(layer.attention, layer.cells, request, step, cut, batch):
-            heads = tokens.keys.shape[0]
-            first_head = len(scores)
+        attention, kept = layer.attention, request.step.kept
+        window = PagedWindow(
+            attention, layer.cells, request.row, request.num_tokens, self._queries(layer, request, query), kept
+        )
+        counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
+        sinks = attention.layout.policy.sink_tokens
+        keys = values = None
+        if self.eviction.scorer.needs & {"keys", "values"}:
+            keys, values = held_rows(layer, request)
+        scores = []
+        # Before the first cut all heads hold the same tokens and share a view.
+        views = [(0, len(counts), window)] if not kept.end else [(h, 1, w) for h, w in enumerate(window.by_head())]
+        for first_head, heads, queries in views:
             view = LayerView(
-                keys=tokens.keys,
-                values=tokens.values,
-                positions=tokens.positions,
-                scale=layer.attention.spec.scale,
-                window_queries=queries[first_head * group : (first_head + heads) * group],
-                request_id=step.request_id,
+                kv_heads=heads,
+                positions=held_positions(counts[first_head], request.num_tokens, sinks),
+                scale=attention.spec.scale,
+                keys=None if keys is None else torch.stack(keys[first_head : first_head + heads]),
+                values=None if values is None else torch.stack(values[first_head : first_head + heads]),
+                query_window=queries,
+                request_id=request.step.request_id,
                 layer=index,
                 first_head=first_head,
             )
-            scores += self.eviction.scorer.score(view)[:, tokens.first : tokens.last]
+            candidates = slice(sinks, counts[first_head] - (request.num_tokens - request.cut.end))
+            scores += self.eviction.scorer.score(view)[:, candidates]
         return scores
 
-    def _window(self, layer: _Layer, request: int, step: RowStep, query: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The last queries of a request, float32 [num_heads, at most window, head_dim]."""
-        layout = layer.attention.layout
-        first, last = batch.query_start_loc[request : request + 2].tolist()
-        if layout.remembered_queries:
-            assert step.window_start is not None
-            count = int(batch.seq_lens[request]) - step.window_start
-            return recall(layout, layer.cells, batch.block_table[request], count)
-        return query[max(last - self.eviction.window, first) : last].float().transpose(0, 1)
+    def _queries(self, layer: _Layer, request: _Request, query: torch.Tensor) -> torch.Tensor:
+        """The last queries of a request that stand behind its last cut, [at most window, num_heads, head_dim]."""
+        count = min(self.eviction.window, request.num_tokens - request.step.kept.end)
+        if layer.attention.layout.remembered_queries:
+            assert request.step.window_start is not None
+            stored = request.num_tokens - request.step.window_start
+            return recall(layer.attention.layout, layer.cells, request.row, stored)[-count:]
+        return query[request.query_rows][-count:]
 
-    def _cut(self, number: int, request: int, step: RowStep, cut: Kept, batch: Batch) -> None:
+    def _cut(self, number: int, request: _Request) -> None:
         layers = [self.layers[index] for index in sorted(self.layers)]
         scores = torch.nn.utils.rnn.pad_sequence(
             [head for layer in layers for head in layer.scores[number]], batch_first=True, padding_value=-torch.inf
@@ -121,48 +134,40 @@ class StepEvictor:
         layout = layers[0].attention.layout
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
         pages = self.eviction.budget.allocate(
-            scores, layout.tile_tokens, len(cut.blocks) * pages_per_block, minimum_pages=1
+            scores, layout.tile_tokens, len(request.cut.blocks) * pages_per_block, minimum_pages=1
         )
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
-        held = (scores > -torch.inf).sum(-1)
-        kept_tokens = (pages * layout.tile_tokens).minimum(held)
+        kept_tokens = (pages * layout.tile_tokens).minimum((scores > -torch.inf).sum(-1))
         for i, layer in enumerate(layers):
-            chosen = select(scores[i], kept_tokens[i])
-            self._pack(layer, request, step, cut, batch, first_page[i], chosen)
-
-    def _pack(
-        self, layer: _Layer, request: int, step: RowStep, cut: Kept, batch: Batch, first_page: torch.Tensor,
-        chosen: list[torch.Tensor],
-    ) -> None:  # fmt: skip
-        """Read the candidates of a layer again and write those that stay."""
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-        for tokens in cached_tokens(layer.attention, layer.cells, request, step, cut, batch):
-            for key, value in zip(tokens.keys, tokens.values, strict=True):
-                index = chosen[len(keys)] + tokens.first
-                keys.append(key[index])
-                values.append(value[index])
-        state_block = int(batch.block_table[request, 0])
-        layer.attention.write_kept(layer.cells, state_block, cut, first_page.tolist(), keys, values)
+            keys, values = held_rows(layer, request)
+            chosen = [index + layout.policy.sink_tokens for index in select(scores[i], kept_tokens[i])]
+            layer.attention.write_kept(
+                layer.cells, request.state_block, request.cut, first_page[i].tolist(),
+                [rows[index] for rows, index in zip(keys, chosen, strict=True)],
+                [rows[index] for rows, index in zip(values, chosen, strict=True)],
+            )  # fmt: skip
 
 
-def cached_tokens(
-    attention: PagedAttention, cells: torch.Tensor, request: int, step: RowStep, cut: Kept, batch: Batch
-) -> list[Tokens]:
-    """What the KV heads of one layer hold of a request: one entry for all, or one for each once it was cut."""
-    row, length, sinks = batch.block_table[request], int(batch.seq_lens[request]), attention.layout.policy.sink_tokens
-    if not step.kept.end:
-        return [Tokens(*attention.read(cells, row, 0, length), torch.arange(length), sinks, cut.end)]
-    parts = (
-        attention.read(cells, row, 0, sinks, length),
-        attention.read_kept(cells, int(row[0]), step.kept),
-        attention.read(cells, row, step.kept.end, length),
+def held_rows(layer: _Layer, request: _Request) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Keys and values of all tokens that each KV head holds, float32 [n, head_dim], in ascending positions."""
+    attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
+    if not kept.end:
+        keys, values = attention.read(cells, request.row, 0, stored)
+        return list(keys), list(values)
+    sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
+    between = attention.read_kept(cells, request.state_block, kept)
+    later = attention.read(cells, request.row, kept.end, stored)
+    keys, values = (
+        [torch.cat(rows) for rows in zip(*kind, strict=True)] for kind in zip(sinks, between, later, strict=True)
     )
-    entries = []
-    for head, kept_keys in enumerate(parts[1][0]):
-        key, value = (torch.cat([rows[head] for rows in kind]) for kind in zip(*parts, strict=True))
-        positions = torch.arange(length - len(key), length)
-        positions[:sinks] = torch.arange(sinks)
-        last = sinks + len(kept_keys) + cut.end - step.kept.end
-        entries.append(Tokens(key[None], value[None], positions, sinks, last))
-    return entries
+    return keys, values
+
+
+def held_positions(count: int, num_tokens: int, sinks: int) -> torch.Tensor:
+    """Positions of the tokens that a head holds, int64 [count].
+
+    A cut does not record where the tokens it kept came from: they count as the ones right before it.
+    """
+    positions = torch.arange(num_tokens - count, num_tokens)
+    positions[:sinks] = torch.arange(min(sinks, count))
+    return positions

@@ -14,8 +14,26 @@ from typing import Any
 
 import torch  # loads libgomp.so.1 first: the kernels share its thread pool
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_rows
-from kvserve.pages.kept import Header, Kept, arena_of, make_headers, num_layers_of, read_header
+from kvserve.attention.base import (
+    Batch,
+    LayerSpec,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_rows,
+)
+from kvserve.pages.kept import (
+    NOT_KEPT,
+    Header,
+    Kept,
+    arena_of,
+    held_tokens,
+    make_headers,
+    num_layers_of,
+    read_header,
+)
 from kvserve.pages.layout import PageLayout
 
 LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
@@ -195,6 +213,26 @@ class NativeAttention(PagedAttention):
         pointers = (key.data_ptr(), value.data_ptr())
         self._library.kvs_write_kept(self._layout, arena, state_block, blocks, table, offsets, *pointers)
 
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        arena = self._arena(cells)
+        self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        columns = max(held_tokens(cells, self.layout, int(block_table_row[0]), num_tokens, kept))
+        sums = torch.empty(self.spec.num_heads, columns)
+        row, blocks = block_table_row.data_ptr(), (_int32 * len(kept.blocks))(*kept.blocks)
+        rows, how = self._query_rows("query", query), (power, reduce == "max")
+        stored = (self._layout, arena, row, kept.end, blocks, num_tokens)
+        self._library.kvs_attention_sums(*stored, rows, query.shape[0], *how, sums.data_ptr(), columns)
+        return sums
+
     def _batch(self, batch: Batch) -> _Batch:
         self.check_kept(batch)
         return _batch(batch)
@@ -286,6 +324,10 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_read": [layout, arena, _pointer, _int32, _int32, _int32, _pointer, _pointer],
         "kvs_read_kept": [layout, arena, _pointer, _pointer, _pointer, _pointer, _pointer],
         "kvs_write_kept": [layout, arena, _int32, _pointer, _pointer, _pointer, _pointer, _pointer],
+        "kvs_attention_sums": [
+            *(layout, arena, _pointer, _int32, _pointer, _int32, rows),
+            *(_int32, _int32, _int32, _pointer, _int64),
+        ],
         "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
     }.items():
         function = getattr(library, name)

@@ -46,15 +46,14 @@ def remember(layout: PageLayout, cells: torch.Tensor, rows: Rows, query: torch.T
 
 
 def recall(layout: PageLayout, cells: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` remembered rows of one request, float32 [num_heads, count, head_dim].
+    """The first `count` remembered rows of one request, float32 [count, num_heads, head_dim].
 
     Args:
         row: int32 [>= state blocks], the request's row of the block table.
     """
     places = torch.tensor([layout.query_place(i) for i in range(count)])
     index = _index(layout, cells, row[places[:, 0]].long(), places[:, 1] // layout.dense_dtype.itemsize)
-    grouped = _flat(layout, cells)[index].float().unflatten(2, (layout.query_group, layout.head_dim))
-    return grouped.permute(1, 2, 0, 3).flatten(0, 1)
+    return _flat(layout, cells)[index].float().unflatten(2, (layout.query_group, layout.head_dim)).flatten(1, 2)
 
 
 def _flat(layout: PageLayout, cells: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,27 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-from kvserve.attention.base import Batch, PagedAttention, check_batch, check_cells, check_rows
-from kvserve.pages.kept import Kept, arena_of, make_headers, read_header, read_pages, write_header, write_pages
+from kvserve.attention.base import (
+    Batch,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_rows,
+)
+from kvserve.pages.kept import (
+    NOT_KEPT,
+    Kept,
+    arena_of,
+    make_headers,
+    read_header,
+    read_pages,
+    write_header,
+    write_pages,
+)
 from kvserve.pages.reference import FLOAT16_MAX, decode_page, encode_page, hadamard
 
 
@@ -17,7 +35,7 @@ class _Request(NamedTuple):
     computed: int  # tokens stored before this step
     seq_len: int
     blocks: list[int]
-    kept: Kept = Kept()
+    kept: Kept = NOT_KEPT
 
 
 class _History(NamedTuple):
@@ -189,6 +207,43 @@ class ReferenceAttention(PagedAttention):
             rows = torch.stack([keys[head], self._rotate(values[head])], 1)
             write_pages(arena, self.layout, kept, header, rows)
             write_header(arena, state_block, head, header)
+
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        request = _Request(0, num_tokens, num_tokens, block_table_row.tolist(), kept)
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        self.check_sums(query, block_table_row, num_tokens, request.kept, power, reduce)
+        group, sums = self.spec.group, []
+        for kv_head in range(self.spec.num_kv_heads):
+            rows = query[:, kv_head * group : (kv_head + 1) * group].float().transpose(0, 1)
+            keys = self._held_keys(cells, request, kv_head)
+            seen = torch.ones(len(query), len(keys)).tril(len(keys) - len(query)) > 0
+            logits = (rows @ keys.T * self.spec.scale).masked_fill(~seen, -torch.inf)
+            powers = logits.softmax(-1) ** power
+            sums.append(powers.amax(1) if reduce == "max" else powers.sum(1))
+        columns = max(part.shape[1] for part in sums)
+        return torch.cat([functional.pad(part, (0, columns - part.shape[1])) for part in sums])
+
+    def _held_keys(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
+        """Keys of the tokens that one KV head holds, float32 [n, head_dim]."""
+        if self.layout.sections is None:
+            return torch.stack([self._slot(cells, request, head, t)[0].float() for t in range(request.seq_len)])
+        parts, end = [], request.kept.end
+        if end:
+            sinks = torch.empty(self.layout.policy.sink_tokens, 2, self.layout.head_dim)
+            self._read_head(cells, request, head, 0, sinks)
+            parts = [sinks, self._kept_rows(cells, request, head)]
+        later = torch.empty(request.seq_len - end, 2, self.layout.head_dim)
+        self._read_head(cells, request, head, end, later)
+        return torch.cat([*parts, later])[:, 0]
 
     def _requests(self, cells: torch.Tensor, batch: Batch) -> list[_Request]:
         check_batch(batch)

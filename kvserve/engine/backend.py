@@ -143,7 +143,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         if any(step.kept.end for step in steps.values()):
             batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
         busy = any(step.cut or step.window_start is not None for step in steps.values())
-        return StepEvictor(self.eviction, steps, len(self.layer_names)) if busy else None
+        return StepEvictor(self.eviction, steps, batch, len(self.layer_names)) if busy else None
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):
@@ -198,7 +198,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
         )  # fmt: skip
         if attn_metadata.evictor:
-            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape), batch)
+            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
 
 

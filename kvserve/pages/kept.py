@@ -57,6 +57,9 @@ class KeptTable(NamedTuple):
         return Kept(int(self.ends[request]), tuple(self.blocks[first:last].tolist()))
 
 
+NOT_KEPT = Kept()
+
+
 class Header(NamedTuple):
     """What one (layer, KV head) keeps; four int32 at byte 0 of its state cell (KvsKept in csrc/kvserve.h)."""
 
@@ -141,6 +144,18 @@ def read_header(arena: Arena, state_block: int, kv_head: int) -> Header:
 
 def write_header(arena: Arena, state_block: int, kv_head: int, header: Header) -> None:
     _header_bytes(arena, state_block, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
+
+
+def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_tokens: int, kept: Kept) -> list[int]:
+    """Tokens that each KV head of one layer holds of a request with `num_tokens` computed ones.
+
+    After an eviction those are the sinks, what the head keeps, and the tokens from kept.end on, in this order.
+    """
+    num_kv_heads = cells.shape[1]
+    if not kept.end:
+        return [num_tokens] * num_kv_heads
+    arena, others = arena_of(cells, layout), layout.policy.sink_tokens + num_tokens - kept.end
+    return [others + read_header(arena, state_block, head).num_tokens for head in range(num_kv_heads)]
 
 
 def write_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor) -> None:
