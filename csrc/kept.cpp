@@ -56,10 +56,11 @@ void read_tile(const KvsLayout& l, const KvsArena& a, const Span& span, int32_t 
   const Request& q = span.request;
   const int32_t start = i * l.tile_tokens, last = std::min(span.last, start + l.tile_tokens);
   const bool sealed = start + l.tile_tokens <= q.num_computed;
-  const int32_t slots_end = sealed ? std::min(last, l.sink_tokens) : last;
+  const int32_t slots_end = sealed && !all_dense(l) ? std::min(last, l.sink_tokens) : last;
   int32_t p = std::max(span.first, start);
   for (; p < slots_end; ++p) {
-    const uint8_t* slot = sealed ? sink_slot(l, a, q.row, kv_head, p) : tail_slot(l, a, q.row, kv_head, p);
+    const bool is_sink = sealed && p < l.sink_tokens;
+    const uint8_t* slot = is_sink ? sink_slot(l, a, q.row, kv_head, p) : stored_slot(l, a, q, kv_head, p);
     const int64_t at = int64_t(p - span.first) * l.head_dim;
     read_slot(l, slot, key + at, value + at);
   }

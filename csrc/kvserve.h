@@ -32,7 +32,8 @@ struct KvsLayout {
   int32_t dense_dtype;      // KvsDtype of dense slots
   int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
   int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
-  int32_t key_bits, key_group, boost_channels;
+  int32_t key_bits, key_group, boost_channels;  // key_bits 0: a page is tile_tokens dense slots, and the fields of
+                                                // codes are 0
   int32_t value_bits, value_group, value_rotated;
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale

@@ -306,17 +306,19 @@ def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
         scale=spec.scale,
     )
     sections, policy = layout.sections, layout.policy
-    if sections is None or policy.key is None or policy.value is None:
+    if sections is None:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
+    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
+    if policy.key is None or policy.value is None:
+        return struct
     for name in ("key_group", "boost_channels", "value_group"):
         setattr(struct, name, getattr(layout, name))
     for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
         setattr(struct, name, getattr(sections, name))
-    struct.sink_tokens = policy.sink_tokens
     struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
-    struct.value_rotated, struct.page_bytes = policy.value.rotate, sections.size_bytes
+    struct.value_rotated = policy.value.rotate
     return struct
 
 
