@@ -86,7 +86,7 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
                  int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
-// [num_kv_heads][last - first][head_dim]; V is un-rotated. `kept`: the request's three integers (KvsBatch) or null; of
+// [num_kv_heads][last - first][head_dim]; V is un-rotated, or not read where value is null. `kept`: the request's three integers (KvsBatch) or null; of
 // an evicted request, only sinks and tokens from kept_end on can be read.
 void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, const int32_t* kept, int32_t num_tokens,
               int32_t first, int32_t last, float* key, float* value);

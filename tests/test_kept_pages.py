@@ -294,6 +294,8 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, sinks: int, isa:
             assert key.shape == value.shape == (2, last - first, 64)
             torch.testing.assert_close(key, expected[:, first:last, 0], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(value, expected[:, first:last, 1], rtol=1e-6, atol=2e-6)
+            alone, nothing = attention.read(case.cells, case.batch.block_table[0], first, last, 200, with_values=False)
+            assert torch.equal(alone, key) and nothing is None
     # A request without a full tile has its sinks in the tail.
     short = [a.read(case.cells, case.batch.block_table[1], 0, 40) for a in (reference, native)]
     torch.testing.assert_close(short[0], short[1], rtol=1e-6, atol=2e-6)

@@ -145,16 +145,18 @@ class PagedAttention(ABC):
         last: int,
         num_tokens: int | None = None,
         kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is stored of the tokens [first, last) of one request; not for the dense policy.
 
         Args:
             block_table_row: int32 [>= blocks], contiguous.
             num_tokens: tokens stored of the request; None: `last`. It says which tile is the unfinished one.
             kept: the request's `Kept`, if it was evicted: then only sinks or tokens from kept.end on can be read.
+            with_values: False: only keys are read, which costs half.
 
         Returns:
-            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it.
+            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it (or None).
         """
 
     @abstractmethod

@@ -68,7 +68,8 @@ class StepEvictor:
         """Scores of the candidates [sinks, end), float32 [kv_heads, end - sinks]."""
         plan, spec = prompt.plan, layer.attention.spec
         row = batch.block_table[prompt.request]
-        key, value = layer.attention.read(layer.cells, row, 0, plan.prompt_len)
+        with_values = "values" in self.eviction.scorer.needs
+        key, value = layer.attention.read(layer.cells, row, 0, plan.prompt_len, with_values=with_values)
         last = int(batch.query_start_loc[prompt.request + 1])
         first = max(last - plan.window, int(batch.query_start_loc[prompt.request]))
         view = LayerView(
@@ -103,6 +104,7 @@ class StepEvictor:
         attention = layer.attention
         kept = Kept(plan.end, plan.kept_row, plan.kept_blocks)
         key, value = attention.read(layer.cells, row, attention.layout.policy.sink_tokens, plan.end, plan.prompt_len)
+        assert value is not None
         keys = [rows[index] for rows, index in zip(key, chosen, strict=True)]
         values = [rows[index] for rows, index in zip(value, chosen, strict=True)]
         attention.write_kept(layer.cells, row, kept, first_page.tolist(), keys, values)

@@ -157,13 +157,14 @@ class NativeAttention(PagedAttention):
         last: int,
         num_tokens: int | None = None,
         kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
         self.check_span(block_table_row, first, last, stored, Kept(*kept) if kept else None)
         key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
-        value = torch.empty_like(key)
+        value = torch.empty_like(key) if with_values else None
         row, triple = block_table_row.data_ptr(), (_int32 * 3)(*kept) if kept else None
-        pointers = (key.data_ptr(), value.data_ptr())
+        pointers = (key.data_ptr(), None if value is None else value.data_ptr())
         self._library.kvs_read(self._layout, self._arena(cells), row, triple, stored, first, last, *pointers)
         return key, value
 

@@ -23,9 +23,10 @@ class LayerView:
     kv_heads = 1, the query heads of its group, and `first_head` set to the head.
 
     Attributes:
-        keys, values: float32 [kv_heads, n, head_dim]; keys after RoPE.
+        keys: float32 [kv_heads, n, head_dim], after RoPE.
         positions: int64 [n], strictly ascending; the last is the newest token of the sequence.
         scale: factor of the query-key dot products.
+        values: float32 [kv_heads, n, head_dim].
         window_queries: float32 [num_heads, w, head_dim]; the query rows of the w newest tokens, after RoPE.
         accumulated: float32 [kv_heads, n]; attention probability (or its square, as the scorer says) that the token
             received, summed over the query rows seen so far and over the query heads of its KV head.
@@ -35,9 +36,9 @@ class LayerView:
     """
 
     keys: torch.Tensor
-    values: torch.Tensor
     positions: torch.Tensor
     scale: float
+    values: torch.Tensor | None = None
     window_queries: torch.Tensor | None = None
     accumulated: torch.Tensor | None = None
     query_statistics: QueryStatistics | None = None

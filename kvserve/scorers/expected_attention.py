@@ -23,7 +23,7 @@ class ExpectedAttention(Scorer):
     It depends on the prompt through two moments only, so it counts as query-agnostic, as in the paper.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"query_statistics"})
+    needs: ClassVar[frozenset[str]] = frozenset({"query_statistics", "values"})
     query_agnostic: ClassVar[bool] = True
 
     name: Literal["expected-attention"] = "expected-attention"
@@ -34,7 +34,7 @@ class ExpectedAttention(Scorer):
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def _score(self, view: LayerView) -> torch.Tensor:
-        assert view.query_statistics is not None
+        assert view.query_statistics is not None and view.values is not None
         logits = self._logits(view, view.query_statistics)
         expected = torch.zeros_like(logits)
         expected[..., self.sinks :] = logits[..., self.sinks :].softmax(-1)
