@@ -66,6 +66,18 @@ inline uint8_t* tail_slot(const KvsLayout& l, const KvsArena& a, const int32_t* 
 inline uint8_t* dense_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
   return cell(a, row[p / l.block_size], kv_head) + (p % l.block_size) * slot_bytes(l);
 }
+// Whether every token is a dense slot: the dense policy, or dense pages.
+inline bool all_dense(const KvsLayout& l) { return l.key_bits == 0; }
+// Slot of the token at position p, which is stored and not evicted, where every token is a dense slot.
+inline uint8_t* stored_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv_head, int32_t p) {
+  if (!l.tile_tokens) return dense_slot(l, a, q.row, kv_head, p);
+  if (p >= q.num_computed / l.tile_tokens * l.tile_tokens) return tail_slot(l, a, q.row, kv_head, p);
+  return tile_page(l, a, q, kv_head, p / l.tile_tokens) + p % l.tile_tokens * slot_bytes(l);
+}
+// Slot of the i-th token kept in dense pages from page `first` on.
+inline uint8_t* kept_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t first, int32_t i) {
+  return kept_page(l, a, q.kept_blocks, first + i / l.tile_tokens) + i % l.tile_tokens * slot_bytes(l);
+}
 // Staged K row of a new token; its V row follows.
 inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t token, int32_t kv_head) {
   return staged + (token * l.num_kv_heads + kv_head) * 2 * l.head_dim;

@@ -32,7 +32,8 @@ struct KvsLayout {
   int32_t dense_dtype;      // KvsDtype of dense slots
   int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
   int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
-  int32_t key_bits, key_group, boost_channels;
+  int32_t key_bits, key_group, boost_channels;  // key_bits 0: a page is tile_tokens dense slots, and the fields of
+                                                // codes are 0
   int32_t value_bits, value_group, value_rotated;
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale
@@ -87,8 +88,8 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
                  int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
-// [num_kv_heads][last - first][head_dim]; V is un-rotated. Of an evicted request, only sinks and tokens from kept_end on
-// are there to be read.
+// [num_kv_heads][last - first][head_dim]; V is un-rotated; a null value is left out. Of an evicted request, only sinks
+// and tokens from kept_end on are there to be read.
 void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t num_tokens, int32_t first, int32_t last,
               float* key, float* value);
 // What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h are the rows

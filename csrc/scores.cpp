@@ -159,6 +159,7 @@ class Sums {
   }
 
   void load_keys(const Part& part, KeyScratch& s) const {
+    if (all_dense(l)) return gather(part, s);
     if (part.source == Source::KEPT)
       return decode_keys(l, kept_page(l, a, request.kept_blocks, part.index), s.panels.data());
     if (part.source != Source::SEALED) return gather(part, s);
@@ -186,9 +187,12 @@ class Sums {
 
   const uint8_t* slot_of(const Part& part, int32_t t) const {
     if (part.source == Source::SINKS) return sink_slot(l, a, request.row, kv_head, t);
+    if (part.source == Source::KEPT) return kept_slot(l, a, request, part.index, t);
     const int32_t position = held.panels[part.panel].first + t;
-    return l.tile_tokens ? tail_slot(l, a, request.row, kv_head, position)
-                         : dense_slot(l, a, request.row, kv_head, position);
+    if (part.source == Source::SEALED && position < l.sink_tokens)
+      return sink_slot(l, a, request.row, kv_head, position);
+    return all_dense(l) ? stored_slot(l, a, request, kv_head, position)
+                        : tail_slot(l, a, request.row, kv_head, position);
   }
 
   // Logits of one row to 2 ** (logit - maximum), 0 where it does not see the token, and the row's factor.

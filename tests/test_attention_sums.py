@@ -21,7 +21,7 @@ from kvserve.scorers.accumulated_attention import accumulate
 from kvserve.scorers.query_window import PlainWindow
 
 ISAS = available_isas()
-FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense"]
+FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages", "dense"]
 HOW = [(1, "sum"), (2, "sum"), (1, "max"), (2, "max")]
 ASKS = (Ask(128, 200, 1, (70, 3, 0, 124)), Ask(0, 70, 1), Ask(64, 71, 1, (60, 17, 1, 40)))
 
@@ -111,7 +111,7 @@ def test_the_reference_pays_to_what_each_head_of_an_evicted_request_holds(family
                 own, kept = case.key[layer][r][: ask.computed, head], case.kept_rows[layer, r][0][head]
                 packed = coded(torch.stack([kept, kept], 1), case.layout)[:, 0]
                 later = tokens_as_stored(case.layout, own[ask.end :], ask.end)
-                keys.append(torch.cat([own[:sinks].half().float(), packed, later]))
+                keys.append(torch.cat([own[:sinks].to(case.layout.dense_dtype).float(), packed, later]))
             counts = [len(k) for k in keys]
             assert held_tokens(cells, case.layout, int(row[0]), ask.computed, case.kept_of(r)) == counts
             sums = reference.attention_sums(query, cells, row, ask.computed, case.kept_of(r), 2)

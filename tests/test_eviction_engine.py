@@ -52,9 +52,15 @@ def newest(keys: torch.Tensor) -> torch.Tensor:
     return scores.expand(keys.shape[0], -1)
 
 
-@pytest.mark.parametrize(("policy", "score"), [("knorm", lambda keys: -keys.norm(dim=-1)), ("streaming-llm", newest)])
-def test_the_text_is_that_of_a_dense_cache_cut_to_the_same_tokens(policy: str, score: Keep, model: Path) -> None:
-    with engine(model, policy, {"eviction.rate": 2}, max_model_len=2048, kv_cache_memory_bytes=256 * MIB) as llm:
+@pytest.mark.parametrize(
+    ("policy", "codec", "score"),
+    [("knorm", "int8", lambda keys: -keys.norm(dim=-1)), ("streaming-llm", "dense", newest)],
+)
+def test_the_text_is_that_of_a_dense_cache_cut_to_the_same_tokens(
+    policy: str, codec: str, score: Keep, model: Path
+) -> None:
+    changes = {"eviction.rate": 2, "codec": codec}
+    with engine(model, policy, changes, max_model_len=2048, kv_cache_memory_bytes=256 * MIB) as llm:
         prompts = [encode(llm, f"{name} told this story. " + STORY * 6 + "In the morning") for name in ("Anna", "Bo")]
         actual = [steps(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS, logprobs=2)]
     kept = [-(-(-(-len(prompt) // 2) - len(prompt) % 64) // 64) * 64 for prompt in prompts]

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from attention_cases import POISON, build_case, make_policy
+from attention_cases import POISON, build_case, make_batch, make_policy
 from kept_cases import ABSURD, LAYERS, NUM_LAYERS, Ask, KeptCase, build_kept_case, coded, rotated, write_kept
 
 from kvserve.attention.base import Batch, LayerSpec
@@ -17,9 +17,11 @@ from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, unpack_codes
 
 ISAS = available_isas()
-FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
+FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages"]
 DECODE_TOLERANCE = 2e-4  # the decode kernel rounds its factors to integers
 EXTEND_TOLERANCE = 3e-5  # rotated values are staged with another rounding than the reference's
+
+SUMMATION_ORDER = 2e-6  # all that dense rows leave
 
 # Evicted with sealed tiles and a tail after it; never evicted; evicted at the last token before the step.
 DECODE = (
@@ -80,7 +82,7 @@ def test_extend_equals_the_softmax_for_every_codec(family: str, sinks: int, isa:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("family", ["kivi-4", "boosted"])
+@pytest.mark.parametrize("family", ["kivi-4", "boosted", "dense-pages"])
 def test_a_batch_of_decode_and_extend_rows_of_evicted_and_whole_requests(family: str, isa: str):
     check(isa, DECODE_TOLERANCE, family, MIXED)
 
@@ -88,13 +90,14 @@ def test_a_batch_of_decode_and_extend_rows_of_evicted_and_whole_requests(family:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("new", [1, 20])
 @pytest.mark.parametrize(("tile_tokens", "tiles_per_block", "sinks"), [(64, 2, 4), (128, 1, 16), (128, 2, 0)])
-def test_every_geometry_equals_the_softmax(tile_tokens, tiles_per_block, sinks, new, isa):
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_every_geometry_equals_the_softmax(family, tile_tokens, tiles_per_block, sinks, new, isa):
     # With two tiles a block, the first request keeps half a block of tiles, and later tiles lie behind its kept blocks.
     asks = (
         Ask(tile_tokens, 4 * tile_tokens + 3, new, (tile_tokens - 20, 7)),
         Ask(2 * tile_tokens, 2 * tile_tokens + 9, new, (tile_tokens, tile_tokens + 1, 1)),
     )
-    check(isa, DECODE_TOLERANCE, "kivi-2", asks, tile_tokens, sinks, tiles_per_block=tiles_per_block, head_dim=128)
+    check(isa, DECODE_TOLERANCE, family, asks, tile_tokens, sinks, tiles_per_block=tiles_per_block, head_dim=128)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -105,22 +108,27 @@ def test_every_group_size_equals_the_softmax(group: int, isa: str):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [DECODE, EXTEND], ids=["decode", "extend"])
-def test_bfloat16_models_round_only_the_output(asks: tuple[Ask, ...], isa: str):
-    check(isa, 1.6e-2, "int8", asks, model_dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["int8", "dense-pages"])
+def test_bfloat16_models_round_only_the_output(family: str, asks: tuple[Ask, ...], isa: str):
+    check(isa, 1.6e-2, family, asks, model_dtype=torch.bfloat16)
 
 
 LONG = (Ask(2304, 2310, 1, (2300, 2049, 2048, 10)), Ask(0, 20, 1))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_kept_tokens_of_several_chunks_merge(isa: str):
-    check(isa, DECODE_TOLERANCE, "kivi-2", LONG, group=1)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_kept_tokens_of_several_chunks_merge(family: str, isa: str):
+    check(isa, DECODE_TOLERANCE, family, LONG, group=1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [LONG, DECODE, EXTEND], ids=["long", "decode", "extend"])
-def test_a_request_gets_bitwise_the_same_answer_alone_and_beside_evicted_ones(asks: tuple[Ask, ...], isa: str):
-    case = kept_case("kivi-2", asks, group=1)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_a_request_gets_bitwise_the_same_answer_alone_and_beside_evicted_ones(
+    family: str, asks: tuple[Ask, ...], isa: str
+):
+    case = kept_case(family, asks, group=1)
     attention = NativeAttention(case.layout, case.spec, isa)
     together, _ = case.run(attention, 2)
     key, value, query = case.new_rows(case.key[2]), case.new_rows(case.value[2]), torch.cat(case.query[2])
@@ -143,13 +151,15 @@ def test_keeping_every_token_gives_the_answer_of_a_whole_request(family: str, si
         assert whole.batch.kept is None
         for layer in LAYERS:
             outputs = [case.run(NativeAttention(case.layout, case.spec, isa), layer)[0] for case in (evicted, whole)]
-            assert (outputs[0] - outputs[1]).abs().max() <= DECODE_TOLERANCE
+            tolerance = SUMMATION_ORDER if family == "dense-pages" else DECODE_TOLERANCE
+            assert (outputs[0] - outputs[1]).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [DECODE, EXTEND], ids=["decode", "extend"])
-def test_stale_blocks_and_unused_bytes_never_reach_the_result(asks: tuple[Ask, ...], isa: str):
-    case, clean = (kept_case("kivi-4", asks, poison=poison) for poison in (POISON, 0))
+@pytest.mark.parametrize("family", ["kivi-4", "dense-pages"])
+def test_stale_blocks_and_unused_bytes_never_reach_the_result(family: str, asks: tuple[Ask, ...], isa: str):
+    case, clean = (kept_case(family, asks, poison=poison) for poison in (POISON, 0))
     assert (case.batch.block_table == ABSURD).sum() >= 3 and (case.arena != clean.arena).any()
     for layer in LAYERS:
         outputs = [c.run(NativeAttention(c.layout, c.spec, isa), layer)[0] for c in (case, clean)]
@@ -187,7 +197,7 @@ def test_kept_pages_lie_in_the_cells_of_other_layers():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("family", ["kivi-2", "int8"])
+@pytest.mark.parametrize("family", ["kivi-2", "int8", "dense-pages"])
 def test_decoding_token_by_token_seals_tiles_behind_the_kept_blocks(family: str, isa: str):
     case = build_kept_case(make_policy(family), [Ask(128, 189, 6, (70, 3, 64)), Ask(0, 62, 6)])
     expected = {layer: case.expected(layer)[0].view(2, 6, 6, 64) for layer in LAYERS}  # [request, step, head, :]
@@ -284,16 +294,38 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, sinks: int, isa:
             assert key.shape == value.shape == (2, last - first, 64)
             torch.testing.assert_close(key, expected[:, first:last, 0], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(value, expected[:, first:last, 1], rtol=1e-6, atol=2e-6)
+            alone, nothing = attention.read(case.cells, case.batch.block_table[0], first, last, 200, with_values=False)
+            assert torch.equal(alone, key) and nothing is None
     # A request without a full tile has its sinks in the tail.
     short = [a.read(case.cells, case.batch.block_table[1], 0, 40) for a in (reference, native)]
     torch.testing.assert_close(short[0], short[1], rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(short[0][0], case.past_key[1].half().float().transpose(0, 1))
+    torch.testing.assert_close(short[0][0], case.past_key[1].to(case.layout.dense_dtype).float().transpose(0, 1))
+
+
+@pytest.mark.parametrize("isa", ["reference", *ISAS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_pages_give_back_every_bit(dtype: torch.dtype, isa: str):
+    case = build_kept_case(make_policy("dense-pages"), [Ask(128, 200, 0, (70, 64, 1, 124))], model_dtype=dtype)
+    attention = (ReferenceAttention if isa == "reference" else NativeAttention)(case.layout, case.spec)
+    arena, row, place = torch.full_like(case.arena, POISON), case.full_table[0], case.kept_of(0)
+    for layer in LAYERS:
+        written = [torch.stack([key, value], 2) for key, value in zip(case.key[layer], case.value[layer], strict=True)]
+        cells, step = arena[:, :, layer], make_batch(case.layout, [0], [200], case.full_table)
+        attention.store(case.key[layer][0], case.value[layer][0], cells, step)
+        found = torch.stack(attention.read(cells, row, 0, 200), 2).transpose(0, 1)
+        assert torch.equal(found.to(dtype), written[0]) and case.layout.dense_dtype == dtype
+        write_kept(case, attention, layer, 0, arena)
+        for head, tokens in enumerate(case.chosen[layer, 0]):
+            pages = range(case.first_pages[layer, 0][head], 99)[: -(-len(tokens) // 64)]
+            raw = torch.cat([kept_page(arena_of(cells, case.layout), case.layout, place, page) for page in pages])
+            assert torch.equal(raw.view(dtype).view(-1, 2, 64)[: len(tokens)], written[0][tokens, head])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("tile_tokens", "tiles_per_block", "head_dim"), [(64, 2, 128), (128, 1, 256), (128, 2, 64)])
-def test_read_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_block, head_dim, isa):
-    policy, options = make_policy("boosted", tile_tokens, 16), dict(head_dim=head_dim, tiles_per_block=tiles_per_block)
+@pytest.mark.parametrize("family", ["boosted", "dense-pages"])
+def test_read_matches_the_reference_in_every_geometry(family, tile_tokens, tiles_per_block, head_dim, isa):
+    policy, options = make_policy(family, tile_tokens, 16), dict(head_dim=head_dim, tiles_per_block=tiles_per_block)
     case = build_case(policy, computed=[2 * tile_tokens + 9], new_tokens=[1], model_dtype=torch.bfloat16, **options)
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     rows = [kernel.read(case.cells, case.batch.block_table[0], 5, 2 * tile_tokens + 9) for kernel in kernels]
@@ -301,8 +333,9 @@ def test_read_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_blo
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_of_an_evicted_request_sinks_and_later_tokens_can_be_read(isa: str):
-    case = kept_case("kivi-2", DECODE)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_of_an_evicted_request_sinks_and_later_tokens_can_be_read(family: str, isa: str):
+    case = kept_case(family, DECODE)
     cells, row = case.arena[:, :, 0], case.batch.block_table[0]
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     for first, last in ((0, 4), (128, 200), (150, 195)):

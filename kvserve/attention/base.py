@@ -146,7 +146,8 @@ class PagedAttention(ABC):
         first: int,
         last: int,
         num_tokens: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is stored of the tokens [first, last) of one request; not for the dense policy.
 
         Of an evicted request, only sinks and tokens from its `Kept.end` on are there to be read.
@@ -154,9 +155,10 @@ class PagedAttention(ABC):
         Args:
             block_table_row: int32 [>= blocks], contiguous.
             num_tokens: tokens stored of the request; None: `last`. It says which tile is the unfinished one.
+            with_values: False: only keys are read, which costs half.
 
         Returns:
-            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it.
+            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it (or None).
         """
 
     @abstractmethod

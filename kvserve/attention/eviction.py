@@ -95,9 +95,10 @@ class StepEvictor:
         )
         counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
         sinks = attention.layout.policy.sink_tokens
+        needs = self.eviction.scorer.needs
         keys = values = None
-        if self.eviction.scorer.needs & {"keys", "values"}:
-            keys, values = held_rows(layer, request)
+        if needs & {"keys", "values"}:
+            keys, values = held_rows(layer, request, with_values="values" in needs)
         scores = []
         # Before the first cut all heads hold the same tokens and share a view.
         views = [(0, len(counts), window)] if not kept.end else [(h, 1, w) for h, w in enumerate(window.by_head())]
@@ -107,7 +108,7 @@ class StepEvictor:
                 positions=held_positions(counts[first_head], request.num_tokens, sinks),
                 scale=attention.spec.scale,
                 keys=None if keys is None else torch.stack(keys[first_head : first_head + heads]),
-                values=None if values is None else torch.stack(values[first_head : first_head + heads]),
+                values=None if not values else torch.stack(values[first_head : first_head + heads]),
                 query_window=queries,
                 request_id=request.step.request_id,
                 layer=index,
@@ -148,12 +149,17 @@ class StepEvictor:
             )  # fmt: skip
 
 
-def held_rows(layer: _Layer, request: _Request) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of all tokens that each KV head holds, float32 [n, head_dim], in ascending positions."""
+def held_rows(
+    layer: _Layer, request: _Request, with_values: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Keys and values of all tokens that each KV head holds, float32 [n, head_dim], in ascending positions.
+
+    `with_values` False: there may be no values.
+    """
     attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
     if not kept.end:
-        keys, values = attention.read(cells, request.row, 0, stored)
-        return list(keys), list(values)
+        all_keys, all_values = attention.read(cells, request.row, 0, stored, with_values=with_values)
+        return list(all_keys), [] if all_values is None else list(all_values)
     sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
     between = attention.read_kept(cells, request.state_block, kept)
     later = attention.read(cells, request.row, kept.end, stored)

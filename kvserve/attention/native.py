@@ -175,12 +175,13 @@ class NativeAttention(PagedAttention):
         first: int,
         last: int,
         num_tokens: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
         self.check_span(block_table_row, first, last, stored)
         key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
-        value = torch.empty_like(key)
-        row, pointers = block_table_row.data_ptr(), (key.data_ptr(), value.data_ptr())
+        value = torch.empty_like(key) if with_values else None
+        row, pointers = block_table_row.data_ptr(), (key.data_ptr(), None if value is None else value.data_ptr())
         self._library.kvs_read(self._layout, self._arena(cells), row, stored, first, last, *pointers)
         return key, value
 
@@ -358,17 +359,19 @@ def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
         scale=spec.scale,
     )
     sections, policy = layout.sections, layout.policy
-    if sections is None or policy.key is None or policy.value is None:
+    if sections is None:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
+    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
+    if policy.key is None or policy.value is None:
+        return struct
     for name in ("key_group", "boost_channels", "value_group"):
         setattr(struct, name, getattr(layout, name))
     for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
         setattr(struct, name, getattr(sections, name))
-    struct.sink_tokens = policy.sink_tokens
     struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
-    struct.value_rotated, struct.page_bytes = policy.value.rotate, sections.size_bytes
+    struct.value_rotated = policy.value.rotate
     return struct
 
 

@@ -157,7 +157,8 @@ class ReferenceAttention(PagedAttention):
         first: int,
         last: int,
         num_tokens: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
         request = _Request(0, stored, stored, block_table_row.tolist())
         self.check_span(block_table_row, first, last, stored)
@@ -165,7 +166,7 @@ class ReferenceAttention(PagedAttention):
         rows = torch.empty(self.spec.num_kv_heads, last - first, 2, self.layout.head_dim)
         for head in range(self.spec.num_kv_heads):
             self._read_head(cells, request, head, first, rows[head])
-        return rows[:, :, 0].contiguous(), self._rotate(rows[:, :, 1])
+        return rows[:, :, 0].contiguous(), self._rotate(rows[:, :, 1]) if with_values else None
 
     def _read_head(self, cells: torch.Tensor, request: _Request, head: int, first: int, rows: torch.Tensor) -> None:
         """Stored K and V from token `first` on to rows, [tokens, 2, head_dim]; V stays rotated."""

@@ -133,7 +133,8 @@ def describe_codecs(layout: PageLayout) -> str:
     """How sealed K and V are written, in one line."""
     key, value = layout.policy.key, layout.policy.value
     if key is None or value is None:
-        return f"dense, {str(layout.dense_dtype).removeprefix('torch.')}"
+        dtype = str(layout.dense_dtype).removeprefix("torch.")
+        return f"dense{' pages' if layout.sections else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
     boost = f", {layout.boost_channels} channels at {key.bits + 2} bits" if layout.boost_channels else ""
     rotation = "rotated, one scale per token" if value.rotate else f"per token, groups of {layout.value_group}"
     return (
@@ -157,6 +158,8 @@ def describe_dense(layout: PageLayout) -> str:
     """Which tokens of a compressed request stay dense."""
     if layout.sections is None:
         return "every token"
+    if layout.policy.dense_pages:
+        return f"every token; the unfinished tile of {layout.tile_tokens} tokens in a block of its own"
     dtype = str(layout.dense_dtype).removeprefix("torch.")
     return (
         f"the unfinished tile of {layout.tile_tokens} tokens and the first {layout.policy.sink_tokens}, in {dtype}: "

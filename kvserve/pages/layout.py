@@ -2,7 +2,7 @@
 
 One *cell* belongs to (block, kv_head, layer) and is contiguous; vLLM's BHLNC layout puts it at
 `block * block_stride + kv_head * head_stride + layer * cell_bytes`. A cell holds `tiles_per_block` sealed pages, or,
-where the policy keeps tokens dense, `slots_per_cell` dense slots (K row, then V row).
+where tokens stay dense, `slots_per_cell` dense slots (K row, then V row). A dense page is `tile_tokens` dense slots.
 
 A request's row of blocks, in the order they are allocated (T = tile_tokens):
 
@@ -11,7 +11,8 @@ A request's row of blocks, in the order they are allocated (T = tile_tokens):
     | the unfinished T  |              | [0, sink_tokens)   |              |
 
 Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
-The dense policy has none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense slots.
+The dense policy has no pages and none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense
+slots.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def align(size_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class PageSections:
-    """Byte offsets of the parts of one sealed page; `size_bytes` is the page."""
+    """Byte offsets of the parts of one sealed page; `size_bytes` is the page. A dense page has no parts: all are 0."""
 
     key_codes: int
     key_boost_codes: int
@@ -81,14 +82,15 @@ class PageLayout:
         Raises:
             ValueError: head_dim or block_size does not fit the policy; the message names the fix.
         """
-        if policy.is_dense:
+        if not policy.has_pages:
             if state_blocks:
                 raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
             return cls(policy, head_dim, block_size, model_dtype, None)
         _check_fits(policy, head_dim, block_size)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
-        dense_dtype = torch.float16 if model_dtype == torch.float32 else model_dtype
-        sections = _sections(policy, head_dim)
+        compressed = not policy.is_dense
+        dense_dtype = torch.float16 if compressed and model_dtype == torch.float32 else model_dtype
+        sections = _sections(policy, head_dim) if compressed else _dense_page(policy, head_dim, dense_dtype)
         if policy.eviction is None or state_blocks is not None:
             return cls(policy, head_dim, block_size, dense_dtype, sections, state_blocks or 0)
         group = query_group if policy.eviction.remembers_queries else 0
@@ -208,7 +210,7 @@ def boost_channels(policy: Policy, head_dim: int) -> int:
 
 
 def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
-    if head_dim not in (64, 128, 256):
+    if not policy.is_dense and head_dim not in (64, 128, 256):
         raise ValueError(
             f"policy {policy.name} supports head_dim 64, 128 and 256, the model has {head_dim}; "
             "use --policy none for this model"
@@ -217,6 +219,10 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
         raise ValueError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
         )
+
+
+def _dense_page(policy: Policy, head_dim: int, dtype: torch.dtype) -> PageSections:
+    return PageSections(0, 0, 0, 0, 0, 0, size_bytes=policy.tile_tokens * 2 * head_dim * dtype.itemsize)
 
 
 def _sections(policy: Policy, head_dim: int) -> PageSections:

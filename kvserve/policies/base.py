@@ -117,8 +117,10 @@ class Eviction(_Part):
 class Policy(_Part):
     """One named way to keep the KV cache.
 
-    `key` and `value` are both absent for the dense policy. `tile_tokens` tokens are sealed together; until a tile is
-    full its tokens stay dense in the request's own tail. The first `sink_tokens` tokens stay dense for good.
+    `tile_tokens` tokens are sealed together in a page; until a tile is full its tokens stay dense in the request's own
+    tail. The first `sink_tokens` tokens stay dense for good. `key` and `value` say how a page is written. Without them
+    every token keeps the model's dtype: in pages with `dense_pages`, so that tokens can be evicted, or else in vLLM's
+    own blocks (the dense policy).
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -128,19 +130,22 @@ class Policy(_Part):
     sink_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     key: KeyCodec | None = None
     value: ValueCodec | None = None
+    dense_pages: bool = False
     eviction: Eviction | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Policy:
         if (self.key is None) != (self.value is None):
-            raise ValueError("give both key and value, or neither (the dense policy)")
-        if self.key is None or self.value is None:
+            raise ValueError("give both key and value, or neither (every token then keeps the model's dtype)")
+        if not self.has_pages:
             if self.eviction:
-                raise ValueError("eviction needs key and value codecs so far: set both, for example to 8 bits")
+                raise ValueError("eviction needs pages: use codec: dense, or one that compresses, for example int8")
             if self.sink_tokens:
-                raise ValueError("sink_tokens needs key and value codecs: a dense policy keeps every token dense")
+                raise ValueError("sink_tokens needs pages: set dense_pages, or key and value")
             return self
-        if self.key.group_size > self.tile_tokens:
+        if self.key and self.dense_pages:
+            raise ValueError("dense_pages keeps keys and values as they are: leave out key and value, or dense_pages")
+        if self.key and self.key.group_size > self.tile_tokens:
             raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
         if self.sink_tokens >= self.tile_tokens:
             raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
@@ -150,3 +155,8 @@ class Policy(_Part):
     def is_dense(self) -> bool:
         """Whether every token keeps the model's dtype."""
         return self.key is None
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether tiles are sealed in pages, coded or dense."""
+        return self.dense_pages or not self.is_dense
