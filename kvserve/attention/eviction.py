@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
+from kvserve.attention.observer import EvictionObserver
 from kvserve.budgets.base import select
 from kvserve.pages.kept import Kept, num_layers_of
 from kvserve.pages.plan import EvictionPlan
@@ -41,10 +42,18 @@ class StepEvictor:
         eviction: the policy's parts.
         prompts: the rows to evict.
         num_layers: attention layers of this worker.
+        observer: is told what was evicted.
     """
 
-    def __init__(self, eviction: Eviction, prompts: list[PromptEviction], num_layers: int) -> None:
+    def __init__(
+        self,
+        eviction: Eviction,
+        prompts: list[PromptEviction],
+        num_layers: int,
+        observer: EvictionObserver | None = None,
+    ) -> None:
         self.eviction, self.prompts, self.num_layers = eviction, prompts, num_layers
+        self.observer = observer or EvictionObserver()
         self.layers: dict[int, _Layer] = {}
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor, batch: Batch) -> None:
@@ -86,6 +95,7 @@ class StepEvictor:
         layers = [self.layers[index] for index in sorted(self.layers)]
         scores = torch.stack([layer.scores[number] for layer in layers])
         layout, plan = layers[0].attention.layout, prompt.plan
+        sink_tokens = layout.policy.sink_tokens
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
         pages = self.eviction.budget.allocate(
             scores, layout.tile_tokens, plan.kept_blocks * pages_per_block, minimum_pages=1
@@ -94,7 +104,11 @@ class StepEvictor:
         kept_tokens = (pages * layout.tile_tokens).clamp(max=scores.shape[2])
         for number_of_layer, layer in enumerate(layers):
             chosen = select(scores[number_of_layer], kept_tokens[number_of_layer])
+            self.observer.selected(prompt.request_id, number_of_layer, sink_tokens, plan.end, chosen)
             self._pack(layer, plan, batch.block_table[prompt.request], first_page[number_of_layer], chosen)
+        evicted = (scores > -torch.inf).sum(-1) - kept_tokens
+        held = kept_tokens + sink_tokens + plan.prompt_len - plan.end
+        self.observer.evicted(prompt.request_id, plan.prompt_len, evicted, held)
 
     def _pack(
         self, layer: _Layer, plan: EvictionPlan, row: torch.Tensor, first_page: torch.Tensor, chosen: list[torch.Tensor]

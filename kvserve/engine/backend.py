@@ -29,6 +29,7 @@ from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.engine.stats import worker_log
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -147,7 +148,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
                 prompts.append(PromptEviction(request, row.request_id, row.plan))
         if any(end for end, *_ in kept):
             batch.kept = torch.tensor(kept, dtype=torch.int32)
-        return StepEvictor(self.eviction, prompts, len(self.layer_names)) if prompts else None
+        return StepEvictor(self.eviction, prompts, len(self.layer_names), worker_log) if prompts else None
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):
