@@ -38,9 +38,12 @@ def inspect_prompt(policy: Policy, model: str, text: str, dtype: str | None = No
     from transformers import AutoConfig, AutoTokenizer
 
     assert policy.eviction is not None
-    config = AutoConfig.from_pretrained(model).to_dict()
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(model).to_dict(), AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"cannot load {model}: {reason}; give a Hugging Face folder or name with --model") from None
     check_model(config, policy, model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     token_ids = tokenizer.encode(text)
     longest = text_config(config).get("max_position_embeddings")
     if not token_ids:
