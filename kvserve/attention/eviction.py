@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
+from kvserve.attention.observer import EvictionObserver
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.attention.query_window import PagedWindow
 from kvserve.budgets.base import select
@@ -51,10 +52,15 @@ class StepEvictor:
         steps: by index in the batch.
         batch: the step.
         num_layers: attention layers of this worker.
+        observer: is told what was evicted.
     """
 
-    def __init__(self, eviction: Eviction, steps: dict[int, RowStep], batch: Batch, num_layers: int) -> None:
+    def __init__(
+        self, eviction: Eviction, steps: dict[int, RowStep], batch: Batch, num_layers: int,
+        observer: EvictionObserver | None = None,
+    ) -> None:  # fmt: skip
         self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
+        self.observer = observer or EvictionObserver()
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
         self.requests = [self._request(r, step, step.cut) for r, step in steps.items() if step.cut]
         self.layers: dict[int, _Layer] = {}
@@ -138,15 +144,25 @@ class StepEvictor:
             scores, layout.tile_tokens, len(request.cut.blocks) * pages_per_block, minimum_pages=1
         )
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
-        kept_tokens = (pages * layout.tile_tokens).minimum((scores > -torch.inf).sum(-1))
+        held = (scores > -torch.inf).sum(-1)
+        kept_tokens = (pages * layout.tile_tokens).minimum(held)
         for i, layer in enumerate(layers):
-            keys, values = held_rows(layer, request)
-            chosen = [index + layout.policy.sink_tokens for index in select(scores[i], kept_tokens[i])]
-            layer.attention.write_kept(
-                layer.cells, request.state_block, request.cut, first_page[i].tolist(),
-                [rows[index] for rows, index in zip(keys, chosen, strict=True)],
-                [rows[index] for rows, index in zip(values, chosen, strict=True)],
-            )  # fmt: skip
+            self._pack(i, layer, request, first_page[i], select(scores[i], kept_tokens[i]), held[i])
+        always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
+        self.observer.evicted(request.step.request_id, request.num_tokens, held - kept_tokens, kept_tokens + always)
+
+    def _pack(
+        self, index: int, layer: _Layer, request: _Request, first_page: torch.Tensor, chosen: list[torch.Tensor],
+        candidates: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Read the tokens of a layer again and write those that stay."""
+        sinks = layer.attention.layout.policy.sink_tokens
+        self.observer.selected(request.step.request_id, index, sinks, (candidates + sinks).tolist(), chosen)
+        keys, values = (
+            [rows[tokens + sinks] for rows, tokens in zip(kind, chosen, strict=True)]
+            for kind in held_rows(layer, request)
+        )
+        layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page.tolist(), keys, values)
 
 
 def held_rows(

@@ -29,6 +29,7 @@ from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.engine.stats import worker_log
 from kvserve.pages.kept import Kept, KeptTable
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         if any(step.kept.end for step in steps.values()):
             batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
         busy = any(step.cut or step.window_start is not None for step in steps.values())
-        return StepEvictor(self.eviction, steps, batch, len(self.layer_names)) if busy else None
+        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log) if busy else None
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):

@@ -2,7 +2,8 @@
 
 Seam: `vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1`, vLLM's message channel from scheduler to
 worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step what its rows keep and
-which of them shall be cut. A row is identified by its state block, the first of the row.
+which of them shall be cut. A row is identified by its state block, the first of the row. What the worker did comes back
+the same way (kvserve.engine.stats).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvserve.engine.eviction_manager import EvictingPageManager
+from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
+from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
 from kvserve.pages.plan import RowStep, plan_eviction
 from kvserve.policies.limits import request_limit
 
@@ -52,7 +55,10 @@ class KvserveConnector(KVConnectorBase_V1):
         assert settings is not None and settings.policy.eviction is not None
         self.eviction = settings.policy.eviction
         self.max_model_len = vllm_config.model_config.max_model_len
+        report = EngineReport.from_vllm_config(vllm_config, settings)
+        self.block_bytes = report.block_bytes * report.num_ranks
         self.manager: EvictingPageManager | None = None
+        self.accounting: Accounting | None = None  # in the scheduler only
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -63,10 +69,11 @@ class KvserveConnector(KVConnectorBase_V1):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self.manager = EvictingPageManager.of(kv_cache_manager)
+        self.accounting = Accounting(self.manager, self.block_bytes)
 
     def on_new_request(self, request: Request) -> None:
         """Plan the eviction of a request's prompt; its `vllm_xargs` may change the policy's limit."""
-        assert self.manager is not None
+        assert self.manager is not None and self.accounting is not None
         layout = self.manager.layout
         params = request.sampling_params
         try:
@@ -74,6 +81,7 @@ class KvserveConnector(KVConnectorBase_V1):
         except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})
+        self.accounting.start(request, limit)
         plan = plan_eviction(layout, limit, request.num_prompt_tokens, self.max_model_len) if limit else None
         if plan is None:
             return
@@ -83,10 +91,11 @@ class KvserveConnector(KVConnectorBase_V1):
             request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Blocks are freed at once."""
-        assert self.manager is not None
+        """Blocks are freed at once; the report of what they held goes into the answer."""
+        assert self.manager is not None and self.accounting is not None
+        report = self.accounting.finish(request.request_id)
         self.manager.plans.pop(request.request_id, None)
-        return False, None
+        return False, {"kvserve": report}
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False
@@ -125,6 +134,20 @@ class KvserveConnector(KVConnectorBase_V1):
             return None
         return RowStep(request_id, kept, cut, window_start)
 
+    def take_evictions(self, worker_meta: StepEvictions | None) -> None:
+        """What a step evicted, before vLLM finishes the requests that end with it."""
+        assert self.accounting is not None
+        if worker_meta is not None:
+            self.accounting.add(worker_meta)
+
+    def get_kv_connector_stats(self) -> CacheStats | None:
+        """What the scheduler knows of a step; workers have their own channel."""
+        return self.accounting.take() if self.accounting else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:
+        return CacheStats(data or {})
+
     # -- worker ---------------------------------------------------------------------------------------------------
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
@@ -132,6 +155,10 @@ class KvserveConnector(KVConnectorBase_V1):
         global _current
         assert isinstance(kv_connector_metadata, StepPlans)
         _current = kv_connector_metadata
+
+    def build_connector_worker_meta(self) -> StepEvictions | None:
+        """What the step that has just run evicted."""
+        return worker_log.take()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

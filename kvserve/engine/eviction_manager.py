@@ -38,12 +38,14 @@ class EvictingPageManager(PageManager):
         plans: by request id.
         kept: by request id, the kept blocks of its cuts that are not given back yet, the newest last. They are no part
             of the row: the worker learns of them through the connector.
+        given_back: by request id, how many tile blocks have left its row.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, EvictionPlan] = {}
         self.kept: dict[str, list[KeptBlocks]] = {}
+        self.given_back: dict[str, int] = {}
 
     @classmethod
     def of(cls, kv_cache_manager: KVCacheManager) -> EvictingPageManager:
@@ -127,7 +129,8 @@ class EvictingPageManager(PageManager):
             return
         layout, entries = self.layout, self.kept.get(request_id, [])
         tile_blocks = plan.last_cut(processed_computed_tokens).end // layout.block_size
-        if tile_blocks:
+        if tile_blocks > self.given_back.get(request_id, 0):
+            self.given_back[request_id] = tile_blocks
             self._remove_blocks_in_range(request_id, layout.tile_row(0), layout.tile_row(0) + 1)
             self._remove_blocks_in_range(request_id, layout.tile_row(1), layout.tile_row(tile_blocks))
         while len(entries) > 1 and entries[1].cut.point <= processed_computed_tokens:
@@ -136,4 +139,5 @@ class EvictingPageManager(PageManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As PageManager, with the kept blocks."""
         row = super().pop_blocks_for_free(request_id)
+        self.given_back.pop(request_id, None)
         return row + [block for entry in self.kept.pop(request_id, []) for block in entry.blocks]
