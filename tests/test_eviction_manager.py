@@ -67,7 +67,7 @@ class EvictingSimulation(Simulation):
         plan = plan_eviction(self.layout, limit, request.num_prompt_tokens, MAX_LEN)
         if plan:
             self.pages.plans[request.request_id] = plan
-            request.skip_reading_prefix_cache = plan.cuts_prompt
+            request.skip_reading_prefix_cache = plan.computes_all
         return request
 
     def chunk(self, request: Request, num_computed_tokens: int) -> int:

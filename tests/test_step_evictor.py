@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, build_case, copy_cells, make_batch, make_policy
 
+from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
@@ -13,8 +14,10 @@ from kvserve.budgets.base import select
 from kvserve.pages.kept import Kept, KeptTable
 from kvserve.pages.plan import EvictionPlan, RowStep, policy_plan
 from kvserve.policies.base import Eviction, Policy
-from kvserve.scorers.base import LayerView
+from kvserve.scorers.base import LayerView, Scorer
 from kvserve.scorers.query_window import PlainWindow
+from kvserve.scorers.registry import make_scorer
+from kvserve.scorers.rotary import Rotary
 
 PROMPT = 260
 SCORERS = {
@@ -132,3 +135,59 @@ def test_queries_of_earlier_steps_are_remembered():
 def test_a_batch_without_cut_rows_carries_no_table():
     assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(1) == Kept(128, (3, 1))
     assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(0) == Kept()
+
+
+def collect(case: Case, scorer: Scorer, chunks: list[int]) -> Collected:
+    """What is collected of a prompt that is computed in `chunks`."""
+    rotary = Rotary(1.0 / 10000 ** (torch.arange(0, 64, 2) / 64))
+    collector, done = Collector(scorer, rotary), 0
+    for chunk in chunks:
+        batch = make_batch(case.layout, [done], [chunk], case.batch.block_table)
+        rows, done = case.query[done : done + chunk], done + chunk
+        evictor = StepEvictor(evicting({"name": scorer.name}).eviction, {0: COLLECTING}, batch, 1, collector=collector)
+        evictor.after_layer(NativeAttention(case.layout, case.spec), case.cells, rows)
+    return collector.requests["a"][1]
+
+
+COLLECTING = RowStep("a", Kept(), None, None, collects=True)
+
+
+def test_attention_is_accumulated_over_chunks_as_over_the_whole_prompt():
+    scorer = make_scorer({"name": "accumulated-attention"})
+    case, _, _ = prompt_case(evicting({"name": scorer.name}))
+    keys, _ = ReferenceAttention(case.layout, case.spec).read(case.cells, case.batch.block_table[0], 0, PROMPT)
+    plain = PlainWindow(case.query.transpose(0, 1), keys, torch.arange(PROMPT), case.spec.scale)
+    expected = plain.probabilities(PROMPT).sum(1).unflatten(0, (2, -1)).sum(1)
+    for chunks in ([PROMPT], [64, 128, 68]):  # the case's tiles are sealed: chunks that end with one see the same keys
+        found = collect(case, scorer, chunks)
+        torch.testing.assert_close(found.accumulated, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_query_statistics_over_chunks_are_those_of_all_queries_behind_the_sinks():
+    scorer = make_scorer({"name": "expected-attention"})
+    case, _, _ = prompt_case(evicting({"name": scorer.name}))
+    for chunks in ([PROMPT], [3, 100, 157]):
+        found = collect(case, scorer, chunks).query_statistics
+        turned = found.rotary.rotate(case.query[4:].transpose(0, 1), -torch.arange(4, PROMPT))
+        assert found.count == PROMPT - 4
+        torch.testing.assert_close(found.mean, turned.mean(1), rtol=1e-4, atol=1e-4)
+        covariance = torch.stack([head.T.cov(correction=0) for head in turned])
+        torch.testing.assert_close(found.covariance, covariance, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scorer", ["accumulated-attention", "expected-attention"])
+def test_nothing_is_left_of_a_request_that_was_cut(scorer: str):
+    policy = evicting({"name": scorer})
+    case, _, kept = prompt_case(policy)
+    collector = Collector(policy.eviction.scorer, Rotary(torch.ones(32)))
+    cells, step = copy_cells(case.cells), RowStep("a", Kept(), kept, None, collects=True)
+    evictor = StepEvictor(policy.eviction, {0: step}, case.batch, 1, collector=collector)
+    evictor.after_layer(NativeAttention(case.layout, case.spec), cells, case.query)
+    assert not torch.equal(cells, case.cells) and not collector.requests
+
+
+def test_requests_that_end_before_their_cut_are_forgotten():
+    collector = Collector(make_scorer({"name": "accumulated-attention"}), None)
+    collector.requests = {"a": {}, "b": {}}
+    collector.drop({"a", "c"})
+    assert collector.requests.keys() == {"b"}

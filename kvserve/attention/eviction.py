@@ -6,11 +6,14 @@ keeps. What has to be remembered from one step to the next lies in the request's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
+from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.observer import EvictionObserver
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.attention.query_window import PagedWindow
@@ -23,9 +26,8 @@ from kvserve.scorers.base import LayerView
 
 @dataclass(frozen=True)
 class _Request:
-    """A row of the batch that this step cuts."""
+    """A row of the batch; `cut` is what this step cuts it down to, if it does."""
 
-    index: int
     step: RowStep
     cut: Kept
     row: torch.Tensor
@@ -53,24 +55,27 @@ class StepEvictor:
         batch: the step.
         num_layers: attention layers of this worker.
         observer: is told what was evicted.
+        collector: where the scorer needs every query of a prompt.
     """
 
     def __init__(
         self, eviction: Eviction, steps: dict[int, RowStep], batch: Batch, num_layers: int,
-        observer: EvictionObserver | None = None,
+        observer: EvictionObserver | None = None, collector: Collector | None = None,
     ) -> None:  # fmt: skip
         self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
         self.observer = observer or EvictionObserver()
+        self.collector = collector or Collector(eviction.scorer)
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
-        self.requests = [self._request(r, step, step.cut) for r, step in steps.items() if step.cut]
+        requests = [self._request(r, step) for r, step in steps.items()]
+        self.requests = [request for request in requests if request.step.cut]
+        self.collected = [request for request in requests if request.step.collects]
         self.layers: dict[int, _Layer] = {}
         self.remembered: Rows | None = None
 
-    def _request(self, index: int, step: RowStep, cut: Kept) -> _Request:
+    def _request(self, index: int, step: RowStep) -> _Request:
         first, last = self.batch.query_start_loc[index : index + 2].tolist()
-        return _Request(
-            index, step, cut, self.batch.block_table[index], int(self.batch.seq_lens[index]), slice(first, last)
-        )
+        row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
+        return _Request(step, step.cut or Kept(), row, num_tokens, slice(first, last))
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
@@ -87,51 +92,65 @@ class StepEvictor:
                 remember(layout, cells, self.remembered, query)
         _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
+        for request in self.collected:
+            rows = PagedWindow(attention, cells, request.row, request.num_tokens, query[request.query_rows])
+            self.collector.add(request.step.request_id, index, rows)
         for request in self.requests:
             layer.scores.append(self._score(index, layer, request, query))
         if len(self.layers) == self.num_layers:
             for number, request in enumerate(self.requests):
                 self._cut(number, request)
+            self.collector.drop({request.step.request_id for request in self.requests})
 
     def _score(self, index: int, layer: _Layer, request: _Request, query: torch.Tensor) -> list[torch.Tensor]:
         """Scores of each KV head's candidates, float32."""
         attention, kept = layer.attention, request.step.kept
-        window = PagedWindow(
-            attention, layer.cells, request.row, request.num_tokens, self._queries(layer, request, query), kept
-        )
+        sinks, later = attention.layout.policy.sink_tokens, request.num_tokens - request.cut.end
         counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
-        sinks = attention.layout.policy.sink_tokens
-        needs = self.eviction.scorer.needs
-        keys = values = None
+        collected = self.collector.requests.get(request.step.request_id, {}).get(index, Collected())
+        whole = LayerView(
+            kv_heads=len(counts),
+            positions=held_positions(counts[0], request.num_tokens, sinks),
+            scale=attention.spec.scale,
+            query_window=self._window(layer, request, query),
+            accumulated=collected.accumulated,
+            query_statistics=collected.query_statistics,
+            kept_tokens=len(request.cut.blocks) * attention.layout.block_size + sinks + later,
+            request_id=request.step.request_id,
+            layer=index,
+        )
+        needs, rows = self.eviction.scorer.needs, None
         if needs & {"keys", "values"}:
-            keys, values = held_rows(layer, request, with_values="values" in needs)
-        scores = []
+            rows = held_rows(layer, request, with_values="values" in needs)
         # Before the first cut all heads hold the same tokens and share a view.
-        views = [(0, len(counts), window)] if not kept.end else [(h, 1, w) for h, w in enumerate(window.by_head())]
-        for first_head, heads, queries in views:
-            view = LayerView(
-                kv_heads=heads,
-                positions=held_positions(counts[first_head], request.num_tokens, sinks),
-                scale=attention.spec.scale,
-                keys=None if keys is None else torch.stack(keys[first_head : first_head + heads]),
-                values=None if not values else torch.stack(values[first_head : first_head + heads]),
-                query_window=queries,
-                request_id=request.step.request_id,
-                layer=index,
-                first_head=first_head,
-            )
-            candidates = slice(sinks, counts[first_head] - (request.num_tokens - request.cut.end))
-            scores += self.eviction.scorer.score(view)[:, candidates]
-        return scores
+        views = self._views_of_heads(whole, counts, rows, sinks) if kept.end else [_with_rows(whole, rows)]
+        scores = [head for view in views for head in self.eviction.scorer.score(view)]
+        return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
 
-    def _queries(self, layer: _Layer, request: _Request, query: torch.Tensor) -> torch.Tensor:
-        """The last queries of a request that stand behind its last cut, [at most window, num_heads, head_dim]."""
-        count = min(self.eviction.window, request.num_tokens - request.step.kept.end)
-        if layer.attention.layout.remembered_queries:
+    def _views_of_heads(
+        self, whole: LayerView, counts: list[int], rows: HeldRows | None, sinks: int
+    ) -> Iterator[LayerView]:
+        assert isinstance(whole.query_window, PagedWindow)
+        for head, (count, window) in enumerate(zip(counts, whole.query_window.by_head(), strict=True)):
+            view = replace(
+                whole,
+                kv_heads=1,
+                positions=held_positions(count, whole.length, sinks),
+                query_window=window,
+                first_head=head,
+            )
+            yield _with_rows(view, rows and HeldRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
+
+    def _window(self, layer: _Layer, request: _Request, query: torch.Tensor) -> PagedWindow:
+        """The last queries of a request that stand behind its last cut."""
+        layout, kept = layer.attention.layout, request.step.kept
+        count = min(self.eviction.window, request.num_tokens - kept.end)
+        rows = query[request.query_rows][-count:]
+        if layout.remembered_queries:
             assert request.step.window_start is not None
             stored = request.num_tokens - request.step.window_start
-            return recall(layer.attention.layout, layer.cells, request.row, stored)[-count:]
-        return query[request.query_rows][-count:]
+            rows = recall(layout, layer.cells, request.row, stored)[-count:]
+        return PagedWindow(layer.attention, layer.cells, request.row, request.num_tokens, rows, kept)
 
     def _cut(self, number: int, request: _Request) -> None:
         layers = [self.layers[index] for index in sorted(self.layers)]
@@ -165,24 +184,29 @@ class StepEvictor:
         layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page.tolist(), keys, values)
 
 
-def held_rows(
-    layer: _Layer, request: _Request, with_values: bool = True
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values of all tokens that each KV head holds, float32 [n, head_dim], in ascending positions.
+class HeldRows(NamedTuple):
+    """All tokens that each KV head holds, per head float32 [n, head_dim], in ascending positions."""
 
-    `with_values` False: there may be no values.
-    """
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]  # may be empty where nobody asked for them
+
+
+def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> HeldRows:
     attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
     if not kept.end:
-        all_keys, all_values = attention.read(cells, request.row, 0, stored, with_values=with_values)
-        return list(all_keys), [] if all_values is None else list(all_values)
+        keys, values = attention.read(cells, request.row, 0, stored, with_values=with_values)
+        return HeldRows(list(keys), [] if values is None else list(values))
     sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
     between = attention.read_kept(cells, request.state_block, kept)
     later = attention.read(cells, request.row, kept.end, stored)
-    keys, values = (
-        [torch.cat(rows) for rows in zip(*kind, strict=True)] for kind in zip(sinks, between, later, strict=True)
-    )
-    return keys, values
+    parts = zip(sinks, between, later, strict=True)
+    return HeldRows(*([torch.cat(rows) for rows in zip(*kind, strict=True)] for kind in parts))
+
+
+def _with_rows(view: LayerView, rows: HeldRows | None) -> LayerView:
+    if rows is None:
+        return view
+    return replace(view, keys=torch.stack(rows.keys), values=torch.stack(rows.values) if rows.values else None)
 
 
 def held_positions(count: int, num_tokens: int, sinks: int) -> torch.Tensor:

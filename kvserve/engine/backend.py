@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.collector import Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
@@ -31,6 +32,7 @@ from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.engine.stats import worker_log
 from kvserve.pages.kept import Kept, KeptTable
+from kvserve.policies.base import Eviction
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -120,6 +122,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = EngineSettings.from_vllm_config(vllm_config)
         self.eviction = settings.policy.eviction if settings else None
+        self.collector = make_collector(self.eviction) if self.eviction else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -139,12 +142,24 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         """Tell the kernels which rows are cut already; returns what has to be done after each layer."""
         assert self.eviction is not None
         rows = current_plans().rows
+        assert self.collector is not None
+        self.collector.drop(current_plans().ended)
         found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
         steps = {request: step for request, step in found if step}
         if any(step.kept.end for step in steps.values()):
             batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
-        busy = any(step.cut or step.window_start is not None for step in steps.values())
-        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log) if busy else None
+        if not any(step.cut or step.collects or step.window_start is not None for step in steps.values()):
+            return None
+        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
+
+
+def make_collector(eviction: Eviction) -> Collector:
+    """What collects for the scorer; refuses a model whose queries it cannot turn back."""
+    if "query_statistics" not in eviction.scorer.needs:
+        return Collector(eviction.scorer)
+    from kvserve.engine.rotary import model_rotary
+
+    return Collector(eviction.scorer, model_rotary())
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):

@@ -32,9 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepPlans(KVConnectorMetadata):
-    """Rows that are cut already or have something to do in this step, by the id of their state block."""
+    """Rows that are cut already or have something to do in this step, by the id of their state block.
+
+    `ended`: requests that finished or were preempted since the last step.
+    """
 
     rows: dict[int, RowStep] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
 
 
 logger = init_logger("vllm.kvserve")
@@ -86,8 +90,7 @@ class KvserveConnector(KVConnectorBase_V1):
         if plan is None:
             return
         self.manager.plans[request.request_id] = plan
-        if plan.cuts_prompt:
-            # Behind the first cut nothing can be taken from the prefix cache: it was computed from other tokens.
+        if plan.computes_all:
             request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -109,7 +112,7 @@ class KvserveConnector(KVConnectorBase_V1):
         cached = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        plans = StepPlans()
+        plans = StepPlans(ended=scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()))
         for request_id, before in computed.items():
             after = before + scheduler_output.num_scheduled_tokens[request_id]
             row = self._row_step(request_id, before, after)
@@ -130,9 +133,10 @@ class KvserveConnector(KVConnectorBase_V1):
             cut = self.manager.kept_at(request_id, after) if after == following.point else None
             if after > plan.window_start(following):
                 window_start = plan.window_start(following)
-        if cut is None and not kept.end and window_start is None:
+        collects = following is not None and self.eviction.scorer.collects
+        if cut is None and not kept.end and window_start is None and not collects:
             return None
-        return RowStep(request_id, kept, cut, window_start)
+        return RowStep(request_id, kept, cut, window_start, collects)
 
     def take_evictions(self, worker_meta: StepEvictions | None) -> None:
         """What a step evicted, before vLLM finishes the requests that end with it."""

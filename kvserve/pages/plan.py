@@ -47,12 +47,14 @@ class RowStep:
         kept: what the request keeps as the step begins.
         cut: what it is cut down to when the step ends; None: nothing happens.
         window_start: first token whose query the scorer needs at the next cut; None: no token of this step is one.
+        collects: whether the scorer has to know of all this step's queries.
     """
 
     request_id: str
     kept: Kept
     cut: Kept | None = None
     window_start: int | None = None
+    collects: bool = False
 
 
 @dataclass
@@ -111,10 +113,13 @@ class EvictionPlan:
         return Cut(point, end, max(ceil(wanted) if self.limit.rate else int(wanted), protected, 1))
 
     @property
-    def cuts_prompt(self) -> bool:
-        """Whether tokens of the prompt are computed from a cache that is cut already."""
+    def computes_all(self) -> bool:
+        """Whether the prompt must be computed from its first token on, whatever the prefix cache holds.
+
+        Tokens behind a cut depend on what was kept, and some scorers sum over all queries.
+        """
         cut = self.next_cut(0)
-        return cut is not None and cut.point < self.prompt_len
+        return cut is not None and (cut.point < self.prompt_len or self.eviction.scorer.collects)
 
     def window_start(self, cut: Cut) -> int:
         """First token whose query the scorer needs at the cut."""

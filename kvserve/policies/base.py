@@ -111,6 +111,11 @@ class Eviction(_Part):
                 f"the schedule {self.schedule.name} needs eviction.max_tokens (--max-cache-tokens); "
                 "with a rate, use every-n"
             )
+        if self.scorer.collects and (self.schedule.decodes or self.schedule.chunk_tokens):
+            raise ValueError(
+                f"the scorer {self.scorer.name} sums over all queries of a prompt: "
+                "its schedule must be end-of-prefill without chunk_tokens"
+            )
         return self
 
 

@@ -85,6 +85,11 @@ class Scorer(BaseModel, ABC):
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which the view does not have")
         return self._score(view)
 
+    @property
+    def collects(self) -> bool:
+        """Whether it must know of every query of the prompt, not only of a window."""
+        return bool(self.needs & {"accumulated", "query_statistics"})
+
     @abstractmethod
     def _score(self, view: LayerView) -> torch.Tensor:
         """`score` of a view that has all of `needs`."""
