@@ -23,7 +23,7 @@ def test_dense_pages_are_reported_with_the_models_dtype(dtype: torch.dtype, bits
     assert "every token; the unfinished tile of 64 tokens in a block of its own" in found.table()
     assert found.block_bytes == 2 * 3 * 64 * 2 * 64 * bits // 8
     assert found.requested_ratio == pytest.approx(4 * 16 / bits)
-    assert found.pages(free_blocks=49, num_running=5) == {"free": 294, "dense": 60, "sealed": 240}
+    assert found.pages(free_blocks=49, num_running=5) == {"free": 294, "kept": 0, "dense": 60, "sealed": 240}
 
 
 def test_a_policy_without_pages_and_one_with_codes_are_reported_as_such():

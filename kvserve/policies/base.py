@@ -66,14 +66,15 @@ class Eviction(_Part):
     """Which tokens stay, how many, and when: a scorer, a budget and a schedule, each by its name and parameters.
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
-    `sink_tokens` of the policy and the tokens of the unfinished tile always stay.
+    `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
+    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget).
     """
 
     scorer: Any
     budget: Any
-    schedule: Annotated[Any, Field(validate_default=True)] = "end-of-prefill"
     rate: Annotated[float | None, Field(ge=1, le=1024)] = None
     max_tokens: Annotated[int | None, Field(ge=64)] = None
+    schedule: Annotated[Any, Field(validate_default=True)] = None
 
     @field_validator("scorer", "budget", "schedule", mode="before")
     @classmethod
@@ -81,6 +82,9 @@ class Eviction(_Part):
         # Imported here: the parts need torch, which a policy without eviction does not.
         from kvserve.policies.parts import make_part
 
+        if info.field_name == "schedule" and content is None:
+            scorer, max_tokens = info.data.get("scorer"), info.data.get("max_tokens")
+            content = "over-budget" if max_tokens and scorer and not scorer.collects else "end-of-prefill"
         return make_part(str(info.field_name), content)
 
     @field_serializer("scorer", "budget", "schedule")
