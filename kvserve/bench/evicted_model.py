@@ -78,6 +78,11 @@ class EvictedModel:
         layers, self._recorded = self._recorded, None
         return Prompt(layers, logits)
 
+    def recorded_layer(self) -> PromptLayer:
+        """The layer that the prefill under way has just attended in, for hooks of its modules."""
+        assert self._recorded
+        return self._recorded[-1]
+
     @torch.no_grad()
     def generate(self, prompt: Prompt, kept: torch.Tensor, max_tokens: int, end_tokens: set[int]) -> list[list[int]]:
         """Greedy tokens of each variant, its end token included; the first one comes from the whole prompt.
