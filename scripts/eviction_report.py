@@ -191,7 +191,7 @@ def main() -> int:
     tables = {
         "needles": needle_table(results, others, rates),
         "parity": parity_table(results, others, rates),
-        "perplexity": perplexity_table(results, others, rates, num_tokens),
+        "perplexity": perplexity_table(results, others, rates, num_tokens) if results.nats else "",
     }
     if options.print:
         print("\n\n".join(tables.values()))

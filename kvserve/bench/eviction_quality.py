@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from kvserve.policies.registry import policy_names
 
 DENSE, DENSE_RATE = "none", "1"
 MAX_ANSWER_TOKENS = 16
+Step = tuple[Callable[[PromptSet, int], None], int, str]
 Table = dict[str, dict[str, list[Any]]]  # policy, rate: one entry a prompt
 
 
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--continuation", type=int, default=256, help="tokens of each; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, required=True, help="prose for the prompts (WikiText-2 test)")
+    parser.add_argument("--part", choices=("all", "needles", "texts"), default="all", help="of the same prompts")
     parser.add_argument("--prompts-out", type=Path, help="file for the prompts")
     parser.add_argument("--out", type=Path, required=True, help="result file")
     return parser
@@ -148,13 +150,18 @@ def main(argv: list[str]) -> int:
         "policies": {name: _eviction_content(policy) for name, _, policy in policies},
     }
     content["prompts_sha256"] = _write_prompts(prompts, rates, model.head_dim, options.prompts_out)
-    _measure(Measurement(model, policies, tokenizer.decode), prompts, content, options.out)
+    measurement = Measurement(model, policies, tokenizer.decode)
+    steps: list[Step] = [
+        (measurement.ask, index, "needle") for index in range(options.needles) if options.part != "texts"
+    ]
+    steps += [(measurement.read, index, "text") for index in range(options.windows) if options.part != "needles"]
+    _measure(measurement, steps, prompts, content, options.out)
     return 0
 
 
-def _measure(measurement: Measurement, prompts: PromptSet, content: dict[str, Any], out: Path) -> None:
-    steps = [(measurement.ask, index, "needle") for index in range(len(prompts.questions))]
-    steps += [(measurement.read, index, "text") for index in range(len(prompts.texts))]
+def _measure(
+    measurement: Measurement, steps: Sequence[Step], prompts: PromptSet, content: dict[str, Any], out: Path
+) -> None:
     for number, (run, index, kind) in enumerate(steps):
         run(prompts, index)
         print(f"{datetime.now():%H:%M:%S} {number + 1}/{len(steps)} {kind}", file=sys.stderr, flush=True)
