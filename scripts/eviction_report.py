@@ -39,6 +39,15 @@ class Results:
                 self.hits[name] = {rate: found(answers, expected) for rate, answers in rates.items()}
             self.nats |= record["log_likelihoods_nats"]
 
+    def num_texts(self) -> int:
+        """Texts that all policies have."""
+        return min((len(sums) for rates in self.nats.values() for sums in rates.values()), default=0)
+
+    def cut(self, num_texts: int) -> None:
+        """Keep the first texts."""
+        for rates in self.nats.values():
+            rates |= {rate: sums[:num_texts] for rate, sums in rates.items()}
+
 
 def found(answers: list[str], expected: list[str]) -> list[bool]:
     """Which answers contain their number."""
@@ -188,6 +197,8 @@ def main() -> int:
         raise SystemExit("the records are of different prompts")
     rates, num_tokens, expected = ours[0]["rates"], ours[0]["continuation_tokens"], ours[0]["expected"]
     results, others = Results(ours, expected), Results(theirs, expected)
+    for part in (results, others):  # a run may have been stopped between two texts
+        part.cut(min(results.num_texts(), others.num_texts()))
     tables = {
         "needles": needle_table(results, others, rates),
         "parity": parity_table(results, others, rates),
