@@ -197,8 +197,9 @@ def main() -> int:
         raise SystemExit("the records are of different prompts")
     rates, num_tokens, expected = ours[0]["rates"], ours[0]["continuation_tokens"], ours[0]["expected"]
     results, others = Results(ours, expected), Results(theirs, expected)
+    counts = [part.num_texts() for part in (results, others) if part.nats]
     for part in (results, others):  # a run may have been stopped between two texts
-        part.cut(min(results.num_texts(), others.num_texts()))
+        part.cut(min(counts, default=0))
     tables = {
         "needles": needle_table(results, others, rates),
         "parity": parity_table(results, others, rates),
