@@ -193,7 +193,8 @@ def check(presses: Presses, folder: str, content: dict[str, Any], names: list[st
         made = [make_press(name, len(tokens), counts[0]) for counts in kept_counts.values()]
         prompt, kept = presses.prefill(tokens, {name: made})
         shared = presses.evicted.generate(prompt, kept, content["max_tokens"], ends)
-        for rate, press, answer in zip(kept_counts, made, shared, strict=True):
+        for (rate, counts), answer in zip(kept_counts.items(), shared, strict=True):
+            press = make_press(name, len(tokens), counts[0])  # a new one: the others share their scores
             alone = plain_answer(plain, press, tokens, content["max_tokens"], ends)
             same &= alone == answer
             sign = "==" if alone == answer else "!="
