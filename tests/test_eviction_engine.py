@@ -13,8 +13,10 @@ from engine_cases import MIB, STORY, encode, engine, generate, steps
 from greedy import Step, assert_same_texts
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from kvserve.bench.evicted_model import EvictedModel
 from kvserve.default_model import prepare_default_model
 from kvserve.pages.plan import EvictionPlan
+from kvserve.policies.loading import load_policy
 from kvserve.schedules.base import Limit
 
 NUM_TOKENS = 24
@@ -130,6 +132,22 @@ def test_a_cache_that_never_grows_is_a_dense_cache_cut_again_and_again(
         assert len(cuts) >= 3
         expected = greedy_with_cut_cache(model, prompt, cuts, score, 150)
         assert_same_texts([expected], [steps(output)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["snapkv", "ada-snapkv"])
+def test_the_text_is_that_of_the_benchmarks_model(policy: str, model: Path) -> None:
+    names = ("Anna", "Boris", "Chen", "Dalia")
+    with engine(model, policy, {"eviction.rate": 2}, max_model_len=2048, kv_cache_memory_bytes=256 * MIB) as llm:
+        prompts = [encode(llm, f"{name} told this story. " + STORY * 6 + "In the morning") for name in names]
+        actual = [steps(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS, logprobs=2)]
+    evicted, simulated = EvictedModel(str(model)), []
+    for tokens in prompts:
+        prompt = evicted.prefill(tokens)
+        kept = evicted.kept_tokens(prompt, load_policy(f"{policy}@2"))
+        (output,) = evicted.generate(prompt, kept[None], NUM_TOKENS, set())
+        simulated.append([Step(str(token), 0.0) for token in output])
+    assert_same_texts(actual, simulated)
 
 
 def test_the_last_chunk_has_the_window_however_the_prompt_is_cut(model: Path) -> None:

@@ -129,7 +129,7 @@ def test_refused_command_lines(arguments: list[str], part: str, capsys) -> None:
 def test_a_png_without_matplotlib_is_refused_before_the_engine_starts(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "--policy", "snapkv", "text", "--png", "kept.png"]) == 2
-    assert 'pip install "kvserve[inspect]"' in capsys.readouterr().err
+    assert 'pip install "kvserve[plot]"' in capsys.readouterr().err
 
 
 def test_a_prompt_through_the_engine_keeps_what_streaming_llm_keeps(monkeypatch) -> None:

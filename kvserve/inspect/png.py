@@ -18,7 +18,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UsageError('--png needs matplotlib; install it with `pip install "kvserve[inspect]"`') from None
+        raise UsageError('--png needs matplotlib; install it with `pip install "kvserve[plot]"`') from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
