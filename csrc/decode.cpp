@@ -76,7 +76,7 @@ class Decode {
   }
 
   void plan(const int32_t* req_ids, int32_t n) {
-    const int32_t size = l.tile_tokens ? CHUNK_TILES * l.tile_tokens : CHUNK_TOKENS_DENSE;
+    const int32_t size = all_dense(l) ? CHUNK_TOKENS_DENSE : CHUNK_TILES * l.tile_tokens;
     for (int32_t i = 0; i < n; ++i) {
       const Request r = request_of(b, req_ids[i]);
       const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : r.kept_end;
@@ -97,13 +97,24 @@ class Decode {
     std::fill(partial, partial + group, NEG_INF);
     std::fill(partial + group, partial + int64_t(group) * (l.head_dim + 2), 0.0f);
     const Heads heads = heads_of(s.q.data(), partial);
-    if (!l.tile_tokens) {
-      for (int32_t p = t.first; p < t.last; ++p) push(dense_slot(l, a, t.request.row, t.kv_head, p), heads, s);
-      return flush(heads, s);
-    }
+    if (all_dense(l)) return attend_dense_slots(t, heads, s);
     if (t.kept != NOT_KEPT) return attend_kept(t, heads, s);
     attend_sealed(t, heads, s);
     attend_own(t, heads, s);
+  }
+
+  void attend_dense_slots(const Task& t, const Heads& heads, Scratch& s) const {
+    const Request& r = t.request;
+    if (t.kept != NOT_KEPT) {
+      for (int32_t i = t.first; i < t.last; ++i) push(kept_slot(l, a, r, t.kept, i), heads, s);
+      return flush(heads, s);
+    }
+    if (r.kept_end && t.first == r.kept_end)
+      for (int32_t p = 0; p < l.sink_tokens; ++p) push(sink_slot(l, a, r.row, t.kv_head, p), heads, s);
+    const int32_t stored = l.tile_tokens ? r.num_computed : r.seq_len;  // the dense policy has the query's own token too
+    for (int32_t p = t.first; p < std::min(t.last, stored); ++p) push(stored_slot(l, a, r, t.kv_head, p), heads, s);
+    flush(heads, s);
+    if (l.tile_tokens) attend_own(t, heads, s);
   }
 
   void attend_sealed(const Task& t, const Heads& heads, Scratch& s) const {
@@ -145,7 +156,7 @@ class Decode {
   // Tile i, or the i-th page that the KV head keeps.
   const uint8_t* page_of(const Task& t, int32_t i) const {
     return t.kept == NOT_KEPT ? tile_page(l, a, t.request, t.kv_head, i)
-                              : kept_page(l, a, t.request.row, t.request.kept_row, t.kept + i);
+                              : kept_page(l, a, t.request.kept_blocks, t.kept + i);
   }
   void prefetch_pages(const Task& t, int32_t first, int32_t end) const {
     for (int32_t i = first; i < std::min(first + MAX_PAGES, end); ++i) prefetch(page_of(t, i), l.page_bytes);

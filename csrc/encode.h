@@ -151,8 +151,18 @@ inline void encode_values(const KvsLayout& l, TileScratch& s, uint8_t* page) {
   pack_codes(s.codes, tokens, dim, l.value_bits, page + l.value_codes);
 }
 
+inline void write_slot(const KvsLayout& l, const float* key, const float* value, uint8_t* slot) {
+  store_row(slot, key, l.head_dim, l.dense_dtype);
+  store_row(slot + slot_bytes(l) / 2, value, l.head_dim, l.dense_dtype);
+}
+
 // Writes every section of `page`, and zeroes its padding, from s.key and s.value.
 inline void encode_page(const KvsLayout& l, TileScratch& s, int first_counted, uint8_t* page) {
+  if (all_dense(l)) {
+    for (int t = 0; t < l.tile_tokens; ++t, page += slot_bytes(l))
+      write_slot(l, s.key + t * l.head_dim, s.value + t * l.head_dim, page);
+    return;
+  }
   std::fill(page, page + l.page_bytes, uint8_t(0));
   encode_keys(l, s, first_counted, page);
   encode_values(l, s, page);

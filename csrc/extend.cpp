@@ -36,6 +36,12 @@ struct Range {
   int begin, end;
 };
 
+// Where the K row and the V row of a token lie, and their dtype.
+struct TokenRow {
+  const void *key, *value;
+  int32_t dtype;
+};
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -78,12 +84,16 @@ class Worker {
   void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
   void attend_kept();
+  template <class RowOf>
+  void attend_slots(int count, RowOf find);
   void attend(const Tile& tile, int row_begin, int row_end);
   Range score_strip(const Tile& tile, int row, int row_begin, int row_end);
   Range mask_strip(const Tile& tile, int row, int row_begin, int row_end, Range* visible) const;
   KVS_INLINE void softmax_strip(int row, int first_vector, int last_vector);
-  void gather(int begin, int end, int tile_first);
-  void load_token(int position, float* key, float* value) const;
+  template <class RowOf>
+  void gather(int begin, int end, int tile_first, RowOf find);
+  TokenRow slot_row(const uint8_t* slot) const { return {slot, slot + slot_bytes(layout_) / 2, layout_.dense_dtype}; }
+  TokenRow token_row(int position) const;
   void load_sinks(float* keys, float* values, ptrdiff_t panel_stride) const;
   void load_panels(float* to, const void* from, ptrdiff_t panel_stride, int32_t dtype) const;
   int64_t token_of(int row) const;
@@ -135,23 +145,13 @@ inline void copy_row(float* to, const void* from, int count, int32_t dtype) {
   for (int i = 0; i < count; i += VL) storeu(to + i, loadu((const float*)from + i));
 }
 
-// The dense row of a token that is not sealed: staged, tail slot, or (dense policy) its own slot.
-void Worker::load_token(int position, float* key, float* value) const {
-  const void *from, *from_value;
-  int32_t dtype = KVS_F32;
-  if (layout_.tile_tokens && position >= request_.num_computed) {
-    const int64_t token = request_.first_row + position - request_.num_computed;
-    const float* row = staged_row(layout_, staged_, token, task_.kv_head);
-    from = row, from_value = row + dim_;
-  } else {
-    const uint8_t* slot = layout_.tile_tokens
-                              ? tail_slot(layout_, arena_, request_.row, task_.kv_head, position)
-                              : dense_slot(layout_, arena_, request_.row, task_.kv_head, position);
-    from = slot, from_value = slot + slot_bytes(layout_) / 2;
-    dtype = layout_.dense_dtype;
-  }
-  copy_row(key, from, dim_, dtype);
-  load_panels(value, from_value, COLUMNS * COLUMNS, dtype);
+// The dense row of a token: staged, or in a slot (dense policy: always its own slot).
+TokenRow Worker::token_row(int position) const {
+  if (!layout_.tile_tokens || position < request_.num_computed)
+    return slot_row(stored_slot(layout_, arena_, request_, task_.kv_head, position));
+  const int64_t token = request_.first_row + position - request_.num_computed;
+  const float* row = staged_row(layout_, staged_, token, task_.kv_head);
+  return {row, row + dim_, KVS_F32};
 }
 
 // A value row into panels that lie `panel_stride` apart.
@@ -161,14 +161,19 @@ void Worker::load_panels(float* to, const void* from, ptrdiff_t panel_stride, in
     copy_row(to, (const uint8_t*)from + d * bytes, std::min(COLUMNS, dim_ - d), dtype);
 }
 
-// Dense tokens [begin, end) into the scratch tile that starts at tile_first; the rest of the tile is zero.
-void Worker::gather(int begin, int end, int tile_first) {
+// Dense tokens [begin, end), each where find says, into the scratch tile that starts at tile_first; the rest of the tile
+// is zero.
+template <class RowOf>
+void Worker::gather(int begin, int end, int tile_first, RowOf find) {
   if (end - begin < COLUMNS) {
     std::fill_n(gathered_, (size_t)COLUMNS * dim_, 0.0f);
     std::fill_n(values_, (size_t)COLUMNS * round_up(dim_, COLUMNS), 0.0f);
   }
-  for (int t = begin; t < end; ++t)
-    load_token(t, gathered_ + (ptrdiff_t)(t - tile_first) * dim_, values_ + (ptrdiff_t)(t - tile_first) * COLUMNS);
+  for (int t = begin; t < end; ++t) {
+    const TokenRow row = find(t);
+    copy_row(gathered_ + (ptrdiff_t)(t - tile_first) * dim_, row.key, dim_, row.dtype);
+    load_panels(values_ + (ptrdiff_t)(t - tile_first) * COLUMNS, row.value, COLUMNS * COLUMNS, row.dtype);
+  }
   for (int column = 0; column < COLUMNS; column += VL)
     for (int d = 0; d < dim_; d += VL)
       transpose_block(gathered_ + (ptrdiff_t)column * dim_ + d, dim_, keys_ + (ptrdiff_t)d * COLUMNS + column,
@@ -205,18 +210,30 @@ void Worker::attend_sealed(int tile_index) {
   }
 }
 
+// All queries over `count` dense tokens that each of them sees.
+template <class RowOf>
+void Worker::attend_slots(int count, RowOf find) {
+  for (int first = 0; first < count; first += COLUMNS) {
+    const int last = std::min(first + COLUMNS, count);
+    gather(first, last, first, find);
+    attend({keys_, values_, COLUMNS * COLUMNS, 0, 0, last - first}, 0, rows_);
+  }
+}
+
 // All queries over what an evicted request has left before kept_end: sinks and kept pages.
 void Worker::attend_kept() {
-  if (layout_.sink_tokens) {
-    std::fill_n(keys_, (size_t)COLUMNS * dim_, 0.0f);
-    std::fill_n(values_, (size_t)COLUMNS * dim_, 0.0f);
-    load_sinks(keys_, values_, COLUMNS * COLUMNS);
-    attend({keys_, values_, COLUMNS * COLUMNS, 0, 0, layout_.sink_tokens}, 0, rows_);
-  }
+  if (layout_.sink_tokens)
+    attend_slots(layout_.sink_tokens, [&](int t) {
+      return slot_row(sink_slot(layout_, arena_, request_.row, task_.kv_head, t));
+    });
   const KvsKept kept = kept_of(arena_, request_.row, task_.kv_head);
+  if (all_dense(layout_))
+    return attend_slots(kept.num_tokens, [&](int i) {
+      return slot_row(kept_slot(layout_, arena_, request_, kept.first_page, i));
+    });
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
   for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
-    const uint8_t* page = kept_page(layout_, arena_, request_.row, request_.kept_row, f);
+    const uint8_t* page = kept_page(layout_, arena_, request_.kept_blocks, f);
     decode_keys(layout_, page, keys_);
     decode_values(layout_, page, values_);
     for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {
@@ -235,7 +252,7 @@ void Worker::attend_dense(int tile_first, int query_end) {
   const int end = std::min(query_end, window_end);
   if (begin >= end) return;
   const int first = std::max(tile_first, window_begin(begin)), last = std::min(column_end, end);
-  gather(first, last, tile_first);
+  gather(first, last, tile_first, [&](int t) { return token_row(t); });
   const Tile tile{keys_, values_, COLUMNS * COLUMNS, tile_first, first - tile_first, last - tile_first};
   attend(tile, (begin - task_.first) * group_, (end - task_.first) * group_);
 }
@@ -374,8 +391,8 @@ void Worker::run(const Task& task) {
   const int begin = std::max(window_begin(task.first), request_.kept_end);
   for (int tile = begin / tile_tokens_; tile <= last_ / tile_tokens_; ++tile) {
     const int first = tile * tile_tokens_;
-    if (layout_.tile_tokens) attend_sealed(tile);
-    const int query_end = layout_.tile_tokens ? std::min(last_ + 1, first + tile_tokens_) : last_ + 1;
+    if (!all_dense(layout_)) attend_sealed(tile);
+    const int query_end = all_dense(layout_) ? last_ + 1 : std::min(last_ + 1, first + tile_tokens_);
     for (int part = 0; part < tile_tokens_; part += COLUMNS) attend_dense(first + part, query_end);
   }
   store_outputs();

@@ -19,33 +19,30 @@ struct Request {
   int32_t num_computed;  // tokens stored before this step
   int32_t seq_len;
   const int32_t* row;
-  int32_t kept_end = 0, kept_row = 0, kept_blocks = 0;  // all 0 unless it was evicted
+  int32_t kept_end = 0;  // 0: not evicted
+  const int32_t* kept_blocks = nullptr;
 };
-
-// `kept`: the request's three integers (KvsBatch), or null.
-inline Request request_of(int32_t first_row, int32_t num_computed, int32_t seq_len, const int32_t* row,
-                          const int32_t* kept) {
-  if (!kept || kept[0] == 0) return {first_row, num_computed, seq_len, row};
-  return {first_row, num_computed, seq_len, row, kept[0], kept[1], kept[2]};
-}
 
 inline Request request_of(const KvsBatch& b, int32_t r) {
   const int32_t first = b.query_start_loc[r], len = b.query_start_loc[r + 1] - first;
-  return request_of(first, b.seq_lens[r] - len, b.seq_lens[r], b.block_table + r * b.block_table_stride,
-                    b.kept ? b.kept + 3 * int64_t(r) : nullptr);
+  Request q{first, b.seq_lens[r] - len, b.seq_lens[r], b.block_table + r * b.block_table_stride};
+  if (b.kept_ends && b.kept_ends[r]) {
+    q.kept_end = b.kept_ends[r];
+    q.kept_blocks = b.kept_blocks + b.kept_starts[r];
+  }
+  return q;
 }
 
-// Sealed page of tile i. Tile blocks that a request got after it was evicted lie behind its kept blocks.
+// Sealed page of tile i.
 inline uint8_t* tile_page(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv_head, int32_t i) {
   const int32_t j = i / l.tiles_per_block;
   const int32_t r = l.state_blocks + l.tail_blocks + j + (j ? l.sink_blocks : 0);
-  const int32_t block = q.row[r < q.kept_row ? r : r + q.kept_blocks];
-  return cell(a, block, kv_head) + (i % l.tiles_per_block) * l.page_bytes;
+  return cell(a, q.row[r], kv_head) + (i % l.tiles_per_block) * l.page_bytes;
 }
 // Kept page f of a request: its pages fill each kept block layer by layer, whichever layer they belong to.
-inline uint8_t* kept_page(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kept_row, int32_t f) {
+inline uint8_t* kept_page(const KvsLayout& l, const KvsArena& a, const int32_t* kept_blocks, int32_t f) {
   const int32_t of_layer = l.num_kv_heads * l.tiles_per_block, of_block = a.num_layers * of_layer;
-  const int32_t block = row[kept_row + f / of_block], layer = f % of_block / of_layer, i = f % of_layer;
+  const int32_t block = kept_blocks[f / of_block], layer = f % of_block / of_layer, i = f % of_layer;
   return cell(a, block, i / l.tiles_per_block) + (layer - a.layer) * a.layer_stride +
          (i % l.tiles_per_block) * l.page_bytes;
 }
@@ -68,6 +65,18 @@ inline uint8_t* tail_slot(const KvsLayout& l, const KvsArena& a, const int32_t* 
 // Slot of the token at position p under the dense policy.
 inline uint8_t* dense_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
   return cell(a, row[p / l.block_size], kv_head) + (p % l.block_size) * slot_bytes(l);
+}
+// Whether every token is a dense slot: the dense policy, or dense pages.
+inline bool all_dense(const KvsLayout& l) { return l.key_bits == 0; }
+// Slot of the token at position p, which is stored and not evicted, where every token is a dense slot.
+inline uint8_t* stored_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv_head, int32_t p) {
+  if (!l.tile_tokens) return dense_slot(l, a, q.row, kv_head, p);
+  if (p >= q.num_computed / l.tile_tokens * l.tile_tokens) return tail_slot(l, a, q.row, kv_head, p);
+  return tile_page(l, a, q, kv_head, p / l.tile_tokens) + p % l.tile_tokens * slot_bytes(l);
+}
+// Slot of the i-th token kept in dense pages from page `first` on.
+inline uint8_t* kept_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t first, int32_t i) {
+  return kept_page(l, a, q.kept_blocks, first + i / l.tile_tokens) + i % l.tile_tokens * slot_bytes(l);
 }
 // Staged K row of a new token; its V row follows.
 inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t token, int32_t kv_head) {

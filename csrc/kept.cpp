@@ -1,4 +1,5 @@
-// kvs_read: stored tokens back to rows. kvs_write_kept: the rows that an evicted request keeps, to its kept pages.
+// kvs_read: stored tokens back to rows. kvs_read_kept, kvs_write_kept: the rows that an evicted request keeps, from and
+// to its kept pages.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -46,28 +47,30 @@ void read_values(const KvsLayout& l, const uint8_t* page, int first, int last, f
 
 void read_slot(const KvsLayout& l, const uint8_t* slot, float* key, float* value) {
   load_row(key, slot, l.head_dim, l.dense_dtype);
+  if (!value) return;
   load_row(value, slot + slot_bytes(l) / 2, l.head_dim, l.dense_dtype);
   if (l.value_rotated) hadamard(value, l.head_dim);
 }
 
-// What a span takes from tile i, to the span's rows of one KV head.
+// What a span takes from tile i, to the span's rows of one KV head; value may be null.
 void read_tile(const KvsLayout& l, const KvsArena& a, const Span& span, int32_t kv_head, int32_t i, float* key,
                float* value, PageRows& s) {
   const Request& q = span.request;
   const int32_t start = i * l.tile_tokens, last = std::min(span.last, start + l.tile_tokens);
   const bool sealed = start + l.tile_tokens <= q.num_computed;
-  const int32_t slots_end = sealed ? std::min(last, l.sink_tokens) : last;
+  const int32_t slots_end = sealed && !all_dense(l) ? std::min(last, l.sink_tokens) : last;
   int32_t p = std::max(span.first, start);
   for (; p < slots_end; ++p) {
-    const uint8_t* slot = sealed ? sink_slot(l, a, q.row, kv_head, p) : tail_slot(l, a, q.row, kv_head, p);
+    const bool is_sink = sealed && p < l.sink_tokens;
+    const uint8_t* slot = is_sink ? sink_slot(l, a, q.row, kv_head, p) : stored_slot(l, a, q, kv_head, p);
     const int64_t at = int64_t(p - span.first) * l.head_dim;
-    read_slot(l, slot, key + at, value + at);
+    read_slot(l, slot, key + at, value ? value + at : nullptr);
   }
   if (p >= last) return;
   const uint8_t* page = tile_page(l, a, q, kv_head, i);
   const int64_t at = int64_t(p - span.first) * l.head_dim;
   read_keys(l, page, p - start, last - start, key + at, s);
-  read_values(l, page, p - start, last - start, value + at, s);
+  if (value) read_values(l, page, p - start, last - start, value + at, s);
 }
 
 struct KeptTile {
@@ -102,11 +105,11 @@ void load_tile(const KvsLayout& l, const KeptTile& tile, const float* key, const
 
 using namespace kvs;
 
-void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, const int32_t* kept,
-              int32_t num_tokens, int32_t first, int32_t last, float* key, float* value) {
+void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, int32_t num_tokens, int32_t first,
+              int32_t last, float* key, float* value) {
   const KvsLayout& l = *layout;
   if (first >= last) return;
-  const Span span{request_of(0, num_tokens, num_tokens, row, kept), first, last};
+  const Span span{{0, num_tokens, num_tokens, row}, first, last};
   const int32_t tile = first / l.tile_tokens, tiles = (last - 1) / l.tile_tokens - tile + 1;
   const int64_t head_elements = int64_t(last - first) * l.head_dim;
 #pragma omp parallel if (tiles * l.num_kv_heads > 1)
@@ -115,15 +118,39 @@ void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row
 #pragma omp for schedule(dynamic, 1)
     for (int32_t i = 0; i < tiles * l.num_kv_heads; ++i) {
       const int32_t h = i / tiles;
-      read_tile(l, *arena, span, h, tile + i % tiles, key + h * head_elements, value + h * head_elements, *scratch);
+      float* head_value = value ? value + h * head_elements : nullptr;
+      read_tile(l, *arena, span, h, tile + i % tiles, key + h * head_elements, head_value, *scratch);
     }
   }
 }
 
-void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* row, int32_t kept_row,
+void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* kept_blocks, const KvsKept* kept,
+                   const int64_t* offsets, float* key, float* value) {
+  const KvsLayout& l = *layout;
+  const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
+#pragma omp parallel if (tiles.size() > 1)
+  {
+    const std::unique_ptr<PageRows> scratch(new PageRows);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      const KeptTile& tile = tiles[i];
+      const uint8_t* page = kept_page(l, *arena, kept_blocks, tile.page);
+      const int count = int(tile.last - tile.first);
+      for (int64_t t = 0; all_dense(l) && t < count; ++t) {
+        const int64_t at = (tile.first + t) * l.head_dim;
+        read_slot(l, page + t * slot_bytes(l), key + at, value + at);
+      }
+      if (all_dense(l)) continue;
+      read_keys(l, page, 0, count, key + tile.first * l.head_dim, *scratch);
+      read_values(l, page, 0, count, value + tile.first * l.head_dim, *scratch);
+    }
+  }
+}
+
+void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t state_block, const int32_t* kept_blocks,
                     const KvsKept* kept, const int64_t* offsets, const float* key, const float* value) {
   const KvsLayout& l = *layout;
-  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, row[0], h), kept + h, sizeof *kept);
+  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, state_block, h), kept + h, sizeof *kept);
   const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
 #pragma omp parallel if (tiles.size() > 1)
   {
@@ -131,7 +158,7 @@ void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, const int32_
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
       load_tile(l, tiles[i], key, value, *scratch);
-      encode_page(l, *scratch, 0, kept_page(l, *arena, row, kept_row, tiles[i].page));
+      encode_page(l, *scratch, 0, kept_page(l, *arena, kept_blocks, tiles[i].page));
     }
   }
 }

@@ -32,7 +32,8 @@ struct KvsLayout {
   int32_t dense_dtype;      // KvsDtype of dense slots
   int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
   int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
-  int32_t key_bits, key_group, boost_channels;
+  int32_t key_bits, key_group, boost_channels;  // key_bits 0: a page is tile_tokens dense slots, and the fields of
+                                                // codes are 0
   int32_t value_bits, value_group, value_rotated;
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale
@@ -63,7 +64,9 @@ struct KvsBatch {
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t block_table_stride;  // elements
-  const int32_t* kept;         // [num_reqs][kept_end, kept_row, kept_blocks]; kept_end 0: not evicted. Null: nobody is
+  const int32_t* kept_ends;    // [num_reqs] kept_end; 0: not evicted. Null: nobody is, and the next two mean nothing
+  const int32_t* kept_starts;  // [num_reqs + 1] request r has kept_blocks[kept_starts[r] .. kept_starts[r + 1]]
+  const int32_t* kept_blocks;  // block ids
 };
 
 // [tokens, heads, head_dim] rows; the last dim is contiguous.
@@ -85,14 +88,25 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
                  int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
-// [num_kv_heads][last - first][head_dim]; V is un-rotated. `kept`: the request's three integers (KvsBatch) or null; of
-// an evicted request, only sinks and tokens from kept_end on can be read.
-void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, const int32_t* kept, int32_t num_tokens,
-              int32_t first, int32_t last, float* key, float* value);
-// Encodes what each KV head of this layer keeps and stores it with its header, kept[num_kv_heads]. The tokens of head h
-// are the rows [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V not rotated.
-void kvs_write_kept(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_row, const KvsKept* kept,
-                    const int64_t* offsets, const float* key, const float* value);
+// [num_kv_heads][last - first][head_dim]; V is un-rotated; a null value is left out. Of an evicted request, only sinks
+// and tokens from kept_end on are there to be read.
+void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t num_tokens, int32_t first, int32_t last,
+              float* key, float* value);
+// What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h are the rows
+// [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated.
+void kvs_read_kept(const KvsLayout*, const KvsArena*, const int32_t* kept_blocks, const KvsKept* kept,
+                   const int64_t* offsets, float* key, float* value);
+// The reverse; stores the headers too, in state_block.
+void kvs_write_kept(const KvsLayout*, const KvsArena*, int32_t state_block, const int32_t* kept_blocks,
+                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value);
+// The attention that the last `num_queries` of a request's `num_tokens` stored tokens pay to each token it holds: over
+// the query rows, the sum (maximum: the largest) of probability ** power (1 or 2), for every query head. Keys count as
+// they are stored now; a query sees the tokens up to its own. sums: float32 [num_heads][columns], written; of a KV head
+// the columns are all tokens, or, for an evicted request, sinks, kept tokens and those from kept_end on, where every
+// query must stand; columns behind its tokens are zero. Not for a sliding window.
+void kvs_attention_sums(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t kept_end,
+                        const int32_t* kept_blocks, int32_t num_tokens, const KvsRows* query, int32_t num_queries,
+                        int32_t power, int32_t maximum, float* sums, int64_t columns);
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);

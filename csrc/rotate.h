@@ -6,15 +6,28 @@
 
 namespace kvs {
 
+// Lane i becomes x[i] + x[i + half], or x[i - half] - x[i] where i has that bit.
+template <int half>
+KVS_INLINE VF lane_butterfly(VF x) {
+  VI partner{};
+  VF sign{};
+  for (int i = 0; i < VL; ++i) {
+    partner[i] = i ^ half;
+    sign[i] = i & half ? -1.0f : 1.0f;
+  }
+  return __builtin_shuffle(x, partner) + x * sign;
+}
+
+KVS_INLINE VF lane_butterflies(VF x) {
+  x = lane_butterfly<2>(lane_butterfly<1>(x));
+  if constexpr (VL >= 8) x = lane_butterfly<4>(x);
+  if constexpr (VL >= 16) x = lane_butterfly<8>(x);
+  return x;
+}
+
 // In place; n is a power of two and a multiple of 16. Its own inverse.
 inline void hadamard(float* x, int n) {
-  for (int half = 1; half < VL; half *= 2)
-    for (int i = 0; i < n; i += 2 * half)
-      for (int j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
+  for (int i = 0; i < n; i += VL) storeu(x + i, lane_butterflies(loadu(x + i)));
   for (int half = VL; half < n; half *= 2)
     for (int i = 0; i < n; i += 2 * half)
       for (int j = i; j < i + half; j += VL) {

@@ -46,11 +46,9 @@ void seal(const KvsLayout& l, const KvsArena& a, const float* staged, const Tile
   const int32_t sinks = tile.index == 0 ? l.sink_tokens : 0;
   gather(l, a, staged, tile, s);
   encode_page(l, s, sinks, tile_page(l, a, tile.request, tile.kv_head, tile.index));
-  for (int32_t t = 0; t < sinks; ++t) {
-    uint8_t* slot = sink_slot(l, a, tile.request.row, tile.kv_head, t);
-    store_row(slot, s.key + t * l.head_dim, l.head_dim, l.dense_dtype);
-    store_row(slot + slot_bytes(l) / 2, s.value + t * l.head_dim, l.head_dim, l.dense_dtype);
-  }
+  for (int32_t t = 0; t < sinks; ++t)
+    write_slot(l, s.key + t * l.head_dim, s.value + t * l.head_dim,
+               sink_slot(l, a, tile.request.row, tile.kv_head, t));
 }
 
 void store_dense(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged) {

@@ -32,9 +32,9 @@ PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 
 @triton.jit
 def decode_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
-    query, query_token_stride, query_head_stride, staged, partial, partial_lse, scale,
-    CHUNK: tl.constexpr, G: tl.constexpr
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, partial, partial_lse,
+    scale, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head, split): its share of the chunks; the last split adds sinks and tail."""
     r, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -65,7 +65,8 @@ def decode_kernel(
         else:
             accumulator, peak, total = _sealed_share(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed,
-                oldest, kept, scale, block_stride, head_stride, layer, num_layers, CHUNK, G
+                oldest, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
+                CHUNK, G
             )  # fmt: skip
             if split == splits - 1:
                 tile_start = tl.zeros_like(position) + computed // G.tile_tokens * G.tile_tokens
@@ -89,13 +90,14 @@ def decode_kernel(
 
 @triton.jit
 def _sealed_share(
-    accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed, oldest, kept,
-    scale, block_stride, head_stride, layer, num_layers, CHUNK: tl.constexpr, G: tl.constexpr
+    accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed, oldest,
+    kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
+    CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """This split's share of a head's kept chunks and of the chunks of its sealed tiles."""
-    end, kept_row, kept_blocks = kept_of(r, kept)
+    end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
     first_page, kept_tokens = 0, 0
-    if kept is not None:
+    if kept_ends is not None:
         first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
@@ -103,8 +105,8 @@ def _sealed_share(
     share = (chunks + splits - 1) // splits
     for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=SEALED_STAGES):
         page = page_of_chunk(
-            table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride,
-            head_stride, layer, num_layers, G
+            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer,
+            num_layers, G
         )  # fmt: skip
         is_kept = chunk < kept_chunks
         in_sequence = first_tile * G.tile_tokens + (chunk - kept_chunks) * CHUNK
@@ -204,8 +206,8 @@ def decode(
     partial = torch.empty(*shape, geometry.block_dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     decode_kernel[(batch.num_reqs, geometry.num_kv_heads, splits)](
-        *tables.arguments, query, query.stride(0), query.stride(1), staged, partial, partial_lse, scale * LOG2_E,
-        CHUNK_TOKENS, geometry, num_warps=warps,
+        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, partial,
+        partial_lse, scale * LOG2_E, CHUNK_TOKENS, geometry, num_warps=warps,
     )  # fmt: skip
     combine_kernel[(batch.num_reqs, geometry.num_kv_heads)](
         batch.query_start_loc, partial, partial_lse, output, output.stride(0), output.stride(1), lse, query.shape[1],

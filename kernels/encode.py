@@ -151,13 +151,27 @@ def _symmetric(value, top: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def store_slots(cells, slots, mask, key, value, G: tl.constexpr):
+    """Write K and V [N, block_dim] to the dense slots at the offsets [N]."""
+    d = tl.arange(0, G.block_dim)
+    at = (cells + slots[:, None]).to(tl.pointer_type(G.slot_dtype)) + d[None, :]
+    both = mask[:, None] & (d < G.head_dim)[None, :]
+    tl.store(at, key.to(G.slot_dtype), mask=both)
+    tl.store(at + G.head_dim, value.to(G.slot_dtype), mask=both)
+
+
+@triton.jit
 def encode_page(page, key, value, first_counted, G: tl.constexpr):
-    """Seal one tile: key and value float32 [tile_tokens, head_dim], the value rotated where the policy rotates.
+    """Seal one tile: key and value float32 [tile_tokens, block_dim], the value rotated where the policy rotates.
 
     Tokens before first_counted do not define key ranges. Padding at the end of the page becomes zero.
     """
-    _encode_key(page, key, first_counted, G)
-    _encode_value(page, value, G)
-    end: tl.constexpr = G.key_boost_index + G.boost_channels
-    pad = tl.arange(0, 256)
-    tl.store(page + end + pad, tl.zeros([256], tl.uint8), mask=pad < G.page_bytes - end)
+    if G.dense_pages:
+        slots = tl.arange(0, G.tile_tokens) * G.slot_bytes
+        store_slots(page, slots, slots >= 0, key, value, G)
+    else:
+        _encode_key(page, key, first_counted, G)
+        _encode_value(page, value, G)
+        end: tl.constexpr = G.key_boost_index + G.boost_channels
+        pad = tl.arange(0, 256)
+        tl.store(page + end + pad, tl.zeros([256], tl.uint8), mask=pad < G.page_bytes - end)

@@ -20,10 +20,10 @@ EXTEND_ROWS = 64  # rows of one program's dots
 
 @triton.jit
 def extend_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
-    query, query_token_stride, query_head_stride, staged, output, output_token_stride, output_head_stride, lse,
-    num_heads, scale, LEAST_TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-    G: tl.constexpr
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, output,
+    output_token_stride, output_head_stride, lse, num_heads, scale,
+    LEAST_TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (row tile, request, kv_head): row m is head m % group of the tile's token m // group."""
     r, head = tl.program_id(1), tl.program_id(2)
@@ -52,8 +52,8 @@ def extend_kernel(
             tile_start = position // G.tile_tokens * G.tile_tokens
             accumulator, peak, total = _past(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row,
-                computed, first, last, position, tile_start, kept, scale, block_stride, head_stride, layer, num_layers,
-                CHUNK, G
+                computed, first, last, position, tile_start, kept_ends, kept_starts, kept_blocks, scale, block_stride,
+                head_stride, layer, num_layers, CHUNK, G
             )  # fmt: skip
         for start in range(dense_from, last + 1, CHUNK):
             accumulator, peak, total = add_dense_tokens(
@@ -70,13 +70,13 @@ def extend_kernel(
 @triton.jit
 def _past(
     accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row, computed, first,
-    last, position, tile_start, kept, scale, block_stride, head_stride, layer, num_layers,
-    CHUNK: tl.constexpr, G: tl.constexpr
+    last, position, tile_start, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer,
+    num_layers, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Kept pages, sealed tiles before the last row's tile, and sinks."""
-    end, kept_row, kept_blocks = kept_of(r, kept)
+    end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
     first_page, kept_tokens = 0, 0
-    if kept is not None:
+    if kept_ends is not None:
         first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
     oldest = tl.maximum(first + 1 - G.sliding_window, 0) if G.sliding_window else 0
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
@@ -84,8 +84,8 @@ def _past(
     chunks = kept_chunks + (last // G.tile_tokens - first_tile) * G.chunks_per_tile
     for chunk in range(0, chunks):
         page = page_of_chunk(
-            table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride,
-            head_stride, layer, num_layers, G
+            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer,
+            num_layers, G
         )  # fmt: skip
         is_kept = chunk < kept_chunks
         in_sequence = first_tile * G.tile_tokens + (chunk - kept_chunks) * CHUNK
@@ -127,7 +127,7 @@ def extend(
     rows = max(EXTEND_ROWS, geometry.group_rows)
     row_tiles = triton.cdiv(tables.max_query_len, rows // geometry.group)
     extend_kernel[(row_tiles, batch.num_reqs, geometry.num_kv_heads)](
-        *tables.arguments, query, query.stride(0), query.stride(1), staged, output, output.stride(0), output.stride(1),
-        lse, query.shape[1], scale * LOG2_E, least_tokens, rows, CHUNK_TOKENS, min(32, geometry.block_dim), geometry,
-        num_warps=4 if geometry.block_dim < 128 else 8, num_stages=1,
+        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, output,
+        output.stride(0), output.stride(1), lse, query.shape[1], scale * LOG2_E, least_tokens, rows, CHUNK_TOKENS,
+        min(32, geometry.block_dim), geometry, num_warps=4 if geometry.block_dim < 128 else 8, num_stages=1,
     )  # fmt: skip

@@ -25,7 +25,8 @@ class Geometry(NamedTuple):
     """A PageLayout and a LayerSpec as compile-time constants; a field that the policy does not have is 0.
 
     Kernels take it as one `tl.constexpr`. `dense` marks the dense policy: cells hold slots only, and of the fields
-    after `slot_bytes` none is used.
+    after `slot_bytes` none is used. `dense_pages` marks pages that are slots: of the fields after `page_bytes` none is
+    used.
     """
 
     head_dim: int
@@ -46,14 +47,15 @@ class Geometry(NamedTuple):
     first_tile_row: int = 0
     sink_blocks: int = 0
     sink_tokens: int = 0
+    dense_pages: bool = False
+    cell_bytes: int = 0
+    page_bytes: int = 0
     key_bits: int = 0
     key_group: int = 0
     boost_channels: int = 0
     value_bits: int = 0
     value_group: int = 0
     rotated: bool = False
-    cell_bytes: int = 0
-    page_bytes: int = 0
     key_codes: int = 0
     key_boost_codes: int = 0
     value_codes: int = 0
@@ -87,22 +89,28 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         slot_bytes=layout.slot_bytes,
     )
     sections, policy = layout.sections, layout.policy
-    if sections is None or policy.key is None or policy.value is None:
+    if sections is None:
         return common
     if layout.tile_tokens % CHUNK_TOKENS:
         raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
     names = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks", "cell_bytes")
-    offsets = ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index")
-    return common._replace(
-        **{name: getattr(layout, name) for name in (*names, "key_group", "boost_channels", "value_group")},
-        **{name: getattr(sections, name) for name in offsets},
+    paged = common._replace(
+        **{name: getattr(layout, name) for name in names},
         chunks_per_tile=layout.tile_tokens // CHUNK_TOKENS,
         first_tile_row=layout.tile_row(0),
         sink_tokens=policy.sink_tokens,
+        dense_pages=policy.dense_pages,
+        page_bytes=sections.size_bytes,
+    )
+    if policy.key is None or policy.value is None:
+        return paged
+    offsets = ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index")
+    return paged._replace(
+        **{name: getattr(layout, name) for name in ("key_group", "boost_channels", "value_group")},
+        **{name: getattr(sections, name) for name in offsets},
         key_bits=policy.key.bits,
         value_bits=policy.value.bits,
         rotated=policy.value.rotate,
-        page_bytes=sections.size_bytes,
     )
 
 
@@ -134,8 +142,13 @@ class Tables:
         batch = self.batch
         return (
             *(self.cells, self.cells.stride(0), self.cells.stride(1), self.layer, self.num_layers),
-            *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0), batch.kept),
+            *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0)),
         )
+
+    @property
+    def kept_arguments(self) -> tuple[Any, ...]:
+        """The fields of the batch's KeptTable, for the kernels that attend."""
+        return (None, None, None) if self.batch.kept is None else tuple(self.batch.kept)
 
 
 def check_device(**tensors: torch.Tensor | None) -> None:

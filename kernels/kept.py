@@ -1,8 +1,9 @@
-"""Reading stored tokens back, and writing what an evicted request keeps (kvserve/pages/kept.py)."""
+"""Reading stored tokens back, and reading and writing what an evicted request keeps (kvserve/pages/kept.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -10,8 +11,8 @@ import triton.language as tl
 
 from kvserve.kernels.encode import encode_page
 from kvserve.kernels.geometry import Geometry, check_alignment, check_device, storage_geometry
-from kvserve.kernels.pages import dense_row, slot_of, tile_index
-from kvserve.pages.kept import Header, Kept
+from kvserve.kernels.pages import dense_row, kept_page_at, slot_of, tile_page_at
+from kvserve.pages.kept import Header
 
 READ_TOKENS = 32
 
@@ -56,157 +57,171 @@ def _page_value(pages, column, mask, G: tl.constexpr):
 
 
 @triton.jit
-def _stored_rows(
-    cells, table, head, t, mask, stored, end, kept_row, kept_blocks, block_stride, head_stride, G: tl.constexpr
-):
-    """K and V of the tokens t [N] of a request with `stored` tokens, as stored, float32 [N, head_dim]."""
-    in_tail = t >= stored // G.tile_tokens * G.tile_tokens
-    is_sink = (t < G.sink_tokens) & (in_tail == 0)
-    is_dense = in_tail | is_sink
-    slots = slot_of(table, t, is_sink, head, mask & is_dense, block_stride, head_stride, G)
-    in_page = mask & (is_dense == 0)
-    tile = t // G.tile_tokens
-    index = tile_index(tile, end, kept_row, kept_blocks, G)
-    block = tl.load(table + index, mask=in_page, other=0).to(tl.int64)
-    offset = block * block_stride + head * head_stride + tile % G.tiles_per_block * G.page_bytes
-    pages, column, both = (cells + offset)[:, None], (t % G.tile_tokens)[:, None], in_page[:, None]
-    key = dense_row(cells, slots, mask & is_dense, None, t, mask, 0, False, G) + _page_key(pages, column, both, G)
-    value = dense_row(cells, slots, mask & is_dense, None, t, mask, 1, False, G) + _page_value(pages, column, both, G)
-    return key, value
+def _rows(cells, slots, in_slot, pages, column, in_page, part: tl.constexpr, G: tl.constexpr):
+    """K (part 0) or V (part 1) of N tokens as stored, float32 [N, block_dim].
+
+    Args:
+        slots: offsets [N] of dense slots, read where in_slot.
+        pages: offsets [N] of the pages, read in `column` [N] where in_page.
+    """
+    if G.dense_pages:
+        at = tl.where(in_page, pages + column * G.slot_bytes, slots)
+        rows = dense_row(cells, at, in_slot | in_page, None, at, in_page, part, False, G).to(tl.float32)
+    else:
+        rows = dense_row(cells, slots, in_slot, None, slots, in_slot, part, False, G).to(tl.float32)
+        if part == 0:
+            rows += _page_key((cells + pages)[:, None], column[:, None], in_page[:, None], G)
+        else:
+            rows += _page_value((cells + pages)[:, None], column[:, None], in_page[:, None], G)
+    return rows
 
 
 @triton.jit
 def read_kernel(
-    cells, block_stride, head_stride, table, stored, first, last, end, kept_row, kept_blocks, key, value,
-    TOKENS: tl.constexpr, G: tl.constexpr
-):  # fmt: skip
+    cells, block_stride, head_stride, table, stored, first, last, key, value, TOKENS: tl.constexpr, G: tl.constexpr
+):
     """Program (token tile, kv_head)."""
     head = tl.program_id(1)
     t = first + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = t < last
-    k, v = _stored_rows(
-        cells, table, head, t, mask, stored, end, kept_row, kept_blocks, block_stride, head_stride, G
-    )  # fmt: skip
-    row = (head.to(tl.int64) * (last - first) + t - first) * G.head_dim
-    at = row[:, None] + tl.arange(0, G.head_dim)[None, :]
-    tl.store(key + at, k, mask=mask[:, None])
-    tl.store(value + at, v, mask=mask[:, None])
+    in_tail = t >= stored // G.tile_tokens * G.tile_tokens
+    is_sink = (t < G.sink_tokens) & (in_tail == 0)
+    in_slot = mask & (in_tail | is_sink)
+    in_page = mask & (in_slot == 0)
+    slots = slot_of(table, t, is_sink, head, in_slot, block_stride, head_stride, G)
+    pages = tile_page_at(table, t // G.tile_tokens, head, in_page, block_stride, head_stride, G)
+    d, column = tl.arange(0, G.block_dim), t % G.tile_tokens
+    at = ((head.to(tl.int64) * (last - first) + t - first) * G.head_dim)[:, None] + d[None, :]
+    both = mask[:, None] & (d < G.head_dim)[None, :]
+    tl.store(key + at, _rows(cells, slots, in_slot, pages, column, in_page, 0, G), mask=both)
+    if value is not None:
+        tl.store(value + at, _rows(cells, slots, in_slot, pages, column, in_page, 1, G), mask=both)
 
 
 @triton.jit
-def _write_page(
-    cells, table, number, kept_row, key, value, block_stride, head_stride, layer, num_layers, G: tl.constexpr
-):
-    """Encode kept page `number` of the request."""
-    cell = number // G.tiles_per_block
-    layer_cells = G.num_kv_heads * num_layers
-    block = tl.load(table + kept_row + cell // layer_cells).to(tl.int64)
-    in_layer = cell % layer_cells
-    offset = block * block_stride + in_layer % G.num_kv_heads * head_stride
-    offset += (in_layer // G.num_kv_heads - layer) * G.cell_bytes + number % G.tiles_per_block * G.page_bytes
-    encode_page(cells + tl.multiple_of(offset, 16), key, value, 0, G)
+def read_kept_kernel(
+    cells, block_stride, head_stride, layer, num_layers, blocks, heads, key, value,
+    TOKENS: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Program (token tile, kv_head): kept tokens to rows; `heads` as in `write_kept_kernel`."""
+    head = tl.program_id(1)
+    first_row, first_page = tl.load(heads + 3 * head), tl.load(heads + 3 * head + 1)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    mask = t < tl.load(heads + 3 * head + 2)
+    page = first_page + t // G.tile_tokens
+    pages = kept_page_at(blocks, page, mask, block_stride, head_stride, layer, num_layers, G)
+    d, column, nowhere = tl.arange(0, G.block_dim), t % G.tile_tokens, t < 0
+    at = ((first_row + t).to(tl.int64) * G.head_dim)[:, None] + d[None, :]
+    both = mask[:, None] & (d < G.head_dim)[None, :]
+    tl.store(key + at, _rows(cells, pages, nowhere, pages, column, mask, 0, G), mask=both)
+    tl.store(value + at, _rows(cells, pages, nowhere, pages, column, mask, 1, G), mask=both)
 
 
 @triton.jit
-def _write_header(cells, table, head, end, first_page, num_tokens, block_stride, head_stride, G: tl.constexpr):
-    block = tl.load(table).to(tl.int64)
-    header = (cells + block * block_stride + head * head_stride).to(tl.pointer_type(tl.int32))
+def _write_header(cells, state_block, head, end, first_page, num_tokens, block_stride, head_stride, G: tl.constexpr):
+    at = state_block.to(tl.int64) * block_stride + head * head_stride
+    header = (cells + at).to(tl.pointer_type(tl.int32))
     tl.store(header, end)
     tl.store(header + 1, first_page)
     tl.store(header + 2, (num_tokens + G.tile_tokens - 1) // G.tile_tokens)
     tl.store(header + 3, num_tokens)
 
 
-@triton.jit
-def kept_kernel(
-    cells, block_stride, head_stride, layer, num_layers, table, kept_row, end, heads, key, value, positions,
-    G: tl.constexpr
-):  # fmt: skip
-    """Program (page, kv_head): the head's kept page, from rows given or, with `positions`, from the stored tokens.
+@triton.jit(do_not_specialize=["state_block", "end"])
+def write_kept_kernel(
+    cells, block_stride, head_stride, layer, num_layers, blocks, heads, state_block, end, key, value, G: tl.constexpr
+):
+    """Program (page, kv_head): the head's kept page, and its header. A last page is filled with its last token.
 
-    heads: int32 [num_kv_heads, 3], (first row, first page, tokens) of each head. A last page is filled with its last
-    token.
+    heads: int32 [num_kv_heads, 3], (first row of key and value, first page, tokens) of each head.
     """
     page, head = tl.program_id(0), tl.program_id(1)
     first_row, first_page = tl.load(heads + 3 * head), tl.load(heads + 3 * head + 1)
     num_tokens = tl.load(heads + 3 * head + 2)
     if page == 0:
-        _write_header(cells, table, head, end, first_page, num_tokens, block_stride, head_stride, G)
+        _write_header(cells, state_block, head, end, first_page, num_tokens, block_stride, head_stride, G)
     if page * G.tile_tokens < num_tokens:
         row = first_row + tl.minimum(page * G.tile_tokens + tl.arange(0, G.tile_tokens), num_tokens - 1)
-        if positions is not None:
-            t = tl.load(positions + row).to(tl.int32)
-            # Tiles up to `end` still lie where they lay before the eviction.
-            k, v = _stored_rows(cells, table, head, t, row >= 0, end, 0, 0, 0, block_stride, head_stride, G)
-        else:
-            at = row.to(tl.int64)[:, None] * G.head_dim + tl.arange(0, G.head_dim)[None, :]
-            k, v = tl.load(key + at), tl.load(value + at)
-        _write_page(
-            cells, table, first_page + page, kept_row, k, v, block_stride, head_stride, layer, num_layers, G
-        )  # fmt: skip
+        d = tl.arange(0, G.block_dim)
+        at, mask = row.to(tl.int64)[:, None] * G.head_dim + d[None, :], (d < G.head_dim)[None, :] & (row >= 0)[:, None]
+        k, v = tl.load(key + at, mask=mask, other=0.0), tl.load(value + at, mask=mask, other=0.0)
+        to = kept_page_at(blocks, first_page + page, page >= 0, block_stride, head_stride, layer, num_layers, G)
+        encode_page(cells + to, k, v, 0, G)
 
 
 def read(
-    geometry: Geometry, cells: torch.Tensor, table: torch.Tensor, first: int, last: int, stored: int, kept: Kept
-) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry: Geometry, cells: torch.Tensor, table: torch.Tensor, first: int, last: int, stored: int,
+    with_values: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Tokens [first, last) of one request as stored, float32 [num_kv_heads, last - first, head_dim]; V stays rotated.
 
     Args:
         cells: uint8, one layer's cells. table: int32, the request's row of blocks.
         stored: tokens stored of the request.
+        with_values: False: no values are read, and None is returned in their place.
     """
     check_device(cells=cells, block_table_row=table)
     check_alignment(cells)
     shape = (geometry.num_kv_heads, last - first, geometry.head_dim)
     key = torch.empty(shape, dtype=torch.float32, device=cells.device)
-    value = torch.empty_like(key)
+    value = torch.empty_like(key) if with_values else None
     if last > first:
         grid = (triton.cdiv(last - first, READ_TOKENS), geometry.num_kv_heads)
         read_kernel[grid](
-            cells, cells.stride(0), cells.stride(1), table, stored, first, last, *kept, key, value, READ_TOKENS,
+            cells, cells.stride(0), cells.stride(1), table, stored, first, last, key, value, READ_TOKENS,
             storage_geometry(geometry),
         )  # fmt: skip
     return key, value
 
 
-def write(
-    geometry: Geometry, cells: torch.Tensor, table: torch.Tensor, kept: Kept, headers: Sequence[Header],
+def read_kept(
+    geometry: Geometry, cells: torch.Tensor, blocks: Sequence[int], headers: Sequence[Header]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept tokens of one request, float32 [all heads' tokens, head_dim] in the order of the heads; V stays rotated.
+
+    Args:
+        cells: uint8, one layer's cells. blocks: ids of the request's kept blocks. headers: of each KV head.
+    """
+    counts = [header.num_tokens for header in headers]
+    key = torch.empty(sum(counts), geometry.head_dim, dtype=torch.float32, device=cells.device)
+    value = torch.empty_like(key)
+    if max(counts):
+        read_kept_kernel[(triton.cdiv(max(counts), READ_TOKENS), geometry.num_kv_heads)](
+            *_kept_arguments(geometry, cells, blocks, headers), key, value, READ_TOKENS, storage_geometry(geometry)
+        )
+    return key, value
+
+
+def write_kept(
+    geometry: Geometry, cells: torch.Tensor, state_block: int, blocks: Sequence[int], headers: Sequence[Header],
     key: torch.Tensor, value: torch.Tensor
 ) -> None:  # fmt: skip
     """Write kept pages and headers from rows, float32 [all heads' tokens, head_dim] in the order of the heads.
 
     The value is rotated where the policy rotates.
+
+    Args:
+        state_block: id of the first block of the request's row. blocks: ids of its kept blocks.
     """
-    _launch(geometry, cells, table, kept, headers, key.contiguous(), value.contiguous(), None)
+    check_device(cells=cells, key=key, value=value)
+    pages = max(1, *(header.num_pages for header in headers))
+    write_kept_kernel[(pages, geometry.num_kv_heads)](
+        *_kept_arguments(geometry, cells, blocks, headers), state_block, headers[0].end, key.contiguous(),
+        value.contiguous(), storage_geometry(geometry), num_warps=8,
+    )  # fmt: skip
 
 
-def compact(
-    geometry: Geometry, cells: torch.Tensor, table: torch.Tensor, kept: Kept, headers: Sequence[Header],
-    positions: torch.Tensor
-) -> None:  # fmt: skip
-    """Write kept pages and headers from the stored tokens at `positions`, int64 [all heads' tokens], all below `end`.
-
-    The row of blocks still shows the tiles that the kept pages replace; the kept blocks are others, since the tiles are
-    read while the pages are written.
-    """
-    _launch(geometry, cells, table, kept, headers, None, None, positions)
-
-
-def _launch(
-    geometry: Geometry, cells: torch.Tensor, table: torch.Tensor, kept: Kept, headers: Sequence[Header],
-    key: torch.Tensor | None, value: torch.Tensor | None, positions: torch.Tensor | None
-) -> None:  # fmt: skip
-    check_device(cells=cells, block_table_row=table, key=key, value=value, positions=positions)
+def _kept_arguments(
+    geometry: Geometry, cells: torch.Tensor, blocks: Sequence[int], headers: Sequence[Header]
+) -> tuple[Any, ...]:
+    """The arguments the kernels of kept pages start with."""
+    check_device(cells=cells)
     check_alignment(cells)
     rows, first_row = [], 0
     for header in headers:
         rows.append((first_row, header.first_page, header.num_tokens))
         first_row += header.num_tokens
-    heads = torch.tensor(rows, dtype=torch.int32).to(cells.device)
     num_layers = cells.stride(1) // geometry.cell_bytes
     layer = cells.storage_offset() % cells.stride(1) // geometry.cell_bytes
-    pages = max(1, *(header.num_pages for header in headers))
-    kept_kernel[(pages, geometry.num_kv_heads)](
-        cells, cells.stride(0), cells.stride(1), layer, num_layers, table, kept.row, kept.end, heads, key, value,
-        positions, storage_geometry(geometry), num_warps=8,
-    )  # fmt: skip
+    block_ids, heads = (torch.tensor(x, dtype=torch.int32).to(cells.device) for x in (blocks, rows))
+    return cells, cells.stride(0), cells.stride(1), layer, num_layers, block_ids, heads

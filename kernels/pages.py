@@ -33,18 +33,12 @@ def request_of(r, query_start_loc, seq_lens):
 
 
 @triton.jit
-def kept_of(r, kept):
-    """(end, row, blocks) of request r; end 0 where it was not evicted."""
-    if kept is None:
-        return 0, 0, 0
+def kept_of(r, table, kept_ends, kept_starts, kept_blocks):
+    """(end, address of its first kept block id) of request r (KeptTable); end 0 where it was not evicted."""
+    if kept_ends is None:
+        return 0, table
     else:
-        return tl.load(kept + 3 * r), tl.load(kept + 3 * r + 1), tl.load(kept + 3 * r + 2)
-
-
-@triton.jit
-def cell_at(table, index, head, block_stride, head_stride):
-    """Offset of the cell of `head` in the block at `index` of a request's row."""
-    return tl.load(table + index).to(tl.int64) * block_stride + head * head_stride
+        return tl.load(kept_ends + r), kept_blocks + tl.load(kept_starts + r)
 
 
 @triton.jit
@@ -57,31 +51,50 @@ def kept_header(cells, table, head, block_stride, head_stride, end):
 
 
 @triton.jit
-def tile_index(tile, end, kept_row, kept_blocks, G: tl.constexpr):
-    """Index in a request's row of the block of a sealed tile; tiles from `end` on may lie behind the kept blocks."""
+def tile_index(tile, G: tl.constexpr):
+    """Index in a request's row of the block of a sealed tile."""
     block = tile // G.tiles_per_block
-    row = G.first_tile_row + block + tl.where(block > 0, G.sink_blocks, 0)
-    return row + tl.where((end > 0) & (row >= kept_row), kept_blocks, 0)
+    return G.first_tile_row + block + tl.where(block > 0, G.sink_blocks, 0)
+
+
+@triton.jit
+def tile_page_at(table, tile, head, mask, block_stride, head_stride, G: tl.constexpr):
+    """Offset of the page of a sealed tile."""
+    block = tl.load(table + tile_index(tile, G), mask=mask, other=0).to(tl.int64)
+    offset = block * block_stride + head * head_stride + tile % G.tiles_per_block * G.page_bytes
+    return tl.multiple_of(offset, 16)
+
+
+@triton.jit
+def kept_place(page, head_stride, layer, num_layers, G: tl.constexpr):
+    """(index of its block among the kept blocks, offset in that block from this layer's first cell) of a kept page."""
+    cell = page // G.tiles_per_block
+    layer_cells = G.num_kv_heads * num_layers
+    in_block = cell % layer_cells
+    offset = (in_block % G.num_kv_heads).to(tl.int64) * head_stride
+    offset += (in_block // G.num_kv_heads - layer) * G.cell_bytes + page % G.tiles_per_block * G.page_bytes
+    return cell // layer_cells, offset
+
+
+@triton.jit
+def kept_page_at(blocks, page, mask, block_stride, head_stride, layer, num_layers, G: tl.constexpr):
+    """Offset of kept page number `page` of the request whose kept block ids are at `blocks`."""
+    index, offset = kept_place(page, head_stride, layer, num_layers, G)
+    return tl.multiple_of(tl.load(blocks + index, mask=mask, other=0).to(tl.int64) * block_stride + offset, 16)
 
 
 @triton.jit
 def page_of_chunk(
-    table, chunk, kept_chunks, first_tile, first_page, head, end, kept_row, kept_blocks, block_stride, head_stride,
-    layer, num_layers, G: tl.constexpr
+    table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer, num_layers,
+    G: tl.constexpr
 ):  # fmt: skip
     """Offset of the page that holds a chunk: first a head's kept chunks, then those of the tiles from first_tile on."""
     is_kept = chunk < kept_chunks
     tile = first_tile + (chunk - kept_chunks) // G.chunks_per_tile
-    page = first_page + chunk // G.chunks_per_tile
-    cell = page // G.tiles_per_block
-    layer_cells = G.num_kv_heads * num_layers
-    kept_head = (cell % layer_cells) % G.num_kv_heads
-    kept_layer = (cell % layer_cells) // G.num_kv_heads
-    index = tl.where(is_kept, kept_row + cell // layer_cells, tile_index(tile, end, kept_row, kept_blocks, G))
-    in_cell = tl.where(is_kept, page % G.tiles_per_block, tile % G.tiles_per_block) * G.page_bytes
-    other_layer = tl.where(is_kept, kept_layer - layer, 0) * G.cell_bytes
-    in_block = cell_at(table, index, tl.where(is_kept, kept_head, head), block_stride, head_stride)
-    return tl.multiple_of(in_block + in_cell + other_layer, 16)
+    index, kept_offset = kept_place(first_page + chunk // G.chunks_per_tile, head_stride, layer, num_layers, G)
+    block = tl.load(tl.where(is_kept, blocks + index, table + tile_index(tile, G))).to(tl.int64)
+    tile_offset = head.to(tl.int64) * head_stride + tile % G.tiles_per_block * G.page_bytes
+    return tl.multiple_of(block * block_stride + tl.where(is_kept, kept_offset, tile_offset), 16)
 
 
 @triton.jit
@@ -144,7 +157,19 @@ def halves(page, offset, index):
 
 @triton.jit
 def sealed_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexpr, G: tl.constexpr):
-    """query [M, head_dim] times the keys of one chunk, float32 [M, CHUNK].
+    """query [M, block_dim] times the keys of one chunk, float32 [M, CHUNK]."""
+    if G.dense_pages:
+        slots = (column0 + tl.arange(0, CHUNK)) * G.slot_bytes
+        key = dense_row(page, slots, slots >= 0, None, slots, slots >= 0, 0, True, G)
+        scores = dot(query, key.to(query.dtype))
+    else:
+        scores = _coded_scores(query, query_rows, row_mask, page, column0, CHUNK, G)
+    return scores
+
+
+@triton.jit
+def _coded_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexpr, G: tl.constexpr):
+    """`sealed_scores` of coded keys.
 
     The scale of each channel goes into the query, so that codes enter the dot as integers; query_rows [M] are the
     addresses of the rows, from which boosted channels are gathered again.
@@ -182,11 +207,22 @@ def _boost_scores(
 
 @triton.jit
 def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr):
-    """weights [M, CHUNK] times the values of one chunk, float32 [M, head_dim]; rotated values stay so.
+    """weights [M, CHUNK] times the values of one chunk, float32 [M, block_dim]; rotated values stay so.
 
-    Only the columns in `used` [CHUNK] exist: what a page holds in the others never enters. The scale of each token
-    goes into its weight where a token has one scale.
+    Only the columns in `used` [CHUNK] exist: what a page holds in the others never enters.
     """
+    if G.dense_pages:
+        slots = (row0 + tl.arange(0, CHUNK)) * G.slot_bytes
+        value = dense_row(page, slots, used, None, slots, used, 1, False, G)
+        result = dot(weights.to(DTYPE), value.to(DTYPE))
+    else:
+        result = _coded_values(weights, used, page, row0, CHUNK, DTYPE, G)
+    return result
+
+
+@triton.jit
+def _coded_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr):
+    """`sealed_values` of coded values; the scale of each token goes into its weight where a token has one scale."""
     D: tl.constexpr = G.head_dim
     T: tl.constexpr = G.tile_tokens
     NUM_GROUPS: tl.constexpr = D // G.value_group
@@ -219,7 +255,7 @@ def dense_row(
 ):
     """K (part 0) or V (part 1) of N tokens, [N, block_dim], or [block_dim, N] BY_COLUMN; zero where neither.
 
-    Float32, or the dtype of the slots where no row is staged (dense policy).
+    Float32, or the dtype of the slots where no row is staged (staged None, or dense policy).
 
     Args:
         slots: offsets [N] of the slots, read where `stored`.
@@ -235,9 +271,8 @@ def dense_row(
         stored, new = stored[:, None] & (d < G.head_dim), new[:, None] & (d < G.head_dim)
     at = (cells + slots).to(tl.pointer_type(G.slot_dtype)) + (part * G.head_dim + d)
     old = tl.load(at, mask=stored, other=0.0)
-    if not G.dense:
-        old = old.to(tl.float32)
     if (not G.dense) and (staged is not None):
+        old = old.to(tl.float32)
         old += tl.load(staged + (staged_rows * 2 + part).to(tl.int64) * G.head_dim + d, mask=new, other=0.0)
     return old
 

@@ -1,11 +1,12 @@
-"""Attention that the last query rows of a request pay to each stored token: what window and accumulating scorers need.
+"""Attention that the last query rows of a request pay to each token it holds (`PagedAttention.attention_sums`).
 
-Two passes over the keys: the first gives each row's softmax denominator, the second sums powers of the probabilities.
-No probability is ever stored. Keys are read as stored (`PagedAttention.read`), so that the result is the one that
-kvserve/scorers/window_attention.py computes from them.
+Two passes over the keys: the first gives each row's softmax denominator, the second reduces powers of the probabilities
+over the rows. No probability is ever stored. Keys are read as stored (`PagedAttention.read`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,60 +14,84 @@ import triton.language as tl
 
 from kvserve.kernels.decode import LOG2_E
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device
-from kvserve.kernels.pages import cell_at, dense_row, dot, sealed_scores, slot_of, tile_index
+from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, sealed_scores, slot_of
 
 SCORE_ROWS = 32
 
 
 @triton.jit
-def _stored_scores(
-    rows, query_rows, row_mask, cells, table, head, start, position, stored, scale, block_stride, head_stride,
-    CHUNK: tl.constexpr, G: tl.constexpr
-):  # fmt: skip
-    """Scores of rows [M, head_dim] against the stored tokens start.. + CHUNK; -inf where t > position[m]."""
-    t = start + tl.arange(0, CHUNK)
-    tile = start // G.tile_tokens
-    is_sealed = tile < stored // G.tile_tokens
-    is_dense = (t < G.sink_tokens) | (tl.full([CHUNK], 0, tl.int32) + start >= stored // G.tile_tokens * G.tile_tokens)
-    scores = tl.zeros([rows.shape[0], CHUNK], tl.float32)
-    if is_sealed:
-        index = tile_index(tile, 0, 0, 0, G)
-        page = cell_at(table, index, head, block_stride, head_stride) + tile % G.tiles_per_block * G.page_bytes
-        page = cells + tl.multiple_of(page, 16)
-        scores = sealed_scores(rows, query_rows, row_mask, page, start % G.tile_tokens, CHUNK, G)
-    if (start < G.sink_tokens) | (is_sealed == 0):
-        mask = is_dense & (t < stored)
-        slots = slot_of(table, t, is_sealed, head, mask, block_stride, head_stride, G)
-        key = dense_row(cells, slots, mask, None, t, mask, 0, True, G).to(rows.dtype)
-        scores = tl.where(is_dense[None, :], dot(rows, key), scores)
-    return tl.where((t[None, :] <= position[:, None]) & row_mask[:, None], scores * scale, float("-inf"))
+def _place_of_chunk(chunk, kept_tokens, end, stored, CHUNK: tl.constexpr, G: tl.constexpr):
+    """Where the tokens of a chunk are: sinks of an evicted request first, then its kept tokens, then those from `end`.
+
+    Returns:
+        in_sequence: the chunk's place after the sink chunk, as `page_of_chunk` counts.
+        in_page: whether a page holds it. is_dense [CHUNK]: tokens in dense slots.
+        t [CHUNK]: positions; 0 for kept tokens, which every row sees.
+        column [CHUNK]: columns of the result; used [CHUNK]: those that there are.
+    """
+    i = tl.arange(0, CHUNK)
+    lead = tl.where(end > 0, 1, 0)
+    kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
+    in_sequence = chunk - lead
+    is_lead = in_sequence < 0
+    is_kept = (is_lead == 0) & (in_sequence < kept_chunks)
+    kept_index = in_sequence * CHUNK + i
+    t = tl.where(is_lead, 0, end + (in_sequence - kept_chunks) * CHUNK) + i
+    used = tl.where(is_lead, i < G.sink_tokens, tl.where(is_kept, kept_index < kept_tokens, t < stored))
+    sinks = lead * G.sink_tokens
+    column = tl.where(is_lead, i, sinks + tl.where(is_kept, kept_index, kept_tokens + t - end))
+    in_page = is_kept
+    is_dense = used
+    if not G.dense:
+        sealed = stored // G.tile_tokens * G.tile_tokens
+        in_page = is_kept | ((is_lead == 0) & (end + (in_sequence - kept_chunks) * CHUNK < sealed))
+        is_dense = used & tl.where(is_kept, t < 0, (t < G.sink_tokens) | (t >= sealed))
+    return in_sequence, in_page, is_dense, tl.where(is_kept, 0, t), column, used
 
 
 @triton.jit
 def scores_kernel(
-    cells, block_stride, head_stride, table, stored, query, query_token_stride, query_head_stride, num_rows, scale,
-    denominators, chunk_denominators, received, POWER: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    G: tl.constexpr
+    cells, block_stride, head_stride, layer, num_layers, table, blocks, end, stored, query, query_token_stride,
+    query_head_stride, num_rows, scale, denominators, chunk_denominators, sums, num_columns,
+    POWER: tl.constexpr, TAKE_MAX: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Program (chunk, query head).
+    """Program (chunk of the tokens that the head holds, query head).
 
-    Without `denominators` it writes chunk_denominators [num_heads, chunks, num_rows]: log2 of the sum of 2^score over
-    the chunk. With denominators [num_heads, num_rows] it writes received [num_heads, stored].
+    Without `denominators`: the log2 of the chunk's share of each row's denominator, to chunk_denominators [num_heads,
+    chunks, num_rows]. With denominators [num_heads, num_rows]: sums [num_heads, num_columns].
     """
     chunk, query_head = tl.program_id(0), tl.program_id(1)
     head = query_head // G.group
-    start = chunk * CHUNK
-    t, d = start + tl.arange(0, CHUNK), tl.arange(0, G.head_dim)
-    sums = tl.zeros([CHUNK], tl.float32)
+    kept_tokens, first_page = 0, 0
+    if blocks is not None:
+        first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
+    in_sequence, in_page, is_dense, t, column, used = _place_of_chunk(chunk, kept_tokens, end, stored, CHUNK, G)
+    in_tail = tl.full([CHUNK], 1, tl.int1) if G.dense else t >= stored // G.tile_tokens * G.tile_tokens
+    slots = slot_of(table, t, in_tail == 0, head, is_dense, block_stride, head_stride, G)
+    has_dense = tl.max(is_dense.to(tl.int32), 0) > 0
+    d = tl.arange(0, G.block_dim)
+    reduced = tl.zeros([CHUNK], tl.float32)
     for first in range(0, num_rows, ROWS):
         m = first + tl.arange(0, ROWS)
         row_mask = m < num_rows
         query_rows = query + m.to(tl.int64) * query_token_stride + query_head * query_head_stride
-        rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None], other=0.0)
-        scores = _stored_scores(
-            rows, query_rows, row_mask, cells, table, head, start, stored - num_rows + m, stored, scale, block_stride,
-            head_stride, CHUNK, G
-        )  # fmt: skip
+        rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < G.head_dim)[None, :], other=0.0)
+        scores = tl.zeros([ROWS, CHUNK], tl.float32)
+        if not G.dense:  # noqa: SIM102 (one condition is known at compile time, the other is not)
+            if in_page:
+                kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
+                page = page_of_chunk(
+                    table, table if blocks is None else blocks, in_sequence, kept_chunks, end // G.tile_tokens,
+                    first_page, head, block_stride, head_stride, layer, num_layers, G
+                )  # fmt: skip
+                in_tiles = tl.where(in_sequence < kept_chunks, in_sequence, in_sequence - kept_chunks)
+                column0 = in_tiles % G.chunks_per_tile * CHUNK
+                scores = sealed_scores(rows, query_rows, row_mask, cells + page, column0, CHUNK, G)
+        if has_dense:
+            key = dense_row(cells, slots, is_dense, None, slots, is_dense, 0, True, G).to(rows.dtype)
+            scores = tl.where(is_dense[None, :], dot(rows, key), scores)
+        visible = used[None, :] & (t[None, :] <= (stored - num_rows + m)[:, None]) & row_mask[:, None]
+        scores = tl.where(visible, scores * scale, float("-inf"))
         if denominators is None:
             peak = tl.max(scores, 1)
             safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -77,52 +102,58 @@ def scores_kernel(
         else:
             denominator = tl.load(denominators + query_head * num_rows + m, mask=row_mask, other=0.0)
             weights = tl.exp2(scores - denominator[:, None])
-            sums += tl.sum(weights * weights if POWER == 2 else weights, 0)
+            weights = weights * weights if POWER == 2 else weights
+            reduced = tl.maximum(reduced, tl.max(weights, 0)) if TAKE_MAX else reduced + tl.sum(weights, 0)
     if denominators is not None:
-        tl.store(received + query_head.to(tl.int64) * stored + t, sums, mask=t < stored)
+        tl.store(sums + query_head.to(tl.int64) * num_columns + column, reduced, mask=used)
 
 
-def attention_received(
+def attention_sums(
     geometry: Geometry,
     cells: torch.Tensor,
+    layers: tuple[int, int],
     table: torch.Tensor,
     stored: int,
     query: torch.Tensor,
     scale: float,
+    held: Sequence[int],
+    end: int = 0,
+    blocks: Sequence[int] = (),
     power: int = 1,
+    take_max: bool = False,
 ) -> torch.Tensor:
-    """Sum over query rows of probability ** power, for each stored token of one request that was not evicted.
+    """Sum, or largest, over query rows of probability ** power, for each token that a request holds.
 
     Args:
-        cells: uint8, one layer's cells. table: int32 [>= blocks], the request's row of blocks.
+        cells: uint8, one layer's cells. layers: layers of the arena, and the index of this one.
+        table: int32 [>= blocks], the request's row of blocks.
         stored: tokens stored of the request; row i of `query` is at position stored - rows + i.
-        query: [rows, num_heads, head_dim], last dim contiguous; the window's rows, or every row of a step.
+        query: [rows, num_heads, head_dim], last dim contiguous.
         scale: softmax scale.
+        held: tokens that each KV head holds (`held_tokens`).
+        end, blocks: of the request's `Kept`.
         power: 1 or 2.
 
     Returns:
-        float32 [num_heads, stored]. A scorer's `accumulated` is its sum over the heads of a group, and over steps.
-
-    Raises:
-        ValueError: the dense policy, another power, or more rows than tokens.
+        float32 [num_heads, max(held)]; zero behind what a head holds.
     """
     rows, num_heads = query.shape[:2]
-    if geometry.dense:
-        raise ValueError("scores need a policy with codecs: the dense policy never evicts")
-    if power not in (1, 2) or not 1 <= rows <= stored:
-        raise ValueError(f"power must be 1 or 2 and rows in [1, {stored}], got {power} and {rows}")
     check_device(cells=cells, block_table_row=table, query=query)
     check_alignment(cells)
-    chunks = triton.cdiv(stored, CHUNK_TOKENS)
+    columns = max(held)
+    # An evicted request's sinks, kept tokens and later tokens each start a chunk.
+    chunks = triton.cdiv(columns, CHUNK_TOKENS) + (2 if end else 0)
     partial = torch.empty(num_heads, chunks, rows, dtype=torch.float32, device=query.device)
-    received = torch.empty(num_heads, stored, dtype=torch.float32, device=query.device)
+    sums = torch.zeros(num_heads, columns, dtype=torch.float32, device=query.device)
+    block_ids = torch.tensor(blocks, dtype=torch.int32).to(cells.device) if end else None
 
     def launch(denominators: torch.Tensor | None) -> None:
         scores_kernel[(chunks, num_heads)](
-            cells, cells.stride(0), cells.stride(1), table, stored, query, query.stride(0), query.stride(1), rows,
-            scale * LOG2_E, denominators, partial, received, power, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=4,
+            cells, cells.stride(0), cells.stride(1), layers[1], layers[0], table, block_ids, end, stored, query,
+            query.stride(0), query.stride(1), rows, scale * LOG2_E, denominators, partial, sums, columns, power,
+            take_max, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=4,
         )  # fmt: skip
 
     launch(None)
     launch((partial / LOG2_E).logsumexp(1) * LOG2_E)
-    return received
+    return sums

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.kernels.encode import encode_page
+from kvserve.kernels.encode import encode_page, store_slots
 from kvserve.kernels.geometry import Geometry, Tables, check_device, storage_geometry
-from kvserve.kernels.pages import cell_at, dense_row, kept_of, request_of, rotated_columns, slot_of, tile_index
+from kvserve.kernels.pages import dense_row, request_of, rotated_columns, slot_of, tile_page_at
 
 STAGE_TOKENS = 16
 SLOT_TOKENS = 16  # tokens that one program writes to slots
@@ -54,15 +54,14 @@ def stage_kernel(
 
 @triton.jit
 def seal_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
-    staged, G: tl.constexpr
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, staged,
+    G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head, n): the n-th tile that this step completes; tile 0 also writes its sinks."""
     r, head = tl.program_id(0), tl.program_id(1)
     first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
     tile = computed // G.tile_tokens + tl.program_id(2)
     if tile < seq_len // G.tile_tokens:
-        end, kept_row, kept_blocks = kept_of(r, kept)
         table = block_table + r.to(tl.int64) * table_stride
         t = tile * G.tile_tokens + tl.arange(0, G.tile_tokens)
         stored = t < computed
@@ -70,29 +69,18 @@ def seal_kernel(
         rows = (first_row + t - computed) * G.num_kv_heads + head
         key = dense_row(cells, slots, stored, staged, rows, t >= computed, 0, False, G)
         value = dense_row(cells, slots, stored, staged, rows, t >= computed, 1, False, G)
-        index = tile_index(tile, end, kept_row, kept_blocks, G)
-        at = cell_at(table, index, head, block_stride, head_stride) + tile % G.tiles_per_block * G.page_bytes
-        encode_page(cells + tl.multiple_of(at, 16), key, value, tl.where(tile == 0, G.sink_tokens, 0), G)
+        page = cells + tile_page_at(table, tile, head, True, block_stride, head_stride, G)
+        encode_page(page, key, value, tl.where(tile == 0, G.sink_tokens, 0), G)
         if G.sink_tokens:
             sinks = t < G.sink_tokens  # only in tile 0
             to = slot_of(table, t, True, head, sinks, block_stride, head_stride, G)
-            _store_slots(cells, to, sinks, key, value, G)
-
-
-@triton.jit
-def _store_slots(cells, slots, mask, key, value, G: tl.constexpr):
-    """Write K and V [N, block_dim] to the dense slots at the offsets [N]."""
-    d = tl.arange(0, G.block_dim)
-    at = (cells + slots[:, None]).to(tl.pointer_type(G.slot_dtype)) + d[None, :]
-    both = mask[:, None] & (d < G.head_dim)[None, :]
-    tl.store(at, key.to(G.slot_dtype), mask=both)
-    tl.store(at + G.head_dim, value.to(G.slot_dtype), mask=both)
+            store_slots(cells, to, sinks, key, value, G)
 
 
 @triton.jit
 def slots_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, kept,
-    staged, TOKENS: tl.constexpr, G: tl.constexpr
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, staged,
+    TOKENS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (token tile, request, kv_head): new tokens of the unfinished tile; dense policy: every new token."""
     r, head = tl.program_id(1), tl.program_id(2)
@@ -111,7 +99,7 @@ def slots_kernel(
         value = tl.load(staged + row[:, None] + G.head_dim + d[None, :], mask=both, other=0.0)
         table = block_table + r.to(tl.int64) * table_stride
         slots = slot_of(table, t, False, head, mask, block_stride, head_stride, G)
-        _store_slots(cells, slots, mask, key, value, G)
+        store_slots(cells, slots, mask, key, value, G)
 
 
 def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
         raise UnsupportedError(
             f"kvserve brings its own attention backend, {backend} would not read its pages; drop --attention-backend"
         )
-    if options.block_size and not policy.is_dense and options.block_size % policy.tile_tokens:
+    if options.block_size and policy.has_pages and options.block_size % policy.tile_tokens:
         raise UnsupportedError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), "
             f"got {options.block_size}; drop the option to use {policy.tile_tokens}"

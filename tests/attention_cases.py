@@ -17,9 +17,11 @@ POISON = 0xFF  # a NaN in every dtype
 
 
 def make_policy(family: str, tile_tokens: int = 64, sink_tokens: int = 4) -> Policy:
-    """One policy of each codec family: int8, kivi-4, kivi-2, boosted, dense."""
+    """One policy of each codec family: int8, kivi-4, kivi-2, boosted, dense-pages; dense is the one without pages."""
     if family == "dense":
         return Policy(name="dense", summary="dense", tile_tokens=tile_tokens)
+    if family == "dense-pages":
+        return Policy(name=family, summary="", tile_tokens=tile_tokens, sink_tokens=sink_tokens, dense_pages=True)
     key, value = {
         "int8": (KeyCodec(bits=8, group_size=64), ValueCodec(bits=8)),
         "kivi-4": (KeyCodec(bits=4, group_size=64), ValueCodec(bits=4, group_size=64)),
@@ -105,7 +107,7 @@ def build_case(
     generator = torch.Generator().manual_seed(seed)
     sealed_block_size = tiles_per_block * policy.tile_tokens
     layout = PageLayout.build(
-        policy, head_dim, (block_size or 16) if policy.is_dense else sealed_block_size, model_dtype
+        policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group
     )
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]

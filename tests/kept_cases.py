@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from attention_cases import POISON, make_batch
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.pages.kept import Kept, pages_per_block
+from kvserve.pages.kept import Kept, KeptTable, pages_per_block
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.policies.base import Policy
@@ -66,11 +67,11 @@ class KeptCase:
         """The batch of request r by itself, and its query rows in the whole step."""
         ask, start = self.asks[r], sum(ask.new for ask in self.asks[:r])
         batch = make_batch(self.layout, [ask.computed], [ask.new], self.batch.block_table[r : r + 1])
-        batch.kept = self.batch.kept[r : r + 1] if self.batch.kept is not None else None
+        batch.kept = KeptTable.of([self.kept_of(r)]) if self.batch.kept is not None else None
         return batch, slice(start, start + ask.new)
 
     def kept_of(self, r: int) -> Kept:
-        return Kept(*self.batch.kept[r].tolist())
+        return self.batch.kept.of_request(r)
 
     def expected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax over the decoded tokens each query should see, without any page table: output and lse, float64."""
@@ -191,13 +192,14 @@ def _empty(
 ) -> tuple[torch.Tensor, Batch, torch.Tensor]:
     """The arena, the batch with its final rows, and the table with every id."""
     sinks, size = layout.policy.sink_tokens, layout.tile_tokens
-    kept, lengths = [], [ask.computed + ask.new for ask in asks]
+    sizes, lengths = [], [ask.computed + ask.new for ask in asks]
     for ask in asks:
         pages = 1 + sum(ceil(n / size) for n in _counts(ask, num_kv_heads, sinks))  # the first one stays unused
-        blocks = ceil(pages / pages_per_block(layout, num_kv_heads, NUM_LAYERS))
-        kept.append((ask.end, layout.blocks_for(ask.end), blocks) if ask.end else (0, 1, 7))
-    counts = [layout.blocks_for(n) + (k[2] if k[0] else 0) for n, k in zip(lengths, kept, strict=True)]
-    ids = iter(torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(2)).tolist())
+        sizes.append(ceil(pages / pages_per_block(layout, num_kv_heads, NUM_LAYERS)) if ask.end else 0)
+    counts = [layout.blocks_for(n) for n in lengths]
+    num_blocks = sum(counts) + sum(sizes) + 2
+    ids = iter(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist())
+    kept = [Kept(ask.end, tuple(itertools.islice(ids, n))) for ask, n in zip(asks, sizes, strict=True)]
     full = torch.full((len(asks), max(counts) + 3), ABSURD, dtype=torch.int32)
     for row, count in zip(full, counts, strict=True):
         row[:count] = torch.tensor([next(ids) for _ in range(count)])
@@ -209,8 +211,8 @@ def _empty(
             row[layout.tile_row(tile_block)] = ABSURD
     batch = make_batch(layout, [a.computed for a in asks], [a.new for a in asks], table[:, :-3])
     if any(ask.end for ask in asks):
-        batch.kept = torch.tensor(kept, dtype=torch.int32)
-    shape = (sum(counts) + 2, num_kv_heads, NUM_LAYERS, layout.cell_bytes)
+        batch.kept = KeptTable.of(kept)
+    shape = (num_blocks, num_kv_heads, NUM_LAYERS, layout.cell_bytes)
     return torch.full(shape, poison, dtype=torch.uint8), batch, full[:, :-3]
 
 
@@ -268,7 +270,7 @@ def write_kept(case: KeptCase, attention: PagedAttention, layer: int, r: int, ar
     """The kept pages and headers of request r in one layer."""
     attention.write_kept(
         arena[:, :, layer],
-        case.batch.block_table[r],
+        int(case.batch.block_table[r, 0]),
         case.kept_of(r),
         case.first_pages[layer, r],
         *case.kept_rows[layer, r],

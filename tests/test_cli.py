@@ -118,6 +118,7 @@ def test_a_missing_policy_lists_the_names(refusal):
         (["--policy", "int8", "--kv-transfer-config", "{}"], "--kv-transfer-config"),
         (["--policy", "int8", "--kv-offloading-size", "4"], "--kv-offloading-size"),
         (["--policy", "int8", "-dcp", "2"], "--decode-context-parallel-size"),
+        (["--policy", "dense", "--block-size", "16"], "multiple of the policy's tile_tokens (64)"),
         (["--policy", "int8", "--block-size", "16"], "multiple of the policy's tile_tokens (64)"),
         (["--policy", "int8", "--attention-backend", "TRITON_ATTN"], "drop --attention-backend"),
         (["--policy", "int8", "--runner", "pooling"], "pooling"),
@@ -183,6 +184,7 @@ def test_models_no_policy_can_serve(tmp_path, refusal, config, part):
 def test_a_head_dim_only_the_dense_policy_serves(tmp_path, refusal):
     assert "use --policy none" in refusal("--policy", "kivi-2bit", model_folder(tmp_path, head_dim=96))
     check_model({**LLAMA, "head_dim": 96}, DENSE)
+    check_model({**LLAMA, "head_dim": 96}, load_policy("snapkv", ["codec=dense"]))
 
 
 @pytest.mark.parametrize(
@@ -428,6 +430,13 @@ def test_one_policy_explained(capsys):
     text = capsys.readouterr().out
     assert "arXiv 2402.02750" in text and "key scales" in text and "bits per element" in text
     assert [line.split() for line in text.splitlines() if "sink_tokens" in line] == [["sink_tokens", "0"]]
+
+
+def test_dense_pages_explained(capsys):
+    assert main(["policies", "snapkv", "--policy-set", "codec=dense", "--head-dim", "96"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["bits", "per", "element", "16.00"] in lines and ["page", f"{64 * 2 * 96 * 2}", "bytes"] in lines
+    assert ["key", "dense"] in lines and not any("codes" in line for line in lines)
 
 
 def test_explaining_what_does_not_fit(refusal):

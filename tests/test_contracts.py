@@ -177,3 +177,81 @@ def test_blocks_are_given_back_by_the_tokens_whose_steps_are_over() -> None:
     source = inspect.getsource(KVCacheManager.allocate_slots)
     assert "total_computed_tokens - request.num_in_flight_tokens" in source
     assert source.index("remove_skipped_blocks(") < source.index("allocate_new_blocks(")
+
+
+def test_a_workers_metadata_reaches_the_scheduler_with_each_step() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+    from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+    source = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
+    assert source.count("kv_connector.build_connector_worker_meta()") == 1
+    assert "aggregated_kv_connector_worker_meta.aggregate(" in inspect.getsource(KVOutputAggregator.aggregate)
+    assert parameters(KVConnectorWorkerMetadata.aggregate) == ["self", "other"]
+    assert "kv_connector_worker_meta" in KVConnectorOutput.__dataclass_fields__
+    assert "kv_connector_output" in ModelRunnerOutput.__dataclass_fields__
+
+
+def test_the_scheduler_finishes_requests_inside_update_from_output() -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert parameters(Scheduler.update_from_output) == ["self", "scheduler_output", "model_runner_output"]
+    assert "self._free_request(request)" in inspect.getsource(Scheduler.update_from_output)
+    assert AsyncScheduler.update_from_output is Scheduler.update_from_output
+
+
+def test_the_schedulers_connector_stats_reach_the_stat_loggers_once_a_step() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    source = inspect.getsource(Scheduler.update_from_output)
+    assert source.count("self.connector.get_kv_connector_stats()") == 1
+    assert source.index("_free_request(") < source.index("get_kv_connector_stats()") < source.index("self.make_stats(")
+    assert "kv_connector_stats.to_dict()" in inspect.getsource(Scheduler.make_stats)
+    assert "kv_connector_stats" in SchedulerStats.__dataclass_fields__
+    assert "self.connector_cls.build_kv_connector_stats(" in inspect.getsource(KVConnectorLogging.observe)
+
+
+def test_the_parameters_of_a_finished_request_reach_the_body_of_both_kinds_of_answer() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.v1.engine.output_processor import RequestState
+
+    parameter = "kv_transfer_params=final_res.kv_transfer_params"
+    assert parameter in inspect.getsource(OpenAIServingChat.chat_completion_full_generator)
+    source = inspect.getsource(OpenAIServingCompletion.request_output_to_completion_response)
+    assert "final_res_batch[0].kv_transfer_params" in source
+    assert "kv_transfer_params" in parameters(RequestState.make_request_output)
+    for response in (ChatCompletionResponse, CompletionResponse):
+        assert "kv_transfer_params" in response.model_fields
+
+
+def test_a_block_says_whether_it_is_the_null_block() -> None:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    assert {"block_id", "is_null"} <= set(KVCacheBlock.__dataclass_fields__)
+
+
+def test_a_request_tells_computed_tokens_from_those_under_way() -> None:
+    from vllm.v1.request import Request
+
+    source = inspect.getsource(Request.__init__)
+    assert "self.num_computed_tokens = " in source and "self.num_in_flight_tokens = " in source
+
+
+def test_a_models_rotary_embeddings_are_kept_by_vllm() -> None:
+    import torch
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+
+    assert isinstance(_ROPE_DICT, dict)
+    assert issubclass(Llama3RotaryEmbedding, RotaryEmbedding)
+    source = inspect.getsource(RotaryEmbedding)
+    assert parameters(RotaryEmbedding._compute_inv_freq) == ["self", "base"]
+    assert "is_neox_style" in source and torch is not None

@@ -6,20 +6,22 @@ import functools
 
 import pytest
 import torch
-from attention_cases import POISON, build_case, make_policy
-from kept_cases import ABSURD, LAYERS, NUM_LAYERS, Ask, KeptCase, build_kept_case, rotated, write_kept
+from attention_cases import POISON, build_case, make_batch, make_policy
+from kept_cases import ABSURD, LAYERS, NUM_LAYERS, Ask, KeptCase, build_kept_case, coded, rotated, write_kept
 
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.pages.kept import Header, arena_of, kept_page, read_header
+from kvserve.pages.kept import Header, Kept, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, unpack_codes
 
 ISAS = available_isas()
-FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
+FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages"]
 DECODE_TOLERANCE = 2e-4  # the decode kernel rounds its factors to integers
 EXTEND_TOLERANCE = 3e-5  # rotated values are staged with another rounding than the reference's
+
+SUMMATION_ORDER = 2e-6  # all that dense rows leave
 
 # Evicted with sealed tiles and a tail after it; never evicted; evicted at the last token before the step.
 DECODE = (
@@ -80,7 +82,7 @@ def test_extend_equals_the_softmax_for_every_codec(family: str, sinks: int, isa:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("family", ["kivi-4", "boosted"])
+@pytest.mark.parametrize("family", ["kivi-4", "boosted", "dense-pages"])
 def test_a_batch_of_decode_and_extend_rows_of_evicted_and_whole_requests(family: str, isa: str):
     check(isa, DECODE_TOLERANCE, family, MIXED)
 
@@ -88,13 +90,14 @@ def test_a_batch_of_decode_and_extend_rows_of_evicted_and_whole_requests(family:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("new", [1, 20])
 @pytest.mark.parametrize(("tile_tokens", "tiles_per_block", "sinks"), [(64, 2, 4), (128, 1, 16), (128, 2, 0)])
-def test_every_geometry_equals_the_softmax(tile_tokens, tiles_per_block, sinks, new, isa):
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_every_geometry_equals_the_softmax(family, tile_tokens, tiles_per_block, sinks, new, isa):
     # With two tiles a block, the first request keeps half a block of tiles, and later tiles lie behind its kept blocks.
     asks = (
         Ask(tile_tokens, 4 * tile_tokens + 3, new, (tile_tokens - 20, 7)),
         Ask(2 * tile_tokens, 2 * tile_tokens + 9, new, (tile_tokens, tile_tokens + 1, 1)),
     )
-    check(isa, DECODE_TOLERANCE, "kivi-2", asks, tile_tokens, sinks, tiles_per_block=tiles_per_block, head_dim=128)
+    check(isa, DECODE_TOLERANCE, family, asks, tile_tokens, sinks, tiles_per_block=tiles_per_block, head_dim=128)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -105,22 +108,27 @@ def test_every_group_size_equals_the_softmax(group: int, isa: str):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [DECODE, EXTEND], ids=["decode", "extend"])
-def test_bfloat16_models_round_only_the_output(asks: tuple[Ask, ...], isa: str):
-    check(isa, 1.6e-2, "int8", asks, model_dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["int8", "dense-pages"])
+def test_bfloat16_models_round_only_the_output(family: str, asks: tuple[Ask, ...], isa: str):
+    check(isa, 1.6e-2, family, asks, model_dtype=torch.bfloat16)
 
 
 LONG = (Ask(2304, 2310, 1, (2300, 2049, 2048, 10)), Ask(0, 20, 1))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_kept_tokens_of_several_chunks_merge(isa: str):
-    check(isa, DECODE_TOLERANCE, "kivi-2", LONG, group=1)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_kept_tokens_of_several_chunks_merge(family: str, isa: str):
+    check(isa, DECODE_TOLERANCE, family, LONG, group=1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [LONG, DECODE, EXTEND], ids=["long", "decode", "extend"])
-def test_a_request_gets_bitwise_the_same_answer_alone_and_beside_evicted_ones(asks: tuple[Ask, ...], isa: str):
-    case = kept_case("kivi-2", asks, group=1)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_a_request_gets_bitwise_the_same_answer_alone_and_beside_evicted_ones(
+    family: str, asks: tuple[Ask, ...], isa: str
+):
+    case = kept_case(family, asks, group=1)
     attention = NativeAttention(case.layout, case.spec, isa)
     together, _ = case.run(attention, 2)
     key, value, query = case.new_rows(case.key[2]), case.new_rows(case.value[2]), torch.cat(case.query[2])
@@ -143,13 +151,15 @@ def test_keeping_every_token_gives_the_answer_of_a_whole_request(family: str, si
         assert whole.batch.kept is None
         for layer in LAYERS:
             outputs = [case.run(NativeAttention(case.layout, case.spec, isa), layer)[0] for case in (evicted, whole)]
-            assert (outputs[0] - outputs[1]).abs().max() <= DECODE_TOLERANCE
+            tolerance = SUMMATION_ORDER if family == "dense-pages" else DECODE_TOLERANCE
+            assert (outputs[0] - outputs[1]).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("asks", [DECODE, EXTEND], ids=["decode", "extend"])
-def test_stale_blocks_and_unused_bytes_never_reach_the_result(asks: tuple[Ask, ...], isa: str):
-    case, clean = (kept_case("kivi-4", asks, poison=poison) for poison in (POISON, 0))
+@pytest.mark.parametrize("family", ["kivi-4", "dense-pages"])
+def test_stale_blocks_and_unused_bytes_never_reach_the_result(family: str, asks: tuple[Ask, ...], isa: str):
+    case, clean = (kept_case(family, asks, poison=poison) for poison in (POISON, 0))
     assert (case.batch.block_table == ABSURD).sum() >= 3 and (case.arena != clean.arena).any()
     for layer in LAYERS:
         outputs = [c.run(NativeAttention(c.layout, c.spec, isa), layer)[0] for c in (case, clean)]
@@ -163,12 +173,12 @@ def test_the_unused_columns_of_a_page_are_never_visible(asks: tuple[Ask, ...], i
     sections, size = case.layout.sections, case.layout.tile_tokens
     changed, head_dim = case.arena.clone(), case.layout.head_dim
     for (layer, r), chosen in case.chosen.items():
-        arena, row = arena_of(changed[:, :, layer], case.layout), case.batch.block_table[r].tolist()
+        arena = arena_of(changed[:, :, layer], case.layout)
         for first, tokens in zip(case.first_pages[layer, r], chosen, strict=True):
             used = len(tokens) % size
             if not used:
                 continue
-            page = kept_page(arena, case.layout, row, case.kept_of(r), first + len(tokens) // size)
+            page = kept_page(arena, case.layout, case.kept_of(r), first + len(tokens) // size)
             codes = page[sections.key_codes : sections.key_codes + head_dim * size // 4]
             columns = unpack_codes(codes, 2, head_dim, size)
             columns[:, used:] = 3 - columns[:, used:]
@@ -187,7 +197,7 @@ def test_kept_pages_lie_in_the_cells_of_other_layers():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("family", ["kivi-2", "int8"])
+@pytest.mark.parametrize("family", ["kivi-2", "int8", "dense-pages"])
 def test_decoding_token_by_token_seals_tiles_behind_the_kept_blocks(family: str, isa: str):
     case = build_kept_case(make_policy(family), [Ask(128, 189, 6, (70, 3, 64)), Ask(0, 62, 6)])
     expected = {layer: case.expected(layer)[0].view(2, 6, 6, 64) for layer in LAYERS}  # [request, step, head, :]
@@ -226,14 +236,14 @@ def test_written_pages_equal_the_reference(family: str, isa: str):
         return
     assert (arenas[0] != arenas[1]).float().mean() < 1e-3
     for (layer, r), chosen in case.chosen.items():
-        row = case.batch.block_table[r].tolist()
+        state_block = int(case.batch.block_table[r, 0])
         for h, tokens in enumerate(chosen):
             expected, found = (arena_of(arena[:, :, layer], case.layout) for arena in arenas)
-            header = read_header(expected, row, h)
+            header = read_header(expected, state_block, h)
             assert header == Header(case.asks[r].end, case.first_pages[layer, r][h], -(-len(tokens) // 64), len(tokens))
-            assert read_header(found, row, h) == header
+            assert read_header(found, state_block, h) == header
             for page in range(header.first_page, header.first_page + header.num_pages):
-                pages = (kept_page(arena, case.layout, row, case.kept_of(r), page) for arena in (expected, found))
+                pages = (kept_page(arena, case.layout, case.kept_of(r), page) for arena in (expected, found))
                 (key, value), (key_ref, value_ref) = (decode_page(p, case.layout) for p in pages)
                 assert torch.equal(key, key_ref)
                 assert ((value - value_ref).abs() > 2e-3).float().mean() < 1e-3
@@ -243,9 +253,9 @@ def test_a_kept_page_is_where_the_numbering_says():
     layout = PageLayout.build(make_policy("kivi-2"), 64, 128, torch.float32, state_blocks=1)
     attention = ReferenceAttention(layout, LayerSpec(2, 2, 1.0))
     arena = torch.full((9, 2, NUM_LAYERS, layout.cell_bytes), POISON, dtype=torch.uint8)
-    row, size = torch.tensor([8, 0, 1, 2, 5, 6], dtype=torch.int32), layout.sections.size_bytes
+    size = layout.sections.size_bytes
     keys = [torch.randn(130, 64), torch.randn(1, 64)]
-    attention.write_kept(arena[:, :, 1], row, (128, 4, 2), [11, 7], keys, keys)
+    attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], keys, keys)
     # 12 pages a block: [layer][kv_head][page of the cell]; head 0 has pages 11, 12, 13 and head 1 page 7.
     places = [(5, 1, 2, 1), (6, 0, 0, 0), (6, 0, 0, 1), (5, 1, 1, 1)]
     tiles = [keys[0][:64], keys[0][64:128], keys[0][128:], keys[1]]
@@ -284,16 +294,38 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, sinks: int, isa:
             assert key.shape == value.shape == (2, last - first, 64)
             torch.testing.assert_close(key, expected[:, first:last, 0], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(value, expected[:, first:last, 1], rtol=1e-6, atol=2e-6)
+            alone, nothing = attention.read(case.cells, case.batch.block_table[0], first, last, 200, with_values=False)
+            assert torch.equal(alone, key) and nothing is None
     # A request without a full tile has its sinks in the tail.
     short = [a.read(case.cells, case.batch.block_table[1], 0, 40) for a in (reference, native)]
     torch.testing.assert_close(short[0], short[1], rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(short[0][0], case.past_key[1].half().float().transpose(0, 1))
+    torch.testing.assert_close(short[0][0], case.past_key[1].to(case.layout.dense_dtype).float().transpose(0, 1))
+
+
+@pytest.mark.parametrize("isa", ["reference", *ISAS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_pages_give_back_every_bit(dtype: torch.dtype, isa: str):
+    case = build_kept_case(make_policy("dense-pages"), [Ask(128, 200, 0, (70, 64, 1, 124))], model_dtype=dtype)
+    attention = (ReferenceAttention if isa == "reference" else NativeAttention)(case.layout, case.spec)
+    arena, row, place = torch.full_like(case.arena, POISON), case.full_table[0], case.kept_of(0)
+    for layer in LAYERS:
+        written = [torch.stack([key, value], 2) for key, value in zip(case.key[layer], case.value[layer], strict=True)]
+        cells, step = arena[:, :, layer], make_batch(case.layout, [0], [200], case.full_table)
+        attention.store(case.key[layer][0], case.value[layer][0], cells, step)
+        found = torch.stack(attention.read(cells, row, 0, 200), 2).transpose(0, 1)
+        assert torch.equal(found.to(dtype), written[0]) and case.layout.dense_dtype == dtype
+        write_kept(case, attention, layer, 0, arena)
+        for head, tokens in enumerate(case.chosen[layer, 0]):
+            pages = range(case.first_pages[layer, 0][head], 99)[: -(-len(tokens) // 64)]
+            raw = torch.cat([kept_page(arena_of(cells, case.layout), case.layout, place, page) for page in pages])
+            assert torch.equal(raw.view(dtype).view(-1, 2, 64)[: len(tokens)], written[0][tokens, head])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("tile_tokens", "tiles_per_block", "head_dim"), [(64, 2, 128), (128, 1, 256), (128, 2, 64)])
-def test_read_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_block, head_dim, isa):
-    policy, options = make_policy("boosted", tile_tokens, 16), dict(head_dim=head_dim, tiles_per_block=tiles_per_block)
+@pytest.mark.parametrize("family", ["boosted", "dense-pages"])
+def test_read_matches_the_reference_in_every_geometry(family, tile_tokens, tiles_per_block, head_dim, isa):
+    policy, options = make_policy(family, tile_tokens, 16), dict(head_dim=head_dim, tiles_per_block=tiles_per_block)
     case = build_case(policy, computed=[2 * tile_tokens + 9], new_tokens=[1], model_dtype=torch.bfloat16, **options)
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     rows = [kernel.read(case.cells, case.batch.block_table[0], 5, 2 * tile_tokens + 9) for kernel in kernels]
@@ -301,29 +333,50 @@ def test_read_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_blo
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_of_an_evicted_request_only_sinks_and_later_tokens_can_be_read(isa: str):
-    case = kept_case("kivi-2", DECODE)
-    cells, row, kept = case.arena[:, :, 0], case.batch.block_table[0], case.kept_of(0)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_of_an_evicted_request_sinks_and_later_tokens_can_be_read(family: str, isa: str):
+    case = kept_case(family, DECODE)
+    cells, row = case.arena[:, :, 0], case.batch.block_table[0]
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     for first, last in ((0, 4), (128, 200), (150, 195)):
-        rows = [kernel.read(cells, row, first, last, 200, kept) for kernel in kernels]
+        rows = [kernel.read(cells, row, first, last, 200) for kernel in kernels]
         torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=2e-6)
-    for kernel in kernels:
-        with pytest.raises(ValueError, match="were evicted at 128"):
-            kernel.read(cells, row, 100, 140, 200, kept)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_each_head_keeps_is_read_back_as_its_codec_left_it(family: str, isa: str):
+    case = kept_case(family, DECODE)
+    for (layer, r), written in case.kept_rows.items():
+        for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)):
+            state_block = int(case.batch.block_table[r, 0])
+            keys, values = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
+            for h in range(case.spec.num_kv_heads):
+                turned = attention_rows(case, written, h)
+                expected = coded(turned, case.layout)
+                torch.testing.assert_close(keys[h], expected[:, 0], rtol=1e-6, atol=1e-6)
+                back = hadamard(64) if rotated(case.layout.policy) else torch.eye(64)
+                torch.testing.assert_close(values[h], expected[:, 1] @ back, rtol=1e-6, atol=2e-6)
+
+
+def attention_rows(case: KeptCase, written: tuple[list[torch.Tensor], list[torch.Tensor]], head: int) -> torch.Tensor:
+    """One head's kept K and V as they go into the codec, [tokens, 2, head_dim]."""
+    turn = hadamard(case.layout.head_dim) if rotated(case.layout.policy) else torch.eye(case.layout.head_dim)
+    return torch.stack([written[0][head], written[1][head] @ turn], 1)
 
 
 def test_wrong_arguments_are_refused_by_name():
     case = kept_case("kivi-2", DECODE)
     cells, row, kept = case.arena[:, :, 0], case.batch.block_table[0], case.kept_of(0)
+    state = int(row[0])
     rows = [torch.zeros(70, 64), torch.zeros(1, 64)]
     for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec)):
         with pytest.raises(ValueError, match="do not fit in"):
-            attention.write_kept(cells, row, kept, [0, 6 * kept.blocks], rows, rows)
+            attention.write_kept(cells, state, kept, [0, 6 * len(kept.blocks)], rows, rows)
         with pytest.raises(ValueError, match="positive multiple of 64"):
-            attention.write_kept(cells, row, kept._replace(end=100), [0, 2], rows, rows)
+            attention.write_kept(cells, state, kept._replace(end=100), [0, 2], rows, rows)
         with pytest.raises(ValueError, match="keys and values differ"):
-            attention.write_kept(cells, row, kept, [0, 2], rows, rows[::-1])
+            attention.write_kept(cells, state, kept, [0, 2], rows, rows[::-1])
         with pytest.raises(ValueError, match="not among the 64 stored"):
             attention.read(cells, row, 0, 65, 64)
         with pytest.raises(TypeError, match="block_table_row must be contiguous int32"):

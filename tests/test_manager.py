@@ -132,8 +132,8 @@ class Simulation:
         row, layout, tokens = self.row(request), self.layout, request.all_token_ids
         assert len(row) == layout.blocks_for(end), "the row is exactly what the accounting says"
         tail, tile = layout.private_blocks, layout.tile_tokens
-        for index in range(start // tile):
-            assert self.contents[row[self.tile_position(index)]] == tuple(tokens[: self.tile_end(index, start)])
+        for index in range(self.first_token(request) // tile, start // tile):
+            assert self.contents[row[self.tile_position(index)]] == self.tile(request, self.tile_end(index, start))
         if start >= tile:
             for block in row[tail + 1 : tail + 1 + layout.sink_blocks]:
                 assert self.contents[block] == ("sinks", tuple(tokens[:tile]))
@@ -141,13 +141,25 @@ class Simulation:
             for block in row[:tail]:
                 assert self.contents[block] == ("tail", request.request_id)
         for index in range(start // tile, end // tile):
-            self.contents[row[self.tile_position(index)]] = tuple(tokens[: (index + 1) * tile])
+            self.contents[row[self.tile_position(index)]] = self.tile(request, (index + 1) * tile)
         if start < tile <= end:
             for block in row[tail + 1 : tail + 1 + layout.sink_blocks]:
                 self.contents[block] = ("sinks", tuple(tokens[:tile]))
         for block in row[:tail]:
             self.contents[block] = ("tail", request.request_id)
         self.finish_step(request, end)
+
+    def first_token(self, request: Request) -> int:
+        """First token whose tile is still there."""
+        return 0
+
+    def tile(self, request: Request, end: int) -> object:
+        """What the tile of the tokens before `end` holds: it depends on all of them."""
+        return tuple(request.all_token_ids[:end])
+
+    def held(self, request: Request) -> list[int]:
+        """Ids of its blocks."""
+        return [block for block in self.row(request) if block != self.pool.null_block.block_id]
 
     def finish_step(self, request: Request, end: int) -> None:
         request.num_computed_tokens = end
@@ -172,7 +184,7 @@ class Simulation:
         self.num_finished += 1
 
     def check(self) -> None:
-        held = {block for request in self.running for block in self.row(request)} - {self.pool.null_block.block_id}
+        held = {block for request in self.running for block in self.held(request)}
         assert self.pool.get_num_free_blocks() + len(held) + 1 == self.num_blocks, "free + held + null = total"
         owners = [block for request in self.running for block in self.row(request)[: self.layout.private_blocks]]
         assert len(owners) == len(set(owners)), "a tail belongs to one request"

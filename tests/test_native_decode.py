@@ -7,13 +7,14 @@ import functools
 import pytest
 import torch
 from attention_cases import Case, build_case, copy_cells, make_batch, make_policy, poisoned_cells
+from kept_cases import rotated
 
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.pages.reference import decode_page, hadamard
 
 ISAS = available_isas()
-FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
+FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages"]
 LENGTHS = (1, 63, 64, 65, 128, 200)
 TOLERANCE = 2e-4
 
@@ -47,7 +48,7 @@ def test_decode_matches_the_reference_for_every_codec_and_head_dim(family: str, 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 32])
-@pytest.mark.parametrize("family", ["kivi-2", "boosted", "dense"])
+@pytest.mark.parametrize("family", ["kivi-2", "boosted", "dense-pages", "dense"])
 def test_decode_matches_the_reference_for_every_group_size(family: str, group: int, isa: str):
     check(isa, family, (65, 150), group=group, num_kv_heads=1)
 
@@ -56,14 +57,15 @@ def test_decode_matches_the_reference_for_every_group_size(family: str, group: i
 @pytest.mark.parametrize("sinks", [0, 16])
 @pytest.mark.parametrize("tiles_per_block", [1, 2])
 @pytest.mark.parametrize("tile_tokens", [64, 128])
-def test_decode_matches_the_reference_in_every_geometry(tile_tokens, tiles_per_block, sinks, isa):
+@pytest.mark.parametrize("family", ["kivi-4", "dense-pages"])
+def test_decode_matches_the_reference_in_every_geometry(family, tile_tokens, tiles_per_block, sinks, isa):
     lengths = (1, tile_tokens - 1, tile_tokens, tile_tokens + 1, 3 * tile_tokens + 5)
-    check(isa, "kivi-4", lengths, tile_tokens, sinks, tiles_per_block=tiles_per_block, num_kv_heads=1)
+    check(isa, family, lengths, tile_tokens, sinks, tiles_per_block=tiles_per_block, num_kv_heads=1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("window", [1, 7, 64, 130])
-@pytest.mark.parametrize("family", ["boosted", "int8", "dense"])
+@pytest.mark.parametrize("family", ["boosted", "int8", "dense-pages", "dense"])
 def test_a_sliding_window_hides_older_tokens(family: str, window: int, isa: str):
     check(isa, family, LENGTHS, sliding_window=window)
 
@@ -71,9 +73,10 @@ def test_a_sliding_window_hides_older_tokens(family: str, window: int, isa: str)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_dense_policy_matches_the_reference_in_every_dtype(dtype: torch.dtype, head_dim: int, isa: str):
+@pytest.mark.parametrize("family", ["dense", "dense-pages"])
+def test_dense_tokens_match_the_reference_in_every_dtype(family: str, dtype: torch.dtype, head_dim: int, isa: str):
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
-    check(isa, "dense", (1, 15, 16, 17, 100), head_dim=head_dim, model_dtype=dtype, tolerance=tolerance)
+    check(isa, family, (1, 15, 16, 17, 100), head_dim=head_dim, model_dtype=dtype, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -83,7 +86,7 @@ def test_bfloat16_models_round_only_the_output(family: str, isa: str):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("family", ["kivi-2", "boosted", "dense"])
+@pytest.mark.parametrize("family", ["kivi-2", "boosted", "dense-pages", "dense"])
 def test_contexts_of_several_chunks_merge(family: str, isa: str):
     check(isa, family, (2049, 4200, 70), num_kv_heads=1, group=2)
 
@@ -104,7 +107,7 @@ def test_decode_equals_a_plain_softmax_over_the_decoded_tokens(family: str):
         key[first:last], value[first:last] = (side[first - last :] for side in page)
     scores = case.query[0].double() @ key.double().T * case.spec.scale
     expected = scores.softmax(-1) @ value.double()
-    if layout.policy.value.rotate:
+    if rotated(layout.policy):
         expected = expected @ hadamard(layout.head_dim).double()
     for isa in ISAS:
         output, lse = case.run(NativeAttention(layout, case.spec, isa))
@@ -136,7 +139,7 @@ def test_far_apart_scores_do_not_overflow(isa: str):
     assert ((lse - expected_lse).abs() <= 1e-4 * expected_lse.abs()).all()
 
 
-@pytest.mark.parametrize("family", ["boosted", "dense"])
+@pytest.mark.parametrize("family", ["boosted", "dense-pages", "dense"])
 def test_every_instruction_set_gives_nearly_the_same_result(family: str):
     case = decode_case(family, (300, 77), head_dim=128)
     outputs = [case.run(NativeAttention(case.layout, case.spec, isa))[0] for isa in ISAS]

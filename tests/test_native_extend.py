@@ -11,7 +11,7 @@ from attention_cases import POISON, Case, build_case, copy_cells, make_batch, ma
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 
-FAMILIES = ("dense", "int8", "kivi-4", "kivi-2", "boosted")
+FAMILIES = ("dense", "dense-pages", "int8", "kivi-4", "kivi-2", "boosted")
 ISAS = available_isas()
 # What rounding the output to its dtype leaves, on values of order 1.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -70,19 +70,20 @@ def test_every_head_dim_matches_the_reference(family, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [16, 80, 96])
-def test_a_dense_head_dim_that_is_not_a_multiple_of_64_matches_the_reference(head_dim):
-    check(build_case(make_policy("dense"), computed=[30], new_tokens=[50], head_dim=head_dim))
+@pytest.mark.parametrize("family", ["dense", "dense-pages"])
+def test_a_dense_head_dim_that_is_not_a_multiple_of_64_matches_the_reference(family, head_dim):
+    check(build_case(make_policy(family), computed=[30], new_tokens=[50], head_dim=head_dim))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 32])
-@pytest.mark.parametrize("family", ["dense", "boosted"])
+@pytest.mark.parametrize("family", ["dense", "dense-pages", "boosted"])
 def test_every_gqa_group_size_matches_the_reference(family, group):
     check(build_case(make_policy(family), computed=[100], new_tokens=[40], num_kv_heads=1, group=group))
 
 
 @pytest.mark.parametrize("tiles_per_block", [1, 2])
 @pytest.mark.parametrize("tile_tokens", [64, 128])
-@pytest.mark.parametrize("family", ["int8", "kivi-2", "boosted"])
+@pytest.mark.parametrize("family", ["dense-pages", "int8", "kivi-2", "boosted"])
 def test_every_tile_and_block_size_matches_the_reference(family, tile_tokens, tiles_per_block):
     case = build_case(
         make_policy(family, tile_tokens),
@@ -95,14 +96,14 @@ def test_every_tile_and_block_size_matches_the_reference(family, tile_tokens, ti
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 33, 63])
-@pytest.mark.parametrize("family", ["kivi-2", "boosted"])
+@pytest.mark.parametrize("family", ["dense-pages", "kivi-2", "boosted"])
 def test_every_number_of_sinks_matches_the_reference(family, sink_tokens):
     policy = make_policy(family, sink_tokens=sink_tokens)
     check(build_case(policy, computed=[50, 130], new_tokens=[30, 5], num_kv_heads=1))
 
 
 @pytest.mark.parametrize("window", [1, 20, 64, 100, 1000])
-@pytest.mark.parametrize("family", ["dense", "kivi-2"])
+@pytest.mark.parametrize("family", ["dense", "dense-pages", "kivi-2"])
 def test_a_sliding_window_matches_the_reference(family, window):
     options = {"num_kv_heads": 1, "group": 2, "sliding_window": window}
     check(build_case(make_policy(family), computed=[180, 0], new_tokens=[20, 66], **options))
@@ -190,6 +191,23 @@ def test_a_request_gives_bitwise_the_same_outputs_alone_and_in_a_batch(family):
         output = torch.empty_like(case.query[rows])
         native.attend(case.query[rows], cells, batch, staged[rows].contiguous(), output, None)
         assert torch.equal(output, expected[rows])
+
+
+@pytest.mark.parametrize("new", [1, 70])
+def test_dense_pages_answer_as_the_dense_policy(new):
+    computed = [200, 63]
+    paged, plain = (
+        build_case(make_policy(family), computed=computed, new_tokens=[new, new]) for family in ("dense-pages", "dense")
+    )
+    plain.query, plain.key, plain.value = paged.query, paged.key, paged.value
+    past = make_batch(plain.layout, [0, 0], computed, plain.batch.block_table)
+    reference = ReferenceAttention(plain.layout, plain.spec)
+    reference.store(torch.cat(paged.past_key), torch.cat(paged.past_value), plain.cells, past)
+    for isa in ISAS:
+        outputs = [case.run(NativeAttention(case.layout, case.spec, isa))[0] for case in (paged, plain)]
+        if new > 1:
+            assert torch.equal(*outputs), isa
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-6, msg=functools.partial(label, isa))
 
 
 def test_scores_far_outside_the_range_of_exp_give_finite_and_correct_outputs():

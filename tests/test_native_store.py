@@ -38,7 +38,7 @@ def native_arena(case: Case, isa: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["int8", "kivi-4", "kivi-2", "dense"])
+@pytest.mark.parametrize("family", ["int8", "kivi-4", "kivi-2", "dense-pages", "dense"])
 def test_stored_bytes_equal_the_reference(family: str, model_dtype: torch.dtype, isa: str):
     case, reference = stored_case(make_policy(family), COMPUTED, NEW, model_dtype=model_dtype)
     assert torch.equal(native_arena(case, isa), reference)
@@ -47,8 +47,11 @@ def test_stored_bytes_equal_the_reference(family: str, model_dtype: torch.dtype,
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize(("tile_tokens", "tiles_per_block", "sinks"), [(64, 2, 0), (128, 1, 16), (128, 2, 40)])
-def test_stored_bytes_equal_the_reference_in_other_geometries(tile_tokens, tiles_per_block, sinks, head_dim, isa):
-    policy = make_policy("kivi-2", tile_tokens, sinks)
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_stored_bytes_equal_the_reference_in_other_geometries(
+    family, tile_tokens, tiles_per_block, sinks, head_dim, isa
+):
+    policy = make_policy(family, tile_tokens, sinks)
     options = dict(head_dim=head_dim, tiles_per_block=tiles_per_block, num_kv_heads=1)
     case, reference = stored_case(policy, (0, 100), (300, 157), **options)
     assert torch.equal(native_arena(case, isa), reference)

@@ -135,6 +135,19 @@ def test_a_group_of_nothing_but_sinks_gets_the_smallest_scale():
     assert (coded.low == 0).all() and (coded.scale == 2.0**-20).all()
 
 
+@pytest.mark.parametrize("head_dim", [48, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dense_page_is_its_rows_in_the_models_dtype(dtype: torch.dtype, head_dim: int):
+    layout = build("dense-pages", head_dim, dtype=dtype)
+    key, value = (rows.to(dtype) for rows in random_tile(layout))
+    page = encode_page(key.float(), value.float(), layout)
+    assert torch.equal(page.view(dtype).view(64, 2, head_dim), torch.stack([key, value], 1))
+    decoded_key, decoded_value = decode_page(page, layout)
+    assert torch.equal(decoded_key, key.float()) and torch.equal(decoded_value, value.float())
+    assert layout.bits_per_element() == 8 * dtype.itemsize
+    assert layout.cell_bytes == 64 * layout.slot_bytes and (layout.tail_blocks, layout.sink_blocks) == (1, 1)
+
+
 def test_pages_cost_what_the_policy_promises():
     assert build("kivi-2", 64).bits_per_element() == pytest.approx(2.75, abs=0.3)
     assert build("int8", 128).bits_per_element() < 8.5

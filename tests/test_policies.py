@@ -192,6 +192,30 @@ def test_codec_takes_the_pages_of_another_policy():
     assert four_bit.eviction == policy.eviction
 
 
+def test_dense_pages_keep_the_models_dtype_where_tokens_are_evicted():
+    policy = load_policy("snapkv", ["codec=dense"])
+    assert policy.is_dense and policy.has_pages and policy.eviction == load_policy("snapkv").eviction
+    assert load_policy("snapkv", ["codec=dense", "codec=int8"]) == load_policy("snapkv")
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+    assert not load_policy("none").has_pages
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["value.rotate=true"], "value.bits is missing"),
+        (["key.boost_fraction=0.25"], "key.bits is missing"),
+        (["key.bits=4", "key.group_size=64"], "give both key and value"),
+        (["key.bits=4", "key.group_size=64", "value.bits=4"], "leave out key and value, or dense_pages"),
+        (["sink_tokens=64"], "sink_tokens must be less than tile_tokens (64)"),
+        (["dense_pages=false", "sink_tokens=4"], "sink_tokens needs pages"),
+        (["dense_pages=16"], "it must be true or false"),
+    ],
+)
+def test_dense_pages_take_no_codec(overrides, part):
+    assert part in error_of("dense", *overrides)
+
+
 def test_a_name_may_carry_its_rate():
     policy = load_policy("snapkv@2.5")
     assert policy.name == "snapkv" and policy.eviction.rate == 2.5
@@ -219,7 +243,8 @@ def test_a_policy_that_evicts_survives_the_way_to_another_process(name):
         ("kv-compress", "eviction.scorer.name=attention", "the scorers are accumulated-attention"),
         ("kv-compress", "eviction.budget=fair", "the budgets are global-pages"),
         ("kv-compress", "eviction.max_tokens=512", "one of the two"),
-        ("kv-compress", "codec=none", "needs key and value codecs"),
+        ("kv-compress", "codec=none", "use codec: dense"),
+        ("kv-compress", "dense_pages=true", "leave out key and value"),
         ("kv-compress", "codec=snapkv", "snapkv evicts itself"),
         ("kv-compress", "codec=kivi", "the name of a shipped policy"),
         ("kivi-2bit", "eviction.rate=8", "it evicts nothing"),

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from kvserve.scorers.accumulated_attention import AccumulatedAttention
+from kvserve.scorers.accumulated_attention import AccumulatedAttention, accumulate
 from kvserve.scorers.base import LayerView, Scorer, protect
 from kvserve.scorers.expected_attention import ExpectedAttention
 from kvserve.scorers.key_diff import KeyDiff
 from kvserve.scorers.key_norm import KeyNorm
 from kvserve.scorers.position import Position
+from kvserve.scorers.query_window import PlainWindow
 from kvserve.scorers.random import Random
 from kvserve.scorers.registry import SCORERS, make_scorer, scorer_class
 from kvserve.scorers.rotary import QueryStatistics, Rotary
@@ -34,12 +35,15 @@ def make_view(tokens: int = TOKENS, window: int = WINDOW, seed: int = 0, **chang
         return torch.randn(shape, generator=generator)
 
     statistics = QueryStatistics.of(normal(HEADS, 20, DIM) + 1, torch.arange(20), rotary())
+    keys, values, scale = normal(KV_HEADS, tokens, DIM), normal(KV_HEADS, tokens, DIM), 0.4
+    positions = changes.get("positions", torch.arange(tokens))
     fields = {
-        "keys": normal(KV_HEADS, tokens, DIM),
-        "values": normal(KV_HEADS, tokens, DIM),
-        "positions": torch.arange(tokens),
-        "scale": 0.4,
-        "window_queries": normal(HEADS, window, DIM),
+        "kv_heads": KV_HEADS,
+        "positions": positions,
+        "scale": scale,
+        "keys": keys,
+        "values": values,
+        "query_window": PlainWindow(normal(HEADS, window, DIM), keys, positions, scale),
         "accumulated": normal(KV_HEADS, tokens).abs(),
         "query_statistics": statistics,
         "kept_tokens": 6,
@@ -48,15 +52,24 @@ def make_view(tokens: int = TOKENS, window: int = WINDOW, seed: int = 0, **chang
     return LayerView(**{**fields, **changes})
 
 
+def plain_window(view: LayerView) -> PlainWindow:
+    assert isinstance(view.query_window, PlainWindow)
+    return view.query_window
+
+
+def with_window(view: LayerView, **changes) -> LayerView:
+    """The view with other `queries` or `keys` in its window."""
+    return dataclasses.replace(view, query_window=dataclasses.replace(plain_window(view), **changes))
+
+
 def attention(view: LayerView, head: int, row: int) -> list[float]:
     """Probabilities of one window row, for every cached token."""
-    assert view.window_queries is not None
-    rows = view.window_queries.shape[1]
-    at = int(view.positions[-1]) + 1 - rows + row
-    query = view.window_queries[head, row].double()
+    window = plain_window(view)
+    at = int(view.positions[-1]) + 1 - window.queries.shape[1] + row
+    query = window.queries[head, row].double()
     weights = []
     for token, position in enumerate(view.positions.tolist()):
-        dot = float(query @ view.keys[head // GROUP, token].double()) * view.scale
+        dot = float(query @ window.keys[head // GROUP, token].double()) * view.scale
         weights.append(math.exp(dot) if position <= at else 0.0)
     return [weight / sum(weights) for weight in weights]
 
@@ -74,8 +87,7 @@ def pooled(values: list[float], how: str, kernel: int) -> list[float]:
 
 
 def window_oracle(scorer: WindowAttention, view: LayerView) -> list[list[float]]:
-    assert view.window_queries is not None
-    available = view.window_queries.shape[1]
+    available = plain_window(view).queries.shape[1]
     rows = list(range(max(0, available - scorer.window), available))
     scored = view.num_tokens
     if scorer.keep_window:
@@ -132,7 +144,7 @@ def test_window_rows_compare_positions_and_not_slots():
 def test_a_row_that_sees_nothing_adds_nothing():
     view = make_view(tokens=2, window=3, positions=torch.tensor([8, 9]))
     scores = WindowAttention(window=3, **PLAIN).score(view)  # the first row stands at 7
-    last_rows = dataclasses.replace(view, window_queries=view.window_queries[:, 1:])
+    last_rows = with_window(view, queries=plain_window(view).queries[:, 1:])
     assert torch.equal(scores, WindowAttention(window=2, **PLAIN).score(last_rows))
 
 
@@ -140,7 +152,7 @@ def test_a_window_of_the_whole_prompt_gives_the_column_sums_of_attention():
     view = make_view(window=TOKENS)
     sums = torch.zeros(KV_HEADS, TOKENS, dtype=torch.float64)
     for head in range(HEADS):
-        logits = view.window_queries[head].double() @ view.keys[head // GROUP].double().T * view.scale
+        logits = plain_window(view).queries[head].double() @ view.keys[head // GROUP].double().T * view.scale
         sums[head // GROUP] += logits.masked_fill(torch.ones_like(logits).triu(1) > 0, -INF).softmax(-1).sum(0)
     assert_scores(GROUP * WindowAttention(window=TOKENS, **PLAIN).score(view), sums)
 
@@ -161,7 +173,7 @@ def test_tova_is_a_window_of_one_over_all_heads_of_the_layer():
 def test_permuting_the_tokens_before_an_unpooled_window_permutes_the_scores():
     view = make_view()
     order = torch.cat([torch.randperm(TOKENS - WINDOW), torch.arange(TOKENS - WINDOW, TOKENS)])
-    permuted = dataclasses.replace(view, keys=view.keys[:, order])
+    permuted = with_window(view, keys=view.keys[:, order])
     scorer = WindowAttention(window=WINDOW, **PLAIN)
     torch.testing.assert_close(scorer.score(permuted), scorer.score(view)[:, order])
 
@@ -178,6 +190,21 @@ def test_accumulated_attention_per_row_divides_by_the_rows_that_could_see_the_to
     view = make_view(tokens=3, positions=torch.tensor([0, 4, 9]), accumulated=torch.full((KV_HEADS, 3), 30.0))
     scores = AccumulatedAttention(recent_share=0, per_row=True).score(view)
     assert_scores(scores, [[30 / 10, 30 / 6, 30 / 1]] * KV_HEADS)
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_steps_accumulate_to_what_all_rows_pay(exponent):
+    view = make_view(window=TOKENS)
+    queries, sums = plain_window(view).queries, None
+    for start, stop in ((0, 1), (1, 6), (6, TOKENS)):
+        keys, positions = view.keys[:, :stop], view.positions[:stop]
+        sums = accumulate(PlainWindow(queries[:, start:stop], keys, positions, view.scale), KV_HEADS, exponent, sums)
+    expected = [[0.0] * TOKENS for _ in range(KV_HEADS)]
+    for head in range(HEADS):
+        for row in range(TOKENS):
+            for token, share in enumerate(attention(view, head, row)):
+                expected[head // GROUP][token] += share**exponent
+    assert_scores(sums, expected)
 
 
 def test_key_norm_prefers_short_keys():
@@ -284,7 +311,7 @@ def test_random_scores_depend_on_who_and_where_and_nothing_else():
     assert torch.equal(scores, Random().score(make_view(tokens=200, seed=9)))
     part = make_view(tokens=50, positions=torch.arange(100, 200, 2))
     assert torch.equal(Random().score(part), scores[:, 100::2])
-    second_head = dataclasses.replace(view, keys=view.keys[1:], first_head=1)
+    second_head = dataclasses.replace(view, kv_heads=1, first_head=1)
     assert torch.equal(Random().score(second_head), scores[1:])
     for other in (
         Random(seed=1).score(view),
@@ -318,8 +345,8 @@ def test_protect_sets_the_ends_and_leaves_its_argument_alone():
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_scores_are_float32_per_head_and_never_nan_or_minus_infinity(name, tokens, size):
     view = make_view(tokens=tokens, window=min(tokens, WINDOW))
-    big = {"keys": view.keys * size, "values": view.values * size, "window_queries": view.window_queries * size}
-    view = dataclasses.replace(view, **big)
+    view = dataclasses.replace(view, keys=view.keys * size, values=view.values * size)
+    view = with_window(view, keys=view.keys, queries=plain_window(view).queries * size)
     scores = make_scorer({"name": name}).score(view)
     assert scores.shape == (KV_HEADS, tokens) and scores.dtype == torch.float32
     assert (scores > -INF).all()  # false for nan, too
@@ -333,11 +360,11 @@ def test_heads_scored_alone_get_the_scores_they_get_together(name):
         kv, q = slice(head, head + 1), slice(head * GROUP, (head + 1) * GROUP)
         statistics = view.query_statistics
         alone = dataclasses.replace(
-            view,
+            with_window(view, queries=plain_window(view).queries[q], keys=view.keys[kv]),
+            kv_heads=1,
             keys=view.keys[kv],
             values=view.values[kv],
             accumulated=view.accumulated[kv],
-            window_queries=view.window_queries[q],
             query_statistics=dataclasses.replace(
                 statistics, mean=statistics.mean[q], covariance=statistics.covariance[q]
             ),

@@ -20,13 +20,12 @@ from kvserve.attention.triton import TritonAttention
 from kvserve.bench import gpu as gpu_benchmark
 from kvserve.bench.gpu_cases import FORMATS, layout_of
 from kvserve.kernels import decode
+from kvserve.pages.kept import NOT_KEPT
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page
 from kvserve.policies.loading import load_policy
-from kvserve.scorers.base import LayerView
-from kvserve.scorers.window_attention import window_probabilities
 
-FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
+FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages"]
 # What rounding queries, weights and outputs to the model's dtype leaves, on values of order 1.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -56,7 +55,9 @@ def test_decode_matches_the_reference(family: str):
     check(family, [0, 63, 64, 150], [1, 1, 1, 1], **SMALL)
 
 
-@pytest.mark.parametrize("family", ["dense", "kivi-2", "boosted", *(pytest.param(f, marks=slow) for f in FAMILIES[:2])])
+@pytest.mark.parametrize(
+    "family", ["dense", "dense-pages", "kivi-2", "boosted", *(pytest.param(f, marks=slow) for f in FAMILIES[:2])]
+)
 def test_extend_beside_decode_matches_the_reference(family: str):
     check(family, [63, 100, 0], [66, 1, 5], **SMALL)
 
@@ -103,8 +104,9 @@ def test_a_sliding_window_hides_older_tokens(family: str, window: int):
 
 @slow
 @pytest.mark.parametrize("head_dim", [80, 96])
-def test_a_dense_head_dim_that_is_no_power_of_two_matches_the_reference(head_dim: int):
-    check("dense", [30, 40], [20, 1], head_dim=head_dim, **SMALL)
+@pytest.mark.parametrize("family", ["dense", "dense-pages"])
+def test_a_dense_head_dim_that_is_no_power_of_two_matches_the_reference(family: str, head_dim: int):
+    check(family, [70, 127], [20, 1], head_dim=head_dim, **SMALL)
 
 
 def test_requests_without_tokens_are_left_alone():
@@ -179,20 +181,23 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str):
         expected = reference.read(case.cells, case.batch.block_table[0], first, last, 150)
         rows = attention.read(cells, table[0], first, last, 150)
         torch.testing.assert_close([row.cpu() for row in rows], list(expected), rtol=1e-6, atol=2e-6)
+        alone, nothing = attention.read(cells, table[0], first, last, 150, with_values=False)
+        assert torch.equal(alone, rows[0]) and nothing is None
 
 
-@pytest.mark.parametrize("power", [2, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize(("power", "reduce"), [(2, "sum"), (1, "max"), pytest.param(1, "sum", marks=slow)])
 @pytest.mark.parametrize("stored", [150, pytest.param(128, marks=slow), pytest.param(40, marks=slow)])
-@pytest.mark.parametrize("family", ["boosted", pytest.param("kivi-2", marks=slow), pytest.param("int8", marks=slow)])
-def test_received_attention_is_the_sum_of_the_scorers_probabilities(family: str, stored: int, power: int):
+@pytest.mark.parametrize(
+    "family", ["boosted", *(pytest.param(f, marks=slow) for f in ("kivi-2", "int8", "dense-pages", "dense"))]
+)
+def test_attention_sums_are_the_references(family: str, stored: int, power: int, reduce: str):
     case = build_case(make_policy(family), computed=[stored], new_tokens=[1], num_kv_heads=2, group=3)
     row, query = case.batch.block_table[0], torch.randn(36, 6, 64, generator=torch.Generator().manual_seed(3))
-    key, value = ReferenceAttention(case.layout, case.spec).read(case.cells, row, 0, stored)
-    view = LayerView(keys=key, values=value, positions=torch.arange(stored), scale=case.spec.scale)
-    expected = (window_probabilities(view, query.transpose(0, 1)) ** power).sum(1)
+    how = stored, NOT_KEPT, power, reduce
+    expected = ReferenceAttention(case.layout, case.spec).attention_sums(query, case.cells, row, *how)
     attention, cells = TritonAttention(case.layout, case.spec), cells_on(DEVICE, case.cells)
-    received = attention.attention_received(query.to(DEVICE), cells, row.to(DEVICE), stored, power)
-    torch.testing.assert_close(received.cpu(), expected, rtol=2e-5, atol=2e-6)
+    sums = attention.attention_sums(query.to(DEVICE), cells, row.to(DEVICE), *how)
+    torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 
 def test_wrong_tensors_are_refused_by_name():
@@ -207,8 +212,8 @@ def test_wrong_tensors_are_refused_by_name():
     shifted = torch.zeros(case.cells.numel() + 8, dtype=torch.uint8, device=DEVICE)[8:].view(case.cells.shape)
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         attention.store(case.key.to(DEVICE), case.value.to(DEVICE), shifted, case.batch)
-    with pytest.raises(ValueError, match=r"rows in \[1, 2\]"):
-        attention.attention_received(case.query[:0], case.cells, case.batch.block_table[0], 2)
+    with pytest.raises(ValueError, match="at least one query row"):
+        attention.attention_sums(case.query[:0], case.cells, case.batch.block_table[0], 2)
 
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'pydantic', 'yaml', 'rich'])); "
@@ -259,16 +264,16 @@ def test_the_benchmark_times_the_formats_of_the_policies():
 @slow
 @pytest.mark.parametrize("architecture", [80, 89, 90, 100])
 def test_every_kernel_compiles_without_a_gpu(architecture: int, tmp_path: Path):
-    cases = ("boosted:128:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16")
+    cases = ("boosted:128:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16", "dense-pages:128:4:bfloat16")
     more = ("kivi-2:128:4:bfloat16", "int8:128:1:float16", "boosted:256:1:bfloat16", "kivi-4:128:4:float32")
     more = more if architecture == 90 else ()
     script = str(Path(__file__).with_name("triton_compile.py"))
     out = run_python(script, str(architecture), *cases, *more, TRITON_CACHE_DIR=str(tmp_path), PATH="/usr/bin")
     for case in (*cases, *more):
         compiled = {line.split()[4].rstrip(":") for line in out.splitlines() if f" {case} " in line}
-        store = {"stage_kernel", "slots_kernel", "decode_kernel", "combine_kernel", "extend_kernel"}
-        sealed = {"seal_kernel", "read_kernel", "kept_kernel", "scores_kernel"}
-        assert compiled == (store if case.startswith("dense") else store | sealed)
+        every = {"stage_kernel", "slots_kernel", "decode_kernel", "combine_kernel", "extend_kernel", "scores_kernel"}
+        paged = {"seal_kernel", "read_kernel", "read_kept_kernel", "write_kept_kernel"}
+        assert compiled == (every if case.startswith("dense:") else every | paged)
 
 
 # On a GPU: `make test-gpu`

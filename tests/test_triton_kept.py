@@ -1,23 +1,21 @@
-"""Evicted requests on the Triton kernels: attention over kept pages, writing them, and compaction."""
+"""Evicted requests on the Triton kernels: attention over kept pages, reading and writing them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import POISON, make_batch, make_policy
+from attention_cases import POISON, make_policy
 from kept_cases import LAYERS, Ask, KeptCase, build_kept_case, write_kept
 
 pytest.importorskip("triton")
 from triton_cases import DEVICE, cells_on, run
 
-from kvserve.attention.base import LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
-from kvserve.pages.kept import Kept, arena_of, kept_page
-from kvserve.pages.layout import PageLayout
+from kvserve.pages.kept import arena_of, kept_page
 
 slow = pytest.mark.slow
-FAMILIES = ["kivi-2", *(pytest.param(family, marks=slow) for family in ("int8", "kivi-4", "boosted"))]
+FAMILIES = ["kivi-2", "dense-pages", *(pytest.param(family, marks=slow) for family in ("int8", "kivi-4", "boosted"))]
 TOLERANCE = 5e-6
 # Evicted with a sealed tile and a tail behind it; evicted at the last token before the step; never evicted.
 MIXED = (Ask(128, 200, 1, (70, 3, 0, 124)), Ask(64, 64, 20, (60, 17, 1, 40)), Ask(0, 70, 1))
@@ -73,34 +71,34 @@ def test_written_pages_and_headers_equal_the_reference(family: str):
         cells = cells_on(DEVICE, expected[:, :, layer])
         write_kept(case, ReferenceAttention(case.layout, case.spec), layer, r, expected)
         keys, values = ([rows.to(DEVICE) for rows in side] for side in case.kept_rows[layer, r])
-        row = case.batch.block_table[r].to(DEVICE)
-        attention.write_kept(cells, row, case.kept_of(r), case.first_pages[layer, r], keys, values)
+        state_block = int(case.batch.block_table[r, 0])
+        attention.write_kept(cells, state_block, case.kept_of(r), case.first_pages[layer, r], keys, values)
         assert same_bytes(cells, layer, expected, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compaction_equals_reading_and_writing_with_the_reference(family: str):
-    layout, spec, arena, row = whole_request(family)
-    reference, attention = ReferenceAttention(layout, spec), TritonAttention(layout, spec)
-    place, first_pages, layer = Kept(128, layout.blocks_for(150), 2), [3, 1], 1
-    positions = [torch.arange(4, 128, 2), torch.tensor([5, 66, 127])]
-    key, value = reference.read(arena[:, :, layer], row, 0, 128, 150)
-    cells = cells_on(DEVICE, arena[:, :, layer])
-    kept_rows = [[rows[index] for rows, index in zip(side, positions, strict=True)] for side in (key, value)]
-    reference.write_kept(arena[:, :, layer], row, place, first_pages, *kept_rows)
-    attention.compact(cells, row.to(DEVICE), place, first_pages, [index.to(DEVICE) for index in positions])
-    assert same_bytes(cells, layer, arena, family)
+def test_what_each_head_keeps_is_read_back_as_the_reference_reads_it(family: str):
+    case = kept_case(family)
+    for layer, r in case.chosen:
+        place = int(case.batch.block_table[r, 0]), case.kept_of(r)
+        expected = ReferenceAttention(case.layout, case.spec).read_kept(case.arena[:, :, layer], *place)
+        cells = cells_on(DEVICE, case.arena[:, :, layer])
+        found = TritonAttention(case.layout, case.spec).read_kept(cells, *place)
+        for side, expected_side in zip(found, expected, strict=True):
+            torch.testing.assert_close([rows.cpu() for rows in side], expected_side, rtol=1e-6, atol=2e-6)
 
 
-def whole_request(family: str) -> tuple[PageLayout, LayerSpec, torch.Tensor, torch.Tensor]:
-    """A request of 150 tokens in one layer of three, and a row of blocks with room for what it will keep."""
-    layout = PageLayout.build(make_policy(family), 64, 64, torch.float32, state_blocks=1)
-    spec, generator = LayerSpec(4, 2, 0.125), torch.Generator().manual_seed(4)
-    row = torch.randperm(layout.blocks_for(150) + 2, generator=generator).int()
-    arena = torch.full((len(row), 2, 3, layout.cell_bytes), POISON, dtype=torch.uint8)
-    key, value = (torch.randn(150, 2, 64, generator=generator) for _ in range(2))
-    ReferenceAttention(layout, spec).store(key, value, arena[:, :, 1], make_batch(layout, [0], [150], row[None]))
-    return layout, spec, arena, row
+@pytest.mark.parametrize("sinks", [4, pytest.param(0, marks=slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_sums_over_what_each_head_holds_equal_the_reference(family: str, sinks: int):
+    case = kept_case(family, tiling=(64, sinks))
+    reference, attention = ReferenceAttention(case.layout, case.spec), TritonAttention(case.layout, case.spec)
+    query = torch.randn(9, case.spec.num_heads, 64, generator=torch.Generator().manual_seed(3))
+    for r, tokens in ((0, 200), (2, 70)):
+        cells, row, how = case.arena[:, :, 2], case.batch.block_table[r], (tokens, case.kept_of(r), 2)
+        expected = reference.attention_sums(query, cells, row, *how)
+        sums = attention.attention_sums(query.to(DEVICE), cells_on(DEVICE, cells), row.to(DEVICE), *how)
+        torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("poison", [0xFF, pytest.param(0x7B, marks=slow)])
@@ -109,10 +107,10 @@ def test_the_unused_columns_of_a_page_are_never_visible(poison: int):
     sections, size = case.layout.sections, case.layout.tile_tokens
     changed = case.arena.clone()
     for (layer, r), chosen in case.chosen.items():
-        arena, row = arena_of(changed[:, :, layer], case.layout), case.batch.block_table[r].tolist()
+        arena = arena_of(changed[:, :, layer], case.layout)
         for first, tokens in zip(case.first_pages[layer, r], chosen, strict=True):
             if used := len(tokens) % size:
-                page = kept_page(arena, case.layout, row, case.kept_of(r), first + len(tokens) // size)
+                page = kept_page(arena, case.layout, case.kept_of(r), first + len(tokens) // size)
                 scales = page[sections.value_scales : sections.value_scales + 2 * size]
                 scales[2 * used :] = poison  # NaN, or a huge number
     assert (changed != case.arena).any()

@@ -9,6 +9,7 @@ from attention_cases import Case
 
 from kvserve.attention.base import Batch
 from kvserve.attention.triton import TritonAttention
+from kvserve.pages.kept import KeptTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,7 +25,7 @@ def batch_on(device: torch.device, batch: Batch) -> Batch:
     """The batch with its tensors on a device; the block table stays a view of a wider one."""
     width = batch.block_table.shape[1]
     wide = torch.nn.functional.pad(batch.block_table, (0, 3), value=1 << 30).to(device)
-    kept = None if batch.kept is None else batch.kept.to(device)
+    kept = None if batch.kept is None else KeptTable(*(table.to(device) for table in batch.kept))
     starts, lengths = batch.query_start_loc.to(device), batch.seq_lens.to(device)
     return Batch(starts, lengths, wide[:, :width], kept, batch.max_query_len)
 

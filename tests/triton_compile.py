@@ -20,7 +20,7 @@ from triton.runtime import JITFunction, driver
 
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels import geometry
-from kvserve.pages.kept import Kept
+from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptTable, arena_of, write_header
 
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # what one program may have
 
@@ -53,18 +53,22 @@ def launch_all(family: str, head_dim: int, group: int, dtype: torch.dtype) -> No
                       model_dtype=dtype)  # fmt: skip
     attention = TritonAttention(case.layout, case.spec)
     case.run(attention)
+    row = torch.arange(9, dtype=torch.int32)
+    attention.attention_sums(case.query[:9], case.cells, row, 80, NOT_KEPT, 2)
     if family == "dense":
         return
     layout = type(case.layout).build(case.layout.policy, head_dim, 64, dtype, state_blocks=1)
     attention = TritonAttention(layout, case.spec)
-    case.batch.kept = torch.tensor([[64, 4, 1]] * 2, dtype=torch.int32)
+    kept, cells = Kept(64, (4,)), torch.zeros_like(case.cells)
+    case.batch.kept = KeptTable.of([kept, kept])
     case.run(attention)
-    row, place = torch.arange(9, dtype=torch.int32), Kept(64, 4, 1)
-    attention.read(case.cells, row, 0, 100)
-    rows, chosen = [torch.zeros(3, head_dim)] * 2, [torch.arange(10, 13)] * 2
-    attention.write_kept(case.cells, row, place, [0, 1], rows, rows)
-    attention.compact(case.cells, row, place, [0, 1], chosen)
-    attention.attention_received(case.query[:9], case.cells, row, 80, 2)
+    attention.read(cells, row, 0, 100)
+    rows = [torch.zeros(3, head_dim)] * 2
+    attention.write_kept(cells, 0, kept, [0, 1], rows, rows)
+    for head in range(2):
+        write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
+    attention.read_kept(cells, 0, kept)
+    attention.attention_sums(case.query[:9], cells, row, 80, kept, 2)
 
 
 def main(architecture: int, cases: list[str]) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from kvserve.pages.kept import Kept
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
 from kvserve.pages.layout import PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 16
+Power = Literal[1, 2]
+Reduction = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Batch:
         query_start_loc: int32 [num_reqs + 1]; request r has the query rows [r, r + 1) of it.
         seq_lens: int32 [num_reqs]; tokens of the request, this step's included.
         block_table: int32 [num_reqs, >= blocks]; rows may lie apart, each row is contiguous.
-        kept: int32 [num_reqs, 3], contiguous; the `Kept` of each request, end 0 where it was not evicted. None: nobody
-            was. Only for layers that can evict: sealed pages and no sliding window.
+        kept: of the evicted requests among them; None: there are none. Only for layers that can evict: sealed pages and
+            no sliding window.
         max_query_len: at least the longest query. None: read from query_start_loc, which waits for a GPU.
         native: what a kernel made of the tensors above; they must not be replaced once it is set.
     """
@@ -56,7 +58,7 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    kept: torch.Tensor | None = None
+    kept: KeptTable | None = None
     max_query_len: int | None = None
     native: Any = field(default=None, init=False, repr=False, compare=False)
 
@@ -146,25 +148,37 @@ class PagedAttention(ABC):
         first: int,
         last: int,
         num_tokens: int | None = None,
-        kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is stored of the tokens [first, last) of one request; not for the dense policy.
+
+        Of an evicted request, only sinks and tokens from its `Kept.end` on are there to be read.
 
         Args:
             block_table_row: int32 [>= blocks], contiguous.
             num_tokens: tokens stored of the request; None: `last`. It says which tile is the unfinished one.
-            kept: the request's `Kept`, if it was evicted: then only sinks or tokens from kept.end on can be read.
+            with_values: False: only keys are read, which costs half.
 
         Returns:
-            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it.
+            key and value, float32 [num_kv_heads, last - first, head_dim], the value as the model made it (or None).
+        """
+
+    @abstractmethod
+    def read_kept(
+        self, cells: torch.Tensor, state_block: int, kept: Kept
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What an evicted request keeps in this layer.
+
+        Returns:
+            keys and values, per KV head, float32 [num_kept, head_dim] in ascending positions, as `read` gives them.
         """
 
     @abstractmethod
     def write_kept(
         self,
         cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        kept: Sequence[int],
+        state_block: int,
+        kept: Kept,
         first_pages: Sequence[int],
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
@@ -172,8 +186,8 @@ class PagedAttention(ABC):
         """Write what one evicted request keeps in this layer: its kept pages and headers.
 
         Args:
-            block_table_row: int32 [>= blocks], contiguous.
-            kept: the request's `Kept` (end, row, blocks).
+            state_block: id of the first block of the request's row.
+            kept: where the request is cut, and the blocks to write.
             first_pages: per KV head, its first kept page.
             keys, values: per KV head, float32 [num_kept, head_dim] in ascending positions, as `read` gives them.
 
@@ -181,20 +195,68 @@ class PagedAttention(ABC):
             ValueError: the pages do not fit into the kept blocks, or the shapes do not fit the layer.
         """
 
+    @abstractmethod
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        """How much attention the newest tokens of one request pay to each token it holds, from stored keys alone.
+
+        Args:
+            query: [rows, num_heads, head_dim], float32, float16 or bfloat16: the query rows of the last `rows` of the
+                `num_tokens` stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1.
+            block_table_row: int32 [>= blocks], contiguous.
+            kept: the request's `Kept`, if it was evicted; its rows then stand at kept.end or later.
+            power: of each probability, before the reduction.
+            reduce: over the rows.
+
+        Returns:
+            float32 [num_heads, n]: for whole requests n is num_tokens. The heads of an evicted one have
+            `held_tokens` columns (kvserve/pages/kept.py): sinks, kept tokens, tokens from kept.end on; zeros behind.
+
+        However many rows there are, the native kernel holds at most 2**20 logits at a time, or those of one row where
+        they are more (rounded up to 6 heads): with the rows they belong to, about 8 MiB of scratch.
+
+        Raises:
+            TypeError, ValueError: the rows do not fit the layer or the request, or the layer has a sliding window.
+        """
+
     def check_kept(self, batch: Batch) -> None:
         """Reject evicted requests in a layer that cannot have them."""
         if batch.kept is not None and (self.layout.state_blocks == 0 or self.spec.sliding_window is not None):
             raise ValueError("evicted requests need a layout with state_blocks and a layer without sliding window")
 
-    def check_span(self, row: torch.Tensor, first: int, last: int, num_tokens: int, kept: Kept | None) -> None:
+    def check_span(self, row: torch.Tensor, first: int, last: int, num_tokens: int) -> None:
         """Reject tokens that `read` cannot give."""
         check_row(row)
         if self.layout.sections is None:
             raise ValueError("read needs a policy with codecs: the dense policy keeps no pages")
         if not 0 <= first <= last <= num_tokens:
             raise ValueError(f"tokens [{first}, {last}) are not among the {num_tokens} stored ones")
-        if kept is not None and kept.end and first < kept.end and last > self.layout.policy.sink_tokens:
-            raise ValueError(f"tokens [{first}, {last}) were evicted at {kept.end}")
+
+    def check_sums(
+        self, query: torch.Tensor, row: torch.Tensor, num_tokens: int, kept: Kept, power: int, reduce: str
+    ) -> None:
+        """Reject what `attention_sums` cannot answer."""
+        check_row(row)
+        check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
+        if self.spec.sliding_window is not None:
+            raise ValueError("attention sums need a layer without sliding window")
+        if kept.end and self.layout.state_blocks == 0:
+            raise ValueError("evicted requests need a layout with state_blocks")
+        if not 1 <= query.shape[0] <= num_tokens - kept.end:
+            raise ValueError(
+                f"need at least one query row and at most those of the tokens [{kept.end}, {num_tokens}), "
+                f"got {query.shape[0]}"
+            )
+        if power not in get_args(Power) or reduce not in get_args(Reduction):
+            raise ValueError(f"power must be 1 or 2 and reduce sum or max, got {power} and {reduce}")
 
     def check_kept_rows(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[int]:
         """Kept tokens of each KV head; rejects what is not float32 [num_kept, head_dim]."""
@@ -238,17 +300,19 @@ def check_batch(batch: Batch) -> None:
             f"{batch.num_reqs} seq_lens need {batch.num_reqs + 1} query_start_loc entries and a block_table row each, "
             f"got {list(batch.query_start_loc.shape)} and {list(batch.block_table.shape)}"
         )
-
     if batch.kept is not None:
         check_kept_table(batch.kept, batch.num_reqs)
 
 
-def check_kept_table(kept: torch.Tensor, num_reqs: int) -> None:
+def check_kept_table(kept: KeptTable, num_reqs: int) -> None:
     """Reject a `Batch.kept` that the kernels cannot read."""
-    if kept.dtype != torch.int32 or not kept.is_contiguous():
-        raise TypeError(f"kept must be contiguous int32, got {kept.dtype} with strides {kept.stride()}")
-    if kept.dim() != 2 or kept.shape[0] < num_reqs or kept.shape[1] != 3:
-        raise ValueError(f"kept must be [{num_reqs}, 3], got {list(kept.shape)}")
+    for name, table in zip(kept._fields, kept, strict=True):
+        if table.dtype != torch.int32 or table.dim() != 1 or not table.is_contiguous():
+            raise TypeError(f"kept.{name} must be contiguous int32 [n], got {table.dtype} {list(table.shape)}")
+    if len(kept.ends) != num_reqs or len(kept.starts) != num_reqs + 1:
+        raise ValueError(
+            f"kept must have {num_reqs} ends and {num_reqs + 1} starts, got {len(kept.ends)} and {len(kept.starts)}"
+        )
 
 
 def check_row(row: torch.Tensor) -> None:

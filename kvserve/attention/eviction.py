@@ -1,108 +1,219 @@
-"""Evicting prompts in the worker: score every layer as it runs, and pack what stays once the last layer has.
+"""Cutting requests in the worker: score every layer as it runs, and pack what stays once the last layer has.
 
 The parts decide: the policy's scorer how much each token matters, its budget how many pages each KV head of each layer
-keeps. Nothing is remembered from one step to the next.
+keeps. What has to be remembered from one step to the next lies in the request's own state blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
+from kvserve.attention.collector import Collected, Collector
+from kvserve.attention.observer import EvictionObserver
+from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
+from kvserve.attention.query_window import PagedWindow
 from kvserve.budgets.base import select
-from kvserve.pages.kept import Kept, num_layers_of
-from kvserve.pages.plan import EvictionPlan
+from kvserve.pages.kept import Kept, held_tokens, num_layers_of
+from kvserve.pages.plan import RowStep
 from kvserve.policies.base import Eviction
 from kvserve.scorers.base import LayerView
 
 
 @dataclass(frozen=True)
-class PromptEviction:
-    """One row of the batch whose prompt ends with this step."""
+class _Request:
+    """A row of the batch; `cut` is what this step cuts it down to, if it does."""
 
-    request: int
-    request_id: str
-    plan: EvictionPlan
+    step: RowStep
+    cut: Kept
+    row: torch.Tensor
+    num_tokens: int
+    query_rows: slice
+
+    @property
+    def state_block(self) -> int:
+        return int(self.row[0])
 
 
 @dataclass
 class _Layer:
     attention: PagedAttention
     cells: torch.Tensor
-    scores: list[torch.Tensor] = field(default_factory=list)  # of each evicted prompt: [kv_heads, candidates]
+    scores: list[list[torch.Tensor]] = field(default_factory=list)  # of each cut request, per KV head: [candidates]
 
 
 class StepEvictor:
-    """Evicts the prompts of one step.
+    """What one step's rows remember, and the cuts that it ends with.
 
     Args:
         eviction: the policy's parts.
-        prompts: the rows to evict.
+        steps: by index in the batch.
+        batch: the step.
         num_layers: attention layers of this worker.
+        observer: is told what was evicted.
+        collector: where the scorer needs every query of a prompt.
     """
 
-    def __init__(self, eviction: Eviction, prompts: list[PromptEviction], num_layers: int) -> None:
-        self.eviction, self.prompts, self.num_layers = eviction, prompts, num_layers
+    def __init__(
+        self, eviction: Eviction, steps: dict[int, RowStep], batch: Batch, num_layers: int,
+        observer: EvictionObserver | None = None, collector: Collector | None = None,
+    ) -> None:  # fmt: skip
+        self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
+        self.observer = observer or EvictionObserver()
+        self.collector = collector or Collector(eviction.scorer)
+        self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
+        requests = [self._request(r, step) for r, step in steps.items()]
+        self.requests = [request for request in requests if request.step.cut]
+        self.collected = [request for request in requests if request.step.collects]
         self.layers: dict[int, _Layer] = {}
+        self.remembered: Rows | None = None
 
-    def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor, batch: Batch) -> None:
-        """Score the prompts in a layer that has just attended and stored; after the last layer, evict.
+    def _request(self, index: int, step: RowStep) -> _Request:
+        first, last = self.batch.query_start_loc[index : index + 2].tolist()
+        row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
+        return _Request(step, step.cut or Kept(), row, num_tokens, slice(first, last))
+
+    def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
+        """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
 
         Args:
             cells: uint8 [blocks, kv_heads, cell_bytes], the layer's pages, a view into the arena of all layers.
             query: [num_tokens, num_heads, head_dim] of the whole batch.
         """
-        _, index = num_layers_of(cells, attention.layout)
+        layout = attention.layout
+        if layout.remembered_queries:
+            if not self.layers:
+                self.remembered = rows_to_remember(layout, self.batch, self.windows)
+            if self.remembered:
+                remember(layout, cells, self.remembered, query)
+        _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
-        for prompt in self.prompts:
-            layer.scores.append(self._score(index, layer, prompt, query, batch))
+        for request in self.collected:
+            rows = PagedWindow(attention, cells, request.row, request.num_tokens, query[request.query_rows])
+            self.collector.add(request.step.request_id, index, rows)
+        for request in self.requests:
+            layer.scores.append(self._score(index, layer, request, query))
         if len(self.layers) == self.num_layers:
-            for number, prompt in enumerate(self.prompts):
-                self._evict(number, prompt, batch)
+            for number, request in enumerate(self.requests):
+                self._cut(number, request)
+            self.collector.drop({request.step.request_id for request in self.requests})
 
-    def _score(
-        self, index: int, layer: _Layer, prompt: PromptEviction, query: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        """Scores of the candidates [sinks, end), float32 [kv_heads, end - sinks]."""
-        plan, spec = prompt.plan, layer.attention.spec
-        row = batch.block_table[prompt.request]
-        key, value = layer.attention.read(layer.cells, row, 0, plan.prompt_len)
-        last = int(batch.query_start_loc[prompt.request + 1])
-        first = max(last - plan.window, int(batch.query_start_loc[prompt.request]))
-        view = LayerView(
-            keys=key,
-            values=value,
-            positions=torch.arange(plan.prompt_len),
-            scale=spec.scale,
-            window_queries=query[first:last].float().transpose(0, 1),
-            request_id=prompt.request_id,
+    def _score(self, index: int, layer: _Layer, request: _Request, query: torch.Tensor) -> list[torch.Tensor]:
+        """Scores of each KV head's candidates, float32."""
+        attention, kept = layer.attention, request.step.kept
+        sinks, later = attention.layout.policy.sink_tokens, request.num_tokens - request.cut.end
+        counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
+        collected = self.collector.requests.get(request.step.request_id, {}).get(index, Collected())
+        whole = LayerView(
+            kv_heads=len(counts),
+            positions=held_positions(counts[0], request.num_tokens, sinks),
+            scale=attention.spec.scale,
+            query_window=self._window(layer, request, query),
+            accumulated=collected.accumulated,
+            query_statistics=collected.query_statistics,
+            kept_tokens=len(request.cut.blocks) * attention.layout.block_size + sinks + later,
+            request_id=request.step.request_id,
             layer=index,
         )
-        return self.eviction.scorer.score(view)[:, layer.attention.layout.policy.sink_tokens : plan.end]
+        needs, rows = self.eviction.scorer.needs, None
+        if needs & {"keys", "values"}:
+            rows = held_rows(layer, request, with_values="values" in needs)
+        # Before the first cut all heads hold the same tokens and share a view.
+        views = self._views_of_heads(whole, counts, rows, sinks) if kept.end else [_with_rows(whole, rows)]
+        scores = [head for view in views for head in self.eviction.scorer.score(view)]
+        return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
 
-    def _evict(self, number: int, prompt: PromptEviction, batch: Batch) -> None:
+    def _views_of_heads(
+        self, whole: LayerView, counts: list[int], rows: HeldRows | None, sinks: int
+    ) -> Iterator[LayerView]:
+        assert isinstance(whole.query_window, PagedWindow)
+        for head, (count, window) in enumerate(zip(counts, whole.query_window.by_head(), strict=True)):
+            view = replace(
+                whole,
+                kv_heads=1,
+                positions=held_positions(count, whole.length, sinks),
+                query_window=window,
+                first_head=head,
+            )
+            yield _with_rows(view, rows and HeldRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
+
+    def _window(self, layer: _Layer, request: _Request, query: torch.Tensor) -> PagedWindow:
+        """The last queries of a request that stand behind its last cut."""
+        layout, kept = layer.attention.layout, request.step.kept
+        count = min(self.eviction.window, request.num_tokens - kept.end)
+        rows = query[request.query_rows][-count:]
+        if layout.remembered_queries:
+            assert request.step.window_start is not None
+            stored = request.num_tokens - request.step.window_start
+            rows = recall(layout, layer.cells, request.row, stored)[-count:]
+        return PagedWindow(layer.attention, layer.cells, request.row, request.num_tokens, rows, kept)
+
+    def _cut(self, number: int, request: _Request) -> None:
         layers = [self.layers[index] for index in sorted(self.layers)]
-        scores = torch.stack([layer.scores[number] for layer in layers])
-        layout, plan = layers[0].attention.layout, prompt.plan
+        scores = torch.nn.utils.rnn.pad_sequence(
+            [head for layer in layers for head in layer.scores[number]], batch_first=True, padding_value=-torch.inf
+        ).unflatten(0, (len(layers), -1))  # [layers, kv_heads, most candidates]
+        layout = layers[0].attention.layout
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
         pages = self.eviction.budget.allocate(
-            scores, layout.tile_tokens, plan.kept_blocks * pages_per_block, minimum_pages=1
+            scores, layout.tile_tokens, len(request.cut.blocks) * pages_per_block, minimum_pages=1
         )
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
-        kept_tokens = (pages * layout.tile_tokens).clamp(max=scores.shape[2])
-        for number_of_layer, layer in enumerate(layers):
-            chosen = select(scores[number_of_layer], kept_tokens[number_of_layer])
-            self._pack(layer, plan, batch.block_table[prompt.request], first_page[number_of_layer], chosen)
+        held = (scores > -torch.inf).sum(-1)
+        kept_tokens = (pages * layout.tile_tokens).minimum(held)
+        for i, layer in enumerate(layers):
+            self._pack(i, layer, request, first_page[i], select(scores[i], kept_tokens[i]), held[i])
+        always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
+        self.observer.evicted(request.step.request_id, request.num_tokens, held - kept_tokens, kept_tokens + always)
 
     def _pack(
-        self, layer: _Layer, plan: EvictionPlan, row: torch.Tensor, first_page: torch.Tensor, chosen: list[torch.Tensor]
-    ) -> None:
-        """Read the candidates of a layer again and write those that stay."""
-        attention = layer.attention
-        kept = Kept(plan.end, plan.kept_row, plan.kept_blocks)
-        key, value = attention.read(layer.cells, row, attention.layout.policy.sink_tokens, plan.end, plan.prompt_len)
-        keys = [rows[index] for rows, index in zip(key, chosen, strict=True)]
-        values = [rows[index] for rows, index in zip(value, chosen, strict=True)]
-        attention.write_kept(layer.cells, row, kept, first_page.tolist(), keys, values)
+        self, index: int, layer: _Layer, request: _Request, first_page: torch.Tensor, chosen: list[torch.Tensor],
+        candidates: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Read the tokens of a layer again and write those that stay."""
+        sinks = layer.attention.layout.policy.sink_tokens
+        self.observer.selected(request.step.request_id, index, sinks, (candidates + sinks).tolist(), chosen)
+        keys, values = (
+            [rows[tokens + sinks] for rows, tokens in zip(kind, chosen, strict=True)]
+            for kind in held_rows(layer, request)
+        )
+        layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page.tolist(), keys, values)
+
+
+class HeldRows(NamedTuple):
+    """All tokens that each KV head holds, per head float32 [n, head_dim], in ascending positions."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]  # may be empty where nobody asked for them
+
+
+def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> HeldRows:
+    attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
+    if not kept.end:
+        keys, values = attention.read(cells, request.row, 0, stored, with_values=with_values)
+        return HeldRows(list(keys), [] if values is None else list(values))
+    sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
+    between = attention.read_kept(cells, request.state_block, kept)
+    later = attention.read(cells, request.row, kept.end, stored)
+    parts = zip(sinks, between, later, strict=True)
+    return HeldRows(*([torch.cat(rows) for rows in zip(*kind, strict=True)] for kind in parts))
+
+
+def _with_rows(view: LayerView, rows: HeldRows | None) -> LayerView:
+    if rows is None:
+        return view
+    return replace(view, keys=torch.stack(rows.keys), values=torch.stack(rows.values) if rows.values else None)
+
+
+def held_positions(count: int, num_tokens: int, sinks: int) -> torch.Tensor:
+    """Positions of the tokens that a head holds, int64 [count].
+
+    A cut does not record where the tokens it kept came from: they count as the ones right before it.
+    """
+    positions = torch.arange(num_tokens - count, num_tokens)
+    positions[:sinks] = torch.arange(min(sinks, count))
+    return positions

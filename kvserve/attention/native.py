@@ -10,11 +10,30 @@ import sysconfig
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch  # loads libgomp.so.1 first: the kernels share its thread pool
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_row, check_rows
-from kvserve.pages.kept import Kept, make_headers, num_layers_of
+from kvserve.attention.base import (
+    Batch,
+    LayerSpec,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_rows,
+)
+from kvserve.pages.kept import (
+    NOT_KEPT,
+    Header,
+    Kept,
+    arena_of,
+    held_tokens,
+    make_headers,
+    num_layers_of,
+    read_header,
+)
 from kvserve.pages.layout import PageLayout
 
 LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
@@ -62,7 +81,7 @@ class _Batch(ctypes.Structure):
         ("seq_lens", _pointer),
         ("block_table", _pointer),
         ("block_table_stride", _int64),
-        ("kept", _pointer),
+        *((name, _pointer) for name in ("kept_ends", "kept_starts", "kept_blocks")),
     ]
 
 
@@ -156,35 +175,64 @@ class NativeAttention(PagedAttention):
         first: int,
         last: int,
         num_tokens: int | None = None,
-        kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
-        self.check_span(block_table_row, first, last, stored, Kept(*kept) if kept else None)
+        self.check_span(block_table_row, first, last, stored)
         key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
-        value = torch.empty_like(key)
-        row, triple = block_table_row.data_ptr(), (_int32 * 3)(*kept) if kept else None
-        pointers = (key.data_ptr(), value.data_ptr())
-        self._library.kvs_read(self._layout, self._arena(cells), row, triple, stored, first, last, *pointers)
+        value = torch.empty_like(key) if with_values else None
+        row, pointers = block_table_row.data_ptr(), (key.data_ptr(), None if value is None else value.data_ptr())
+        self._library.kvs_read(self._layout, self._arena(cells), row, stored, first, last, *pointers)
         return key, value
+
+    def read_kept(
+        self, cells: torch.Tensor, state_block: int, kept: Kept
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        arena = arena_of(cells, self.layout)
+        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        counts = [header.num_tokens for header in headers]
+        blocks, table, offsets = _kept_arguments(kept, headers)
+        key = torch.empty(sum(counts), self.layout.head_dim)
+        value = torch.empty_like(key)
+        pointers = (key.data_ptr(), value.data_ptr())
+        self._library.kvs_read_kept(self._layout, self._arena(cells), blocks, table, offsets, *pointers)
+        return list(key.split(counts)), list(value.split(counts))
 
     def write_kept(
         self,
         cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        kept: Sequence[int],
+        state_block: int,
+        kept: Kept,
         first_pages: Sequence[int],
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> None:
-        check_row(block_table_row)
-        arena, counts, place = self._arena(cells), self.check_kept_rows(keys, values), Kept(*kept)
-        headers = make_headers(self.layout, cells, place, first_pages, counts)
-        table = (_Kept * len(headers))(*(_Kept(*header) for header in headers))
-        offsets = (_int64 * (len(counts) + 1))(0, *accumulate(counts))
+        arena, counts = self._arena(cells), self.check_kept_rows(keys, values)
+        headers = make_headers(self.layout, cells, kept, first_pages, counts)
+        blocks, table, offsets = _kept_arguments(kept, headers)
         key, value = torch.cat(list(keys)), torch.cat(list(values))
         pointers = (key.data_ptr(), value.data_ptr())
-        row = block_table_row.data_ptr()
-        self._library.kvs_write_kept(self._layout, arena, row, place.row, table, offsets, *pointers)
+        self._library.kvs_write_kept(self._layout, arena, state_block, blocks, table, offsets, *pointers)
+
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        arena = self._arena(cells)
+        self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        columns = max(held_tokens(cells, self.layout, int(block_table_row[0]), num_tokens, kept))
+        sums = torch.empty(self.spec.num_heads, columns)
+        row, blocks = block_table_row.data_ptr(), (_int32 * len(kept.blocks))(*kept.blocks)
+        rows, how = self._query_rows("query", query), (power, reduce == "max")
+        stored = (self._layout, arena, row, kept.end, blocks, num_tokens)
+        self._library.kvs_attention_sums(*stored, rows, query.shape[0], *how, sums.data_ptr(), columns)
+        return sums
 
     def _batch(self, batch: Batch) -> _Batch:
         self.check_kept(batch)
@@ -274,8 +322,13 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_store_sealed": [layout, batch, arena, _pointer],
         "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer],
         "kvs_store_tail": [layout, batch, arena, _pointer],
-        "kvs_read": [layout, arena, _pointer, _pointer, _int32, _int32, _int32, _pointer, _pointer],
-        "kvs_write_kept": [layout, arena, _pointer, _int32, _pointer, _pointer, _pointer, _pointer],
+        "kvs_read": [layout, arena, _pointer, _int32, _int32, _int32, _pointer, _pointer],
+        "kvs_read_kept": [layout, arena, _pointer, _pointer, _pointer, _pointer, _pointer],
+        "kvs_write_kept": [layout, arena, _int32, _pointer, _pointer, _pointer, _pointer, _pointer],
+        "kvs_attention_sums": [
+            *(layout, arena, _pointer, _int32, _pointer, _int32, rows),
+            *(_int32, _int32, _int32, _pointer, _int64),
+        ],
         "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
     }.items():
         function = getattr(library, name)
@@ -306,17 +359,19 @@ def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
         scale=spec.scale,
     )
     sections, policy = layout.sections, layout.policy
-    if sections is None or policy.key is None or policy.value is None:
+    if sections is None:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
+    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
+    if policy.key is None or policy.value is None:
+        return struct
     for name in ("key_group", "boost_channels", "value_group"):
         setattr(struct, name, getattr(layout, name))
     for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
         setattr(struct, name, getattr(sections, name))
-    struct.sink_tokens = policy.sink_tokens
     struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
-    struct.value_rotated, struct.page_bytes = policy.value.rotate, sections.size_bytes
+    struct.value_rotated = policy.value.rotate
     return struct
 
 
@@ -330,9 +385,16 @@ def _batch(batch: Batch) -> _Batch:
             batch.seq_lens.data_ptr(),
             batch.block_table.data_ptr(),
             batch.block_table.stride(0),
-            None if batch.kept is None else batch.kept.data_ptr(),
+            *((None,) * 3 if batch.kept is None else (table.data_ptr() for table in batch.kept)),
         )
     return batch.native
+
+
+def _kept_arguments(kept: Kept, headers: Sequence[Header]) -> tuple[Any, Any, Any]:
+    """The kernels' block ids, headers and row offsets of what one layer keeps."""
+    table = (_Kept * len(headers))(*(_Kept(*header) for header in headers))
+    offsets = (_int64 * (len(headers) + 1))(0, *accumulate(header.num_tokens for header in headers))
+    return (_int32 * len(kept.blocks))(*kept.blocks), table, offsets
 
 
 def _lse_pointer(lse: torch.Tensor | None) -> int | None:

@@ -6,9 +6,27 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-from kvserve.attention.base import Batch, PagedAttention, check_batch, check_cells, check_row, check_rows
-from kvserve.pages.kept import Kept, arena_of, make_headers, read_header, read_pages, write_header, write_pages
+from kvserve.attention.base import (
+    Batch,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_rows,
+)
+from kvserve.pages.kept import (
+    NOT_KEPT,
+    Kept,
+    arena_of,
+    make_headers,
+    read_header,
+    read_pages,
+    write_header,
+    write_pages,
+)
 from kvserve.pages.reference import FLOAT16_MAX, decode_page, encode_page, hadamard
 
 
@@ -17,7 +35,7 @@ class _Request(NamedTuple):
     computed: int  # tokens stored before this step
     seq_len: int
     blocks: list[int]
-    kept: Kept = Kept(0, 0, 0)
+    kept: Kept = NOT_KEPT
 
 
 class _History(NamedTuple):
@@ -128,9 +146,9 @@ class ReferenceAttention(PagedAttention):
         if not request.kept.end:
             return torch.zeros(0, 2, self.layout.head_dim)
         arena = arena_of(cells, self.layout)
-        header = read_header(arena, request.blocks, head)
+        header = read_header(arena, request.blocks[0], head)
         assert header.end == request.kept.end
-        return read_pages(arena, self.layout, request.blocks, request.kept, header)
+        return read_pages(arena, self.layout, request.kept, header)
 
     def read(
         self,
@@ -139,16 +157,16 @@ class ReferenceAttention(PagedAttention):
         first: int,
         last: int,
         num_tokens: int | None = None,
-        kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
-        request = _Request(0, stored, stored, block_table_row.tolist(), Kept(*kept) if kept else Kept(0, 0, 0))
-        self.check_span(block_table_row, first, last, stored, request.kept)
+        request = _Request(0, stored, stored, block_table_row.tolist())
+        self.check_span(block_table_row, first, last, stored)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         rows = torch.empty(self.spec.num_kv_heads, last - first, 2, self.layout.head_dim)
         for head in range(self.spec.num_kv_heads):
             self._read_head(cells, request, head, first, rows[head])
-        return rows[:, :, 0].contiguous(), self._rotate(rows[:, :, 1])
+        return rows[:, :, 0].contiguous(), self._rotate(rows[:, :, 1]) if with_values else None
 
     def _read_head(self, cells: torch.Tensor, request: _Request, head: int, first: int, rows: torch.Tensor) -> None:
         """Stored K and V from token `first` on to rows, [tokens, 2, head_dim]; V stays rotated."""
@@ -165,33 +183,77 @@ class ReferenceAttention(PagedAttention):
                     pages[tile] = torch.stack(decode_page(self._page(cells, request, head, tile), self.layout), 1)
                 row[:] = pages[tile][index]
 
+    def read_kept(
+        self, cells: torch.Tensor, state_block: int, kept: Kept
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        arena = arena_of(cells, self.layout)
+        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        rows = [read_pages(arena, self.layout, kept, header) for header in headers]
+        return [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
+
     def write_kept(
         self,
         cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        kept: Sequence[int],
+        state_block: int,
+        kept: Kept,
         first_pages: Sequence[int],
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> None:
-        check_row(block_table_row)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        counts, place = self.check_kept_rows(keys, values), Kept(*kept)
-        headers = make_headers(self.layout, cells, place, first_pages, counts)
-        arena, blocks = arena_of(cells, self.layout), block_table_row.tolist()
+        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(keys, values))
+        arena = arena_of(cells, self.layout)
         for head, header in enumerate(headers):
             rows = torch.stack([keys[head], self._rotate(values[head])], 1)
-            write_pages(arena, self.layout, blocks, place, header, rows)
-            write_header(arena, blocks, head, header)
+            write_pages(arena, self.layout, kept, header, rows)
+            write_header(arena, state_block, head, header)
+
+    def attention_sums(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        block_table_row: torch.Tensor,
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
+    ) -> torch.Tensor:
+        request = _Request(0, num_tokens, num_tokens, block_table_row.tolist(), kept)
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        self.check_sums(query, block_table_row, num_tokens, request.kept, power, reduce)
+        group, sums = self.spec.group, []
+        for kv_head in range(self.spec.num_kv_heads):
+            rows = query[:, kv_head * group : (kv_head + 1) * group].float().transpose(0, 1)
+            keys = self._held_keys(cells, request, kv_head)
+            seen = torch.ones(len(query), len(keys)).tril(len(keys) - len(query)) > 0
+            logits = (rows @ keys.T * self.spec.scale).masked_fill(~seen, -torch.inf)
+            powers = logits.softmax(-1) ** power
+            sums.append(powers.amax(1) if reduce == "max" else powers.sum(1))
+        columns = max(part.shape[1] for part in sums)
+        return torch.cat([functional.pad(part, (0, columns - part.shape[1])) for part in sums])
+
+    def _held_keys(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
+        """Keys of the tokens that one KV head holds, float32 [n, head_dim]."""
+        if self.layout.sections is None:
+            return torch.stack([self._slot(cells, request, head, t)[0].float() for t in range(request.seq_len)])
+        parts, end = [], request.kept.end
+        if end:
+            sinks = torch.empty(self.layout.policy.sink_tokens, 2, self.layout.head_dim)
+            self._read_head(cells, request, head, 0, sinks)
+            parts = [sinks, self._kept_rows(cells, request, head)]
+        later = torch.empty(request.seq_len - end, 2, self.layout.head_dim)
+        self._read_head(cells, request, head, end, later)
+        return torch.cat([*parts, later])[:, 0]
 
     def _requests(self, cells: torch.Tensor, batch: Batch) -> list[_Request]:
         check_batch(batch)
         self.check_kept(batch)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         starts, lengths, rows = batch.query_start_loc.tolist(), batch.seq_lens.tolist(), batch.block_table.tolist()
-        kept = [(0, 0, 0)] * batch.num_reqs if batch.kept is None else batch.kept.tolist()
+        kept = [batch.kept.of_request(r) if batch.kept else Kept() for r in range(batch.num_reqs)]
         return [
-            _Request(starts[r], lengths[r] - (starts[r + 1] - starts[r]), lengths[r], rows[r], Kept(*kept[r]))
+            _Request(starts[r], lengths[r] - (starts[r + 1] - starts[r]), lengths[r], rows[r], kept[r])
             for r in range(batch.num_reqs)
         ]
 
@@ -214,8 +276,6 @@ class ReferenceAttention(PagedAttention):
         assert self.layout.sections is not None
         block, index = divmod(tile, self.layout.tiles_per_block)
         row = self.layout.tile_row(block)
-        if request.kept.end and row >= request.kept.row:
-            row += request.kept.blocks
         size = self.layout.sections.size_bytes
         return cells[request.blocks[row], head].flatten()[index * size : (index + 1) * size]
 

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, check_batch, check_cells, check_row, check_rows
+from kvserve.attention.base import (
+    Batch,
+    LayerSpec,
+    PagedAttention,
+    Power,
+    Reduction,
+    check_batch,
+    check_cells,
+    check_rows,
+)
 from kvserve.kernels import decode, extend, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, geometry_of
-from kvserve.pages.kept import Kept, make_headers
+from kvserve.pages.kept import NOT_KEPT, Kept, arena_of, held_tokens, make_headers, num_layers_of, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 
@@ -63,63 +72,54 @@ class TritonAttention(PagedAttention):
         first: int,
         last: int,
         num_tokens: int | None = None,
-        kept: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        stored, place = last if num_tokens is None else num_tokens, Kept(*kept) if kept else Kept(0, 0, 0)
-        self.check_span(block_table_row, first, last, stored, place)
+        with_values: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stored = last if num_tokens is None else num_tokens
+        self.check_span(block_table_row, first, last, stored)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        key, value = kept_pages.read(self.geometry, cells, block_table_row, first, last, stored, place)
-        return key, value @ self._rotation(value) if self.geometry.rotated else value
+        key, value = kept_pages.read(self.geometry, cells, block_table_row, first, last, stored, with_values)
+        return key, None if value is None else self._rotate(value)
+
+    def read_kept(
+        self, cells: torch.Tensor, state_block: int, kept: Kept
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        check_cells(cells, self.layout, self.spec.num_kv_heads)
+        arena = arena_of(cells, self.layout)
+        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        counts = [header.num_tokens for header in headers]
+        key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers)
+        return list(key.split(counts)), list(self._rotate(value).split(counts))
 
     def write_kept(
         self,
         cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        kept: Sequence[int],
+        state_block: int,
+        kept: Kept,
         first_pages: Sequence[int],
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> None:
-        check_row(block_table_row)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        counts, place = self.check_kept_rows(keys, values), Kept(*kept)
-        headers = make_headers(self.layout, cells, place, first_pages, counts)
-        key, value = torch.cat(list(keys)), torch.cat(list(values))
-        value = value @ self._rotation(value) if self.geometry.rotated else value
-        kept_pages.write(self.geometry, cells, block_table_row, place, headers, key, value)
+        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(keys, values))
+        key, value = torch.cat(list(keys)), self._rotate(torch.cat(list(values)))
+        kept_pages.write_kept(self.geometry, cells, state_block, kept.blocks, headers, key, value)
 
-    def compact(
+    def attention_sums(
         self,
+        query: torch.Tensor,
         cells: torch.Tensor,
         block_table_row: torch.Tensor,
-        kept: Sequence[int],
-        first_pages: Sequence[int],
-        positions: Sequence[torch.Tensor],
-    ) -> None:
-        """`read` the positions that each KV head keeps and `write_kept` them, in one kernel.
-
-        Args:
-            positions: per KV head, int64 [num_kept], ascending, all in [sink_tokens, kept.end).
-        """
-        check_row(block_table_row)
-        check_cells(cells, self.layout, self.spec.num_kv_heads)
-        place = Kept(*kept)
-        headers = make_headers(self.layout, cells, place, first_pages, [len(chosen) for chosen in positions])
-        kept_pages.compact(self.geometry, cells, block_table_row, place, headers, torch.cat(list(positions)))
-
-    def attention_received(
-        self, query: torch.Tensor, cells: torch.Tensor, block_table_row: torch.Tensor, stored: int, power: int = 1
+        num_tokens: int,
+        kept: Kept = NOT_KEPT,
+        power: Power = 1,
+        reduce: Reduction = "sum",
     ) -> torch.Tensor:
-        """Sum over query rows of probability ** power for each stored token, float32 [num_heads, stored].
-
-        Args:
-            query: [rows, num_heads, head_dim], the rows of the last tokens of the `stored` ones.
-        """
-        check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
-        check_row(block_table_row)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        arguments = (self.geometry, cells, block_table_row, stored, query)
-        return scores.attention_received(*arguments, self.spec.scale, power)
+        self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        state_block = int(block_table_row[0]) if kept.end else 0
+        held = held_tokens(cells, self.layout, state_block, num_tokens, kept)
+        place = (self.geometry, cells, num_layers_of(cells, self.layout), block_table_row, num_tokens)
+        return scores.attention_sums(*place, query, self.spec.scale, held, *kept, power, reduce == "max")
 
     def _tables(self, cells: torch.Tensor, batch: Batch) -> Tables:
         self.check_kept(batch)
@@ -129,5 +129,5 @@ class TritonAttention(PagedAttention):
             batch.native = batch.max_query_len or int(batch.query_start_loc.diff().max())
         return Tables.of(self.layout, cells, batch, batch.native)
 
-    def _rotation(self, like: torch.Tensor) -> torch.Tensor:
-        return hadamard(self.layout.head_dim).to(like.device)
+    def _rotate(self, values: torch.Tensor) -> torch.Tensor:
+        return values @ hadamard(self.layout.head_dim).to(values.device) if self.geometry.rotated else values

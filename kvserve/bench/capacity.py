@@ -59,7 +59,7 @@ class CapacityHost:
 
         from kvserve.engine.spec import EvictingPageSpec, PageSpec
         from kvserve.pages.layout import PageLayout
-        from kvserve.pages.plan import held_blocks, policy_plan
+        from kvserve.pages.plan import held_blocks, peak_blocks, policy_plan
 
         policy, shape = load_policy(name), self.shape
         layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, self.dtype)
@@ -71,7 +71,7 @@ class CapacityHost:
         plan = policy_plan(layout, num_tokens)
         found = self._fill(spec, num_tokens, plan)
         # The last request, too, is held whole before it is evicted.
-        peak = plan.row_blocks(layout, num_tokens) if plan else layout.blocks_for(num_tokens)
+        peak = peak_blocks(layout, num_tokens)
         held = held_blocks(layout, num_tokens)
         return {**found, "expected": (found["num_blocks"] - 1 - peak) // held + 1}
 

@@ -3,9 +3,9 @@
     python -m kvserve.bench.gpu [--output FILE] [--time-limit-s 480] [--dry-run]
 
 Needs torch and Triton, nothing else. Every timing is the median of CUDA-graph replays with a cold L2 cache (compaction:
-of plain launches). The share of the copy bandwidth is the bytes that attention must read, over time, over the bandwidth
-that a large device copy reaches in the same run (bytes read plus bytes written). `--dry-run` runs tiny sizes in
-Triton's interpreter: it shows that the script works, and its times mean nothing.
+of plain calls that read, choose and write). The share of the copy bandwidth is the bytes that attention must read, over
+time, over the bandwidth that a large device copy reaches in the same run (bytes read plus bytes written). `--dry-run`
+runs tiny sizes in Triton's interpreter: it shows that the script works, and its times mean nothing.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels import decode
 from kvserve.kernels.geometry import Tables
-from kvserve.pages.kept import Header, Kept, arena_of, pages_per_block, write_header
+from kvserve.pages.kept import Header, Kept, KeptTable, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import encode_page
 
@@ -56,7 +56,8 @@ class Workload:
 def layout_of(name: str, head_dim: int, dtype: torch.dtype, state_blocks: int = 0) -> PageLayout:
     """The page layout of a format, in blocks of 64 tokens."""
     bits = FORMATS[name]
-    policy: Any = SimpleNamespace(name=name, is_dense=bits is None, tile_tokens=64, sink_tokens=0, eviction=None)
+    policy: Any = SimpleNamespace(name=name, is_dense=bits is None, has_pages=bits is not None, dense_pages=False)
+    policy.tile_tokens, policy.sink_tokens, policy.eviction = 64, 0, None
     policy.key = policy.value = None
     if bits is not None:
         policy.sink_tokens = bits[6]
@@ -146,19 +147,20 @@ def kept_step(name: str, work: Workload, dtype: torch.dtype, device: torch.devic
         pages = (pages * share).long()
     blocks = ceil(int(pages.sum()) / pages_per_block(layout, heads, 1))
     end = 4 * work.context
-    kept_row = layout.tile_row(0) + 1 + layout.sink_blocks
-    per_request = kept_row + blocks
-    table = torch.randperm(work.batch * per_request, device=device).int().view(work.batch, per_request)
+    in_row = layout.tile_row(0) + 1 + layout.sink_blocks
+    per_request = in_row + blocks
+    ids = torch.randperm(work.batch * per_request, device=device).int().view(work.batch, per_request)
+    table, kept_blocks = ids[:, :in_row], ids[:, in_row:].flatten()
     cells = filled_cells(layout, work.batch * per_request, heads, device)
-    cells[table[:, :kept_row].flatten().long()] = 0
+    cells[table.flatten().long()] = 0
     first = pages.cumsum(0) - pages
     for row in table.tolist():
         for head in range(heads):
             header = Header(end, int(first[head]), int(pages[head]), int(pages[head]) * tile)
-            write_header(arena_of(cells, layout), row, head, header)
+            write_header(arena_of(cells, layout), row[0], head, header)
     starts = torch.arange(work.batch + 1, dtype=torch.int32, device=device)
     lengths = torch.full((work.batch,), end + 1, dtype=torch.int32, device=device)
-    kept = torch.tensor([[end, kept_row, blocks]] * work.batch, dtype=torch.int32, device=device)
+    kept = KeptTable(torch.full_like(lengths, end), starts * blocks, kept_blocks)
     batch = Batch(starts, lengths, table, kept, max_query_len=1)
     query = torch.randn(work.batch, work.spec.num_heads, work.head_dim, device=device).to(dtype)
     new = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
@@ -170,18 +172,24 @@ def kept_step(name: str, work: Workload, dtype: torch.dtype, device: torch.devic
 
 
 def compaction(name: str, work: Workload, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A launch that keeps every second token of one request of `context` tokens, and the tokens it writes."""
+    """A call that keeps every second token of one request of `context` tokens, and the tokens it writes."""
     step = decode_step(name, Workload(work.context, 1, work.head_dim, 1, work.num_kv_heads), dtype, device, 1)
     layout, heads = step.attention.layout, work.num_kv_heads
     end = work.context // layout.tile_tokens * layout.tile_tokens
     positions = torch.arange(layout.policy.sink_tokens, end, 2, device=device)
     pages = ceil(len(positions) / layout.tile_tokens)
     blocks = ceil(pages * heads / pages_per_block(layout, heads, 1))
-    more = torch.arange(len(step.cells), len(step.cells) + blocks, device=device).int()
     cells = torch.cat([step.cells, torch.empty_like(step.cells[:1]).expand(blocks, -1, -1)])
-    row, place = torch.cat([step.batch.block_table[0], more]), Kept(end, step.batch.block_table.shape[1], blocks)
-    first_pages, chosen = [head * pages for head in range(heads)], [positions] * heads
-    return lambda: step.attention.compact(cells, row, place, first_pages, chosen), heads * len(positions)
+    row, kept = step.batch.block_table[0], Kept(end, tuple(range(len(step.cells), len(cells))))
+    state_block, first_pages = int(row[0]), [head * pages for head in range(heads)]
+
+    def compact() -> None:
+        key, value = step.attention.read(cells, row, 0, end)
+        assert value is not None
+        keys, values = (list(rows[:, positions]) for rows in (key, value))
+        step.attention.write_kept(cells, state_block, kept, first_pages, keys, values)
+
+    return compact, heads * len(positions)
 
 
 def dense_attention(work: Workload, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:

@@ -106,5 +106,17 @@ def select(scores: torch.Tensor, kept_tokens: torch.Tensor) -> list[torch.Tensor
     held = (scores > -torch.inf).sum(-1)
     if bool(((kept_tokens > held) | (kept_tokens < 0)).any()):
         raise ValueError(f"heads with {held.tolist()} tokens cannot keep {kept_tokens.tolist()}")
-    ranked = scores.sort(dim=-1, descending=True, stable=True).indices
-    return [row[:count].sort().values for row, count in zip(ranked, kept_tokens.tolist(), strict=True)]
+    return [best(row, count) for row, count in zip(scores, kept_tokens.tolist(), strict=True)]
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ascending indices of the `count` highest of scores [n], the lower index where scores are equal.
+
+    By the count-th highest score, found without sorting. No score may be nan.
+    """
+    if count == 0:
+        return scores.new_zeros(0, dtype=torch.int64)
+    lowest = scores.kthvalue(scores.numel() - count + 1).values
+    above, tied = scores > lowest, scores == lowest
+    chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))
+    return chosen.nonzero()[:, 0]

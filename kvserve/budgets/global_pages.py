@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional
 
-from kvserve.budgets.base import Bounds, Budget
+from kvserve.budgets.base import Bounds, Budget, best
 
 
 class GlobalPages(Budget):
@@ -31,8 +31,7 @@ class GlobalPages(Budget):
         worth = self._page_worth(scores, page_tokens).movedim(-1, 0)  # [pages, layers, heads]
         page = torch.arange(worth.shape[0], device=scores.device)[:, None, None]
         contested = ((page >= bounds.low) & (page < bounds.high)).flatten().nonzero()[:, 0]
-        order = worth.flatten()[contested].sort(descending=True, stable=True).indices
-        kept = contested[order[: bounds.total - int(bounds.low.sum())]]
+        kept = contested[best(worth.flatten()[contested], bounds.total - int(bounds.low.sum()))]
         heads = bounds.low.numel()
         return bounds.low + torch.bincount(kept % heads, minlength=heads).view_as(bounds.low)
 

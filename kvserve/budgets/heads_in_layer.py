@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from kvserve.budgets.base import Bounds, Budget, spread
+from kvserve.budgets.base import Bounds, Budget, best, spread
 
 
 class HeadsInLayer(Budget):
@@ -39,8 +39,7 @@ class HeadsInLayer(Budget):
         budget = min(bounds.total * page_tokens, int((scores > -torch.inf).sum()))
         # Rank-major, so that equal scores are won by turns and not all by the first head.
         ranked = scores.sort(dim=-1, descending=True).values.T.flatten()
-        winners = ranked.sort(descending=True, stable=True).indices[:budget] % heads
-        won = torch.bincount(winners, minlength=heads)
+        won = torch.bincount(best(ranked, budget) % heads, minlength=heads)
         pages = ((1 - self.floor) * won.double() + self.floor * budget / heads) / page_tokens
         whole = (pages + 1e-9).floor()  # 2.9999999 is 3
         return spread(whole.long(), bounds, priority=pages - whole)

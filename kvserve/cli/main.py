@@ -12,6 +12,7 @@ from kvserve.policies.loading import PolicyError
 HELP = """\
 usage: kvserve [serve] --policy POLICY [--policy-set KEY=VALUE]... [--model MODEL | MODEL] [any vLLM serve option]
        kvserve policies [NAME | FILE] [--policy-set KEY=VALUE]... [--head-dim N]
+       kvserve inspect --policy POLICY (TEXT | --prompt-file FILE) [options]
        kvserve prepare-model
        kvserve bench [options]
        kvserve --version
@@ -59,6 +60,10 @@ def _dispatch(arguments: list[str]) -> int:
         from kvserve.cli.policies import run as run_policies
 
         return run_policies(arguments[1:])
+    if command == "inspect":
+        from kvserve.inspect.command import run as run_inspect
+
+        return run_inspect(arguments[1:])
     if command == "prepare-model":
         return _prepare_model(arguments[1:])
     if command == "bench":

@@ -91,7 +91,7 @@ def _explain(console: Console, policy: Policy, head_dim: int) -> None:
 
         raise UnsupportedError(str(error)) from None
     console.print(f"{policy.name}: {policy.summary}", soft_wrap=True)
-    console.print(f"from: {policy.paper or 'no paper, the uncompressed baseline'}\n", soft_wrap=True)
+    console.print(f"from: {policy.paper or 'no paper'}\n", soft_wrap=True)
     _print_rows(console, "parameters (change one with --policy-set key=value)", _parameters(policy))
     dense_token_bytes = 2 * head_dim * 2
     if layout.sections is None:
@@ -131,6 +131,9 @@ def _flat(key: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _sections(layout: Any) -> list[tuple[str, str]]:
+    page = ("page", f"{layout.sections.size_bytes} bytes")
+    if layout.policy.dense_pages:
+        return [("dense token", f"{layout.slot_bytes} bytes (K and V, 16 bits; 32 in a float32 model)"), page]
     starts = [(f.name, getattr(layout.sections, f.name)) for f in fields(layout.sections) if f.name != "size_bytes"]
     ends = [start for _, start in starts[1:]] + [layout.sections.size_bytes]
     rows = [
@@ -138,7 +141,7 @@ def _sections(layout: Any) -> list[tuple[str, str]]:
         for (name, start), end in zip(starts, ends, strict=True)
         if end > start
     ]
-    return [*rows, ("page", f"{layout.sections.size_bytes} bytes")]
+    return [*rows, page]
 
 
 def _print_rows(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

@@ -24,11 +24,15 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
-from kvserve.attention.eviction import PromptEviction, StepEvictor
+from kvserve.attention.collector import Collector
+from kvserve.attention.eviction import StepEvictor
 from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.engine.stats import worker_log
+from kvserve.pages.kept import Kept, KeptTable
+from kvserve.policies.base import Eviction
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -118,6 +122,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = EngineSettings.from_vllm_config(vllm_config)
         self.eviction = settings.policy.eviction if settings else None
+        self.collector = make_collector(self.eviction) if self.eviction else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -134,20 +139,27 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         return StepMetadata(common.num_actual_tokens, batch, evictor)
 
     def _plan_evictions(self, batch: Batch) -> StepEvictor | None:
-        """Tell the kernels which rows are evicted already; returns what evicts those whose prompt ends now."""
+        """Tell the kernels which rows are cut already; returns what has to be done after each layer."""
         assert self.eviction is not None
-        rows, kept, prompts = current_plans().rows, [], []
-        for request, state_block in enumerate(batch.block_table[:, 0].tolist()):
-            row = rows.get(state_block)
-            if row is None or row.evict_now:
-                kept.append((0, 0, 0))
-            else:
-                kept.append((row.plan.end, row.plan.kept_row, row.plan.kept_blocks))
-            if row is not None and row.evict_now:
-                prompts.append(PromptEviction(request, row.request_id, row.plan))
-        if any(end for end, *_ in kept):
-            batch.kept = torch.tensor(kept, dtype=torch.int32)
-        return StepEvictor(self.eviction, prompts, len(self.layer_names)) if prompts else None
+        rows = current_plans().rows
+        assert self.collector is not None
+        self.collector.drop(current_plans().ended)
+        found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
+        steps = {request: step for request, step in found if step}
+        if any(step.kept.end for step in steps.values()):
+            batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
+        if not any(step.cut or step.collects or step.window_start is not None for step in steps.values()):
+            return None
+        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
+
+
+def make_collector(eviction: Eviction) -> Collector:
+    """What collects for the scorer; refuses a model whose queries it cannot turn back."""
+    if "query_statistics" not in eviction.scorer.needs:
+        return Collector(eviction.scorer)
+    from kvserve.engine.rotary import model_rotary
+
+    return Collector(eviction.scorer, model_rotary())
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):
@@ -202,7 +214,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
         )  # fmt: skip
         if attn_metadata.evictor:
-            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape), batch)
+            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
 
 

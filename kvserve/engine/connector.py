@@ -1,8 +1,9 @@
 """What the scheduler tells the worker about evictions.
 
 Seam: `vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1`, vLLM's message channel from scheduler to
-worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step which rows are evicted
-and which shall be evicted in it. A row is identified by its state block, the first of the row.
+worker. This one transfers no KV: it learns of requests as they arrive, and sends with each step what its rows keep and
+which of them shall be cut. A row is identified by its state block, the first of the row. What the worker did comes back
+the same way (kvserve.engine.stats).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvserve.engine.eviction_manager import EvictingPageManager
+from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
-from kvserve.pages.plan import EvictionPlan, plan_eviction
+from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
+from kvserve.pages.plan import RowStep, plan_eviction
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -27,20 +30,15 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The plan of one row in this step; `evict_now`: its prompt is complete when the step ends."""
-
-    request_id: str
-    plan: EvictionPlan
-    evict_now: bool
-
-
 @dataclass
 class StepPlans(KVConnectorMetadata):
-    """Rows with a plan that matters to this step, by the id of their state block."""
+    """Rows that are cut already or have something to do in this step, by the id of their state block.
 
-    rows: dict[int, RowPlan] = field(default_factory=dict)
+    `ended`: requests that finished or were preempted since the last step.
+    """
+
+    rows: dict[int, RowStep] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
 
 
 logger = init_logger("vllm.kvserve")
@@ -60,7 +58,11 @@ class KvserveConnector(KVConnectorBase_V1):
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None and settings.policy.eviction is not None
         self.eviction = settings.policy.eviction
+        self.max_model_len = vllm_config.model_config.max_model_len
+        report = EngineReport.from_vllm_config(vllm_config, settings)
+        self.block_bytes = report.block_bytes * report.num_ranks
         self.manager: EvictingPageManager | None = None
+        self.accounting: Accounting | None = None  # in the scheduler only
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -71,10 +73,11 @@ class KvserveConnector(KVConnectorBase_V1):
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)
         self.manager = EvictingPageManager.of(kv_cache_manager)
+        self.accounting = Accounting(self.manager, self.block_bytes)
 
     def on_new_request(self, request: Request) -> None:
         """Plan the eviction of a request's prompt; its `vllm_xargs` may change the policy's limit."""
-        assert self.manager is not None
+        assert self.manager is not None and self.accounting is not None
         layout = self.manager.layout
         params = request.sampling_params
         try:
@@ -82,15 +85,20 @@ class KvserveConnector(KVConnectorBase_V1):
         except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})
-        plan = limit and plan_eviction(layout, limit, request.num_prompt_tokens, self.eviction.window)
-        if plan:
-            self.manager.plans[request.request_id] = plan
+        self.accounting.start(request, limit)
+        plan = plan_eviction(layout, limit, request.num_prompt_tokens, self.max_model_len) if limit else None
+        if plan is None:
+            return
+        self.manager.plans[request.request_id] = plan
+        if plan.computes_all:
+            request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Blocks are freed at once."""
-        assert self.manager is not None
+        """Blocks are freed at once; the report of what they held goes into the answer."""
+        assert self.manager is not None and self.accounting is not None
+        report = self.accounting.finish(request.request_id)
         self.manager.plans.pop(request.request_id, None)
-        return False, None
+        return False, {"kvserve": report}
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False
@@ -104,14 +112,45 @@ class KvserveConnector(KVConnectorBase_V1):
         cached = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        plans = StepPlans()
+        plans = StepPlans(ended=scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()))
         for request_id, before in computed.items():
-            plan = self.manager.plans.get(request_id)
-            if plan is None or before + scheduler_output.num_scheduled_tokens[request_id] < plan.prompt_len:
-                continue
-            row = RowPlan(request_id, plan, evict_now=before < plan.prompt_len)
-            plans.rows[self.manager.state_block(request_id)] = row
+            after = before + scheduler_output.num_scheduled_tokens[request_id]
+            row = self._row_step(request_id, before, after)
+            if row is not None:
+                plans.rows[self.manager.state_block(request_id)] = row
         return plans
+
+    def _row_step(self, request_id: str, before: int, after: int) -> RowStep | None:
+        """What a step from `before` to `after` tokens has to know and do; None: nothing."""
+        assert self.manager is not None
+        plan = self.manager.plans.get(request_id)
+        if plan is None:
+            return None
+        kept, following = self.manager.kept_at(request_id, before), plan.next_cut(before)
+        cut, window_start = None, None
+        if following:
+            assert after <= following.point, "a step ends where its request is cut"
+            cut = self.manager.kept_at(request_id, after) if after == following.point else None
+            if after > plan.window_start(following):
+                window_start = plan.window_start(following)
+        collects = following is not None and self.eviction.scorer.collects
+        if cut is None and not kept.end and window_start is None and not collects:
+            return None
+        return RowStep(request_id, kept, cut, window_start, collects)
+
+    def take_evictions(self, worker_meta: StepEvictions | None) -> None:
+        """What a step evicted, before vLLM finishes the requests that end with it."""
+        assert self.accounting is not None
+        if worker_meta is not None:
+            self.accounting.add(worker_meta)
+
+    def get_kv_connector_stats(self) -> CacheStats | None:
+        """What the scheduler knows of a step; workers have their own channel."""
+        return self.accounting.take() if self.accounting else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:
+        return CacheStats(data or {})
 
     # -- worker ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +159,10 @@ class KvserveConnector(KVConnectorBase_V1):
         global _current
         assert isinstance(kv_connector_metadata, StepPlans)
         _current = kv_connector_metadata
+
+    def build_connector_worker_meta(self) -> StepEvictions | None:
+        """What the step that has just run evicted."""
+        return worker_log.take()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Block manager of a group whose prompts are evicted: appends the kept blocks and gives the replaced ones back.
+"""Block manager of a group whose requests are evicted: holds their kept blocks and gives the replaced ones back.
 
 Seams: as `kvserve.engine.manager`, and `SingleTypeKVCacheManager.remove_skipped_blocks`, which vLLM calls at every step
 of a request with the number of tokens whose steps are over.
@@ -7,13 +7,15 @@ of a request with the number of tokens whose steps are over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvserve.engine.manager import PageManager
-from kvserve.pages.plan import EvictionPlan
+from kvserve.pages.kept import Kept
+from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -22,12 +24,28 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvserve")
 
 
+class KeptBlocks(NamedTuple):
+    """The kept blocks of one cut."""
+
+    cut: Cut
+    blocks: list[KVCacheBlock]
+
+
 class EvictingPageManager(PageManager):
-    """PageManager for requests that have an eviction plan; a request without one keeps everything."""
+    """PageManager for requests that have an eviction plan; a request without one keeps everything.
+
+    Attributes:
+        plans: by request id.
+        kept: by request id, the kept blocks of its cuts that are not given back yet, the newest last. They are no part
+            of the row: the worker learns of them through the connector.
+        given_back: by request id, how many tile blocks have left its row.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, EvictionPlan] = {}
+        self.kept: dict[str, list[KeptBlocks]] = {}
+        self.given_back: dict[str, int] = {}
 
     @classmethod
     def of(cls, kv_cache_manager: KVCacheManager) -> EvictingPageManager:
@@ -36,13 +54,16 @@ class EvictingPageManager(PageManager):
         assert isinstance(manager, cls)
         return manager
 
-    def row_blocks(self, request_id: str, num_tokens: int) -> int:
-        plan = self.plans.get(request_id)
-        return plan.row_blocks(self.layout, num_tokens) if plan else self.layout.blocks_for(num_tokens)
-
     def state_block(self, request_id: str) -> int:
         """Block id that identifies the request's row in the worker."""
         return self.req_to_blocks[request_id][0].block_id
+
+    def kept_at(self, request_id: str, num_tokens: int) -> Kept:
+        """What a request keeps with `num_tokens` computed tokens."""
+        entries = [entry for entry in self.kept.get(request_id, ()) if entry.cut.point <= num_tokens]
+        if not entries:
+            return Kept()
+        return Kept(entries[-1].cut.end, tuple(block.block_id for block in entries[-1].blocks))
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int,
@@ -53,25 +74,70 @@ class EvictingPageManager(PageManager):
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
         plan = self.plans.get(request_id)
-        if plan and num_local_computed_tokens > plan.window_start:
-            logger.info(
-                "request %s: a prefix hit covers the queries that its tokens are scored by; kept whole", request_id
-            )
+        first = plan.next_cut(0) if plan else None
+        if plan is None or first is None or num_local_computed_tokens <= plan.window_start(first):
+            return
+        logger.info(
+            "request %s: a prefix hit covers the queries that its tokens are scored by; not cut at %d tokens",
+            request_id, first.point,
+        )  # fmt: skip
+        plan = self.plans[request_id] = replace(plan, first_window=num_local_computed_tokens)
+        if plan.next_cut(0) is None:
             del self.plans[request_id]
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any,
+        apply_admission_cap: bool = False, **kwargs: Any,
+    ) -> int:  # fmt: skip
+        """As PageManager, with kept blocks; for admission, what the request needs at its widest on the way."""
+        needed = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        plan = self.plans.get(request_id)
+        if plan is None:
+            return needed
+        if apply_admission_cap:
+            return needed + plan.peak_blocks(num_tokens) - self.layout.blocks_for(num_tokens)
+        return needed + self._missing_kept(request_id, num_tokens).kept_blocks
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """As PageManager; where the step reaches a cut, take its kept blocks too. Returns those of the row."""
+        new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        cut = self._missing_kept(request_id, num_tokens)
+        if cut.kept_blocks:
+            self.kept.setdefault(request_id, []).append(KeptBlocks(cut, self._take(cut.kept_blocks)))
+        return new_blocks
+
+    def _missing_kept(self, request_id: str, num_tokens: int) -> Cut:
+        """The cut at `num_tokens` if its kept blocks are not taken yet, else NO_CUT."""
+        plan = self.plans.get(request_id)
+        cut = plan.last_cut(num_tokens) if plan else NO_CUT
+        entries = self.kept.get(request_id)
+        return NO_CUT if entries and entries[-1].cut == cut else cut
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Enter tile blocks of the prompt only: what follows was computed from an evicted cache."""
         plan = self.plans.get(request.request_id)
         if plan:
-            num_tokens = min(num_tokens, plan.reusable_tokens(self.block_size))
+            num_tokens = min(num_tokens, plan.reusable_tokens())
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Give the replaced tile blocks back once the step that evicted is over."""
+        """Give back what a cut replaces once its step is over: tile blocks, and the kept blocks of the cut before."""
         plan = self.plans.get(request_id)
-        if plan is None or processed_computed_tokens < plan.prompt_len or request_id not in self.req_to_blocks:
+        if plan is None or request_id not in self.req_to_blocks:
             return
-        for indices in plan.replaced(self.layout):
-            self._remove_blocks_in_range(request_id, indices.start, indices.stop)
+        layout, entries = self.layout, self.kept.get(request_id, [])
+        tile_blocks = plan.last_cut(processed_computed_tokens).end // layout.block_size
+        if tile_blocks > self.given_back.get(request_id, 0):
+            self.given_back[request_id] = tile_blocks
+            self._remove_blocks_in_range(request_id, layout.tile_row(0), layout.tile_row(0) + 1)
+            self._remove_blocks_in_range(request_id, layout.tile_row(1), layout.tile_row(tile_blocks))
+        while len(entries) > 1 and entries[1].cut.point <= processed_computed_tokens:
+            self.block_pool.free_blocks(entries.pop(0).blocks)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As PageManager, with the kept blocks."""
+        row = super().pop_blocks_for_free(request_id)
+        self.given_back.pop(request_id, None)
+        return row + [block for entry in self.kept.pop(request_id, []) for block in entry.blocks]

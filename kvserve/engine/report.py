@@ -16,6 +16,8 @@ from kvserve.policies.limits import request_limit
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from kvserve.engine.stats import Holding
+
 DENSE_BYTES = 2  # the "dense" cache that ratios compare with is 16-bit
 
 
@@ -27,6 +29,7 @@ class EngineReport:
         num_blocks: blocks of the pool, vLLM's reserved null block included.
         cells_per_block: layers x KV heads.
         max_model_len: the length at which "effective" figures count tail and sinks.
+        num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
     """
 
     layout: PageLayout
@@ -34,6 +37,7 @@ class EngineReport:
     num_kv_heads: int
     num_blocks: int
     max_model_len: int
+    num_ranks: int = 1
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings) -> EngineReport:
@@ -44,6 +48,7 @@ class EngineReport:
             num_kv_heads=model.get_num_kv_heads(config.parallel_config),
             num_blocks=config.cache_config.num_gpu_blocks or 0,
             max_model_len=model.max_model_len,
+            num_ranks=config.parallel_config.tensor_parallel_size,
         )
 
     @property
@@ -96,12 +101,29 @@ class EngineReport:
         """How many times fewer bytes than a 16-bit cache a request of max_model_len tokens holds."""
         return self.dense_bytes_per_token / self.effective_bytes_per_token
 
-    def pages(self, free_blocks: int, num_running: int) -> dict[str, int]:
-        """Pages of the pool by state. Every running request holds exactly `private_blocks` that are not sealed."""
-        per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
+    def pages(self, free_blocks: int, num_running: int, holding: Holding | None = None) -> dict[str, int]:
+        """Pages of the pool by state; they add up to the pool without vLLM's null block.
+
+        Args:
+            holding: what the running requests hold, where the scheduler says so (policies that evict). Without it,
+                every running request is known to hold `private_blocks`, and sinks count as sealed.
+        """
         used = max(self.num_blocks - 1 - free_blocks, 0)
-        dense = used if self.layout.sections is None else min(num_running * self.layout.private_blocks, used)
-        return {"free": free_blocks * per_block, "dense": dense * per_block, "sealed": (used - dense) * per_block}
+        kept = min(holding.kept, used) if holding else 0
+        dense = holding.dense if holding else num_running * self.layout.private_blocks
+        dense = used if self.layout.sections is None else min(dense, used - kept)
+        blocks = {"free": free_blocks, "dense": dense, "kept": kept, "sealed": used - kept - dense}
+        per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
+        return {state: count * per_block for state, count in blocks.items()}
+
+    def held_ratio(self, holding: Holding) -> float | None:
+        """How many times fewer bytes than a 16-bit cache of their tokens running requests hold; None: they hold none.
+
+        Whole blocks count, state, tail and sinks included; a prompt that is not evicted yet counts as it is.
+        """
+        if not holding.blocks:
+            return None
+        return holding.tokens * self.dense_bytes_per_token / (holding.blocks * self.block_bytes)
 
     def table(self) -> str:
         """The startup table."""
@@ -133,7 +155,8 @@ def describe_codecs(layout: PageLayout) -> str:
     """How sealed K and V are written, in one line."""
     key, value = layout.policy.key, layout.policy.value
     if key is None or value is None:
-        return f"dense, {str(layout.dense_dtype).removeprefix('torch.')}"
+        dtype = str(layout.dense_dtype).removeprefix("torch.")
+        return f"dense{' pages' if layout.sections else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
     boost = f", {layout.boost_channels} channels at {key.bits + 2} bits" if layout.boost_channels else ""
     rotation = "rotated, one scale per token" if value.rotate else f"per token, groups of {layout.value_group}"
     return (
@@ -157,6 +180,8 @@ def describe_dense(layout: PageLayout) -> str:
     """Which tokens of a compressed request stay dense."""
     if layout.sections is None:
         return "every token"
+    if layout.policy.dense_pages:
+        return f"every token; the unfinished tile of {layout.tile_tokens} tokens in a block of its own"
     dtype = str(layout.dense_dtype).removeprefix("torch.")
     return (
         f"the unfinished tile of {layout.tile_tokens} tokens and the first {layout.policy.sink_tokens}, in {dtype}: "

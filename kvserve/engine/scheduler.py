@@ -1,12 +1,13 @@
 """vLLM's scheduler with steps that end where a prompt is evicted.
 
 Seams: `--scheduler-cls`, and `Scheduler._mamba_block_aligned_split`, through which vLLM clips steps for models whose
-state must be saved at certain tokens; kvserve's state is the evicted cache.
+state must be saved at certain tokens; kvserve's state is the evicted cache. And `Scheduler.update_from_output`: the
+connector learns of a step's evictions before the requests that end with it are finished.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -14,11 +15,16 @@ from vllm.v1.request import Request
 
 from kvserve.engine.eviction_manager import EvictingPageManager
 
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
 
 class _EvictingMixin:
     """Clips steps to the requests' eviction plans."""
 
     kv_cache_manager: Any
+    connector: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,6 +38,12 @@ class _EvictingMixin:
         plan = self.manager.plans.get(request.request_id)
         computed = request.num_computed_tokens + num_new_local_computed_tokens
         return plan.clip_step(computed, num_new_tokens) if plan else num_new_tokens
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        output = model_runner_output.kv_connector_output
+        if output is not None:
+            self.connector.take_evictions(output.kv_connector_worker_meta)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 
 class EvictingScheduler(_EvictingMixin, Scheduler):

@@ -33,6 +33,7 @@ class EngineSettings:
     policy: Policy
     block_size: int
     model_dtype: torch.dtype
+    query_group: int = 1  # query heads that share one KV head
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -50,13 +51,15 @@ class EngineSettings:
         policy = policy_from_config(section)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
-            check_eviction(vllm_config, policy.eviction.window)
+            check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
-        return cls(policy, vllm_config.cache_config.block_size, vllm_config.model_config.dtype)
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        return cls(policy, vllm_config.cache_config.block_size, model.dtype, group)
 
     def layout(self, head_dim: int) -> PageLayout:
         """The pages of attention layers with this head_dim."""
-        return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype)
+        return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype, query_group=self.query_group)
 
 
 def scheduler_options() -> dict[str, Any]:

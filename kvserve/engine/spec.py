@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.manager import PageManager
 from kvserve.pages.layout import PageLayout
+from kvserve.pages.plan import widest_request
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,11 +73,8 @@ class PageSpec(FullAttentionSpec):
 @register_kv_cache_spec(manager_class=EvictingPageManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class EvictingPageSpec(PageSpec):
-    """A group whose prompts are evicted: a row may also have kept blocks, fewer than the tile blocks they replace."""
+    """A group whose requests are evicted: beside its row a request has kept blocks."""
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """As PageSpec, and the kept blocks: for one step a prompt is held whole and evicted."""
-        return self.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len) * self.page_size_bytes
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        return self.layout.blocks_for(max_len) + self.layout.tile_blocks_for(max_len)
+        """As PageSpec, with the kept blocks that a request needs while it is cut."""
+        return widest_request(self.layout, vllm_config.model_config.max_model_len) * self.page_size_bytes

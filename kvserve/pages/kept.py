@@ -4,14 +4,16 @@ Eviction at `end` leaves a request's sinks and its tokens from `end` on where th
 layer and KV head keeps its own subset, re-packed in ascending order into *kept pages*: sealed pages of tile_tokens
 columns, the last one of a head partly filled.
 
-Kept pages are numbered over the whole request. They fill its kept blocks, `blocks` consecutive entries of its row from
-index `row` on, in the order [layer][kv_head][page of the cell], whichever layer and head they belong to: a page lies in
-any layer's cell. A (layer, head) owns consecutive pages, and its `Header` in the cell (row[0], kv_head) says which.
+Kept pages are numbered over the whole request. They fill its kept blocks, which are not part of its row, in the order
+[layer][kv_head][page of the cell], whichever layer and head they belong to: a page lies in any layer's cell. A (layer,
+head) owns consecutive pages, and its `Header` in the cell (state block, kv_head) says which. The state block is the
+first of the request's row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
@@ -24,11 +26,38 @@ HEADER_BYTES = 16
 
 
 class Kept(NamedTuple):
-    """An evicted request's entry of `Batch.kept`; end 0: not evicted, and the others mean nothing."""
+    """Where an evicted request was cut, and the ids of its kept blocks; end 0: it was not evicted."""
 
-    end: int
-    row: int
-    blocks: int
+    end: int = 0
+    blocks: tuple[int, ...] = ()
+
+
+class KeptTable(NamedTuple):
+    """The `Kept` of all requests of a batch, for kernels; all int32.
+
+    Attributes:
+        ends: [num_reqs]; 0: not evicted.
+        starts: [num_reqs + 1]; request r has the entries [starts[r], starts[r + 1]) of `blocks`.
+        blocks: block ids.
+    """
+
+    ends: torch.Tensor
+    starts: torch.Tensor
+    blocks: torch.Tensor
+
+    @classmethod
+    def of(cls, kept: Sequence[Kept]) -> KeptTable:
+        starts = list(accumulate((len(k.blocks) for k in kept), initial=0))
+        blocks = [block for k in kept for block in k.blocks]
+        tensors = (torch.tensor(x, dtype=torch.int32) for x in ([k.end for k in kept], starts, blocks))
+        return cls(*tensors)
+
+    def of_request(self, request: int) -> Kept:
+        first, last = self.starts[request : request + 2].tolist()
+        return Kept(int(self.ends[request]), tuple(self.blocks[first:last].tolist()))
+
+
+NOT_KEPT = Kept()
 
 
 class Header(NamedTuple):
@@ -85,53 +114,62 @@ def make_headers(
         raise ValueError(f"kept.end must be a positive multiple of {layout.tile_tokens}, got {kept.end}")
     if len(first_pages) != num_kv_heads or len(num_tokens) != num_kv_heads:
         raise ValueError(f"need pages and tokens of {num_kv_heads} KV heads, got {len(first_pages)}, {len(num_tokens)}")
-    capacity = kept.blocks * pages_per_block(layout, num_kv_heads, num_layers_of(cells, layout)[0])
+    capacity = len(kept.blocks) * pages_per_block(layout, num_kv_heads, num_layers_of(cells, layout)[0])
     headers = []
     for first, count in zip(first_pages, num_tokens, strict=True):
         pages = ceil(count / layout.tile_tokens)
         if first < 0 or first + pages > capacity:
-            raise ValueError(f"pages [{first}, {first + pages}) do not fit in {kept.blocks} blocks of kept pages")
+            raise ValueError(f"pages [{first}, {first + pages}) do not fit in {len(kept.blocks)} blocks of kept pages")
         headers.append(Header(kept.end, first, pages, count))
     return headers
 
 
-def kept_page(arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, page: int) -> torch.Tensor:
+def kept_page(arena: Arena, layout: PageLayout, kept: Kept, page: int) -> torch.Tensor:
     """A writable view of kept page number `page`, uint8 [page bytes]."""
     assert layout.sections is not None
     num_kv_heads, size = arena.cells.shape[1], layout.sections.size_bytes
     block, page = divmod(page, pages_per_block(layout, num_kv_heads, arena.num_layers))
     cell, index = divmod(page, layout.tiles_per_block)
     layer, kv_head = divmod(cell, num_kv_heads)
-    assert block < kept.blocks
-    return arena.cells[row[kept.row + block], kv_head, layer, index * size : (index + 1) * size]
+    return arena.cells[kept.blocks[block], kv_head, layer, index * size : (index + 1) * size]
 
 
-def _header_bytes(arena: Arena, row: Sequence[int], kv_head: int) -> torch.Tensor:
-    return arena.cells[row[0], kv_head, arena.layer, :HEADER_BYTES]
+def _header_bytes(arena: Arena, state_block: int, kv_head: int) -> torch.Tensor:
+    return arena.cells[state_block, kv_head, arena.layer, :HEADER_BYTES]
 
 
-def read_header(arena: Arena, row: Sequence[int], kv_head: int) -> Header:
-    return Header(*_header_bytes(arena, row, kv_head).clone().view(torch.int32).tolist())
+def read_header(arena: Arena, state_block: int, kv_head: int) -> Header:
+    return Header(*_header_bytes(arena, state_block, kv_head).clone().view(torch.int32).tolist())
 
 
-def write_header(arena: Arena, row: Sequence[int], kv_head: int, header: Header) -> None:
-    _header_bytes(arena, row, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
+def write_header(arena: Arena, state_block: int, kv_head: int, header: Header) -> None:
+    _header_bytes(arena, state_block, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
 
 
-def write_pages(
-    arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, header: Header, rows: torch.Tensor
-) -> None:
+def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_tokens: int, kept: Kept) -> list[int]:
+    """Tokens that each KV head of one layer holds of a request with `num_tokens` computed ones.
+
+    After an eviction those are the sinks, what the head keeps, and the tokens from kept.end on, in this order.
+    """
+    num_kv_heads = cells.shape[1]
+    if not kept.end:
+        return [num_tokens] * num_kv_heads
+    arena, others = arena_of(cells, layout), layout.policy.sink_tokens + num_tokens - kept.end
+    return [others + read_header(arena, state_block, head).num_tokens for head in range(num_kv_heads)]
+
+
+def write_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor) -> None:
     """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the policy rotates."""
     tile_tokens = layout.tile_tokens
     for page in range(header.num_pages):
         tile = rows[page * tile_tokens : (page + 1) * tile_tokens]
         filled = torch.cat([tile, tile[-1:].expand(tile_tokens - len(tile), -1, -1)])
         encoded = encode_page(filled[:, 0], filled[:, 1], layout)
-        kept_page(arena, layout, row, kept, header.first_page + page)[:] = encoded
+        kept_page(arena, layout, kept, header.first_page + page)[:] = encoded
 
 
-def read_pages(arena: Arena, layout: PageLayout, row: Sequence[int], kept: Kept, header: Header) -> torch.Tensor:
+def read_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header) -> torch.Tensor:
     """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
     pages = range(header.first_page, header.first_page + header.num_pages)
-    decoded = [torch.stack(decode_page(kept_page(arena, layout, row, kept, f), layout), 1) for f in pages]
+    decoded = [torch.stack(decode_page(kept_page(arena, layout, kept, f), layout), 1) for f in pages]
     return torch.cat([torch.zeros(0, 2, layout.head_dim), *decoded])[: header.num_tokens]

@@ -2,7 +2,7 @@
 
 One *cell* belongs to (block, kv_head, layer) and is contiguous; vLLM's BHLNC layout puts it at
 `block * block_stride + kv_head * head_stride + layer * cell_bytes`. A cell holds `tiles_per_block` sealed pages, or,
-where the policy keeps tokens dense, `slots_per_cell` dense slots (K row, then V row).
+where tokens stay dense, `slots_per_cell` dense slots (K row, then V row). A dense page is `tile_tokens` dense slots.
 
 A request's row of blocks, in the order they are allocated (T = tile_tokens):
 
@@ -11,12 +11,13 @@ A request's row of blocks, in the order they are allocated (T = tile_tokens):
     | the unfinished T  |              | [0, sink_tokens)   |              |
 
 Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
-The dense policy has none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense slots.
+The dense policy has no pages and none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense
+slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def align(size_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class PageSections:
-    """Byte offsets of the parts of one sealed page; `size_bytes` is the page."""
+    """Byte offsets of the parts of one sealed page; `size_bytes` is the page. A dense page has no parts: all are 0."""
 
     key_codes: int
     key_boost_codes: int
@@ -56,7 +57,9 @@ class PageLayout:
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
         sections: offsets inside a sealed page; None for the dense policy.
-        state_blocks: blocks at the start of a row that hold the request's own state (1 where prompts are evicted).
+        state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
+            headers of its kept pages and the queries it remembers.
+        query_group: query heads of a KV head whose queries are remembered; 0: none are.
     """
 
     policy: Policy
@@ -65,26 +68,36 @@ class PageLayout:
     dense_dtype: torch.dtype
     sections: PageSections | None
     state_blocks: int = 0
+    query_group: int = 0
 
     @classmethod
     def build(
-        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int | None = None
-    ) -> PageLayout:
+        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int | None = None,
+        query_group: int = 1,
+    ) -> PageLayout:  # fmt: skip
         """Lay out the pages of `policy`.
+
+        Args:
+            state_blocks: None: as many as the policy needs.
+            query_group: query heads that share one KV head; matters where the policy remembers queries.
 
         Raises:
             ValueError: head_dim or block_size does not fit the policy; the message names the fix.
         """
-        if policy.is_dense:
+        if not policy.has_pages:
             if state_blocks:
                 raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
             return cls(policy, head_dim, block_size, model_dtype, None)
         _check_fits(policy, head_dim, block_size)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
-        dense_dtype = torch.float16 if model_dtype == torch.float32 else model_dtype
-        if state_blocks is None:
-            state_blocks = 1 if policy.eviction else 0
-        return cls(policy, head_dim, block_size, dense_dtype, _sections(policy, head_dim), state_blocks)
+        compressed = not policy.is_dense
+        dense_dtype = torch.float16 if compressed and model_dtype == torch.float32 else model_dtype
+        sections = _sections(policy, head_dim) if compressed else _dense_page(policy, head_dim, dense_dtype)
+        if policy.eviction is None or state_blocks is not None:
+            return cls(policy, head_dim, block_size, dense_dtype, sections, state_blocks or 0)
+        group = query_group if policy.eviction.remembers_queries else 0
+        layout = cls(policy, head_dim, block_size, dense_dtype, sections, 1, group)
+        return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell)) if group else layout
 
     @property
     def tile_tokens(self) -> int:
@@ -111,6 +124,32 @@ class PageLayout:
     def slots_per_cell(self) -> int:
         """Dense tokens that fit in one cell."""
         return self.cell_bytes // self.slot_bytes
+
+    @property
+    def remembered_queries(self) -> int:
+        """Query rows that a request remembers: those of the window before its next cut."""
+        return self.policy.eviction.window if self.policy.eviction and self.query_group else 0
+
+    @property
+    def query_bytes(self) -> int:
+        """One remembered query of the heads that share one KV head."""
+        return self.query_group * self.head_dim * self.dense_dtype.itemsize
+
+    @property
+    def queries_per_cell(self) -> int:
+        """Remembered queries that fit in a state cell behind the header of its kept pages."""
+        fitting = (self.cell_bytes - SECTION_ALIGN_BYTES) // self.query_bytes
+        if fitting < 1:
+            raise ValueError(
+                f"the {self.query_group} queries of a KV head do not fit in a cell of {self.cell_bytes} bytes; "
+                "choose a larger --block-size"
+            )
+        return fitting
+
+    def query_place(self, index: int) -> tuple[int, int]:
+        """(state block, byte offset in its cell) of remembered query row number `index`."""
+        block, index = divmod(index, self.queries_per_cell)
+        return block, SECTION_ALIGN_BYTES + index * self.query_bytes
 
     @property
     def tail_blocks(self) -> int:
@@ -173,7 +212,7 @@ def boost_channels(policy: Policy, head_dim: int) -> int:
 
 
 def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
-    if head_dim not in (64, 128, 256):
+    if not policy.is_dense and head_dim not in (64, 128, 256):
         raise ValueError(
             f"policy {policy.name} supports head_dim 64, 128 and 256, the model has {head_dim}; "
             "use --policy none for this model"
@@ -182,6 +221,10 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
         raise ValueError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
         )
+
+
+def _dense_page(policy: Policy, head_dim: int, dtype: torch.dtype) -> PageSections:
+    return PageSections(0, 0, 0, 0, 0, 0, size_bytes=policy.tile_tokens * 2 * head_dim * dtype.itemsize)
 
 
 def _sections(policy: Policy, head_dim: int) -> PageSections:

@@ -1,96 +1,195 @@
-"""How many blocks a request holds before and after its prompt is evicted.
+"""How many blocks a request holds, ahead of the worker.
 
 The scheduler schedules ahead of the worker, so everything here is arithmetic on lengths: data decides which tokens
-stay and in which head, never how many blocks. A request's row is
+stay and in which head, never how many blocks. A request holds its row
 
-    [state][tail][tile block 0][sinks][tile block 1]...[kept blocks][further tile blocks]...
+    [state][tail][tile block 0][sinks][tile block 1]...
 
-The kept blocks are appended by the step that completes the prompt; the tile blocks they replace are given back as soon
-as that step is processed, and leave their places in the row.
+and, once it was cut, kept blocks beside it. A `Cut` is a compression point at which whole blocks become free. The step
+that reaches it gets new kept blocks; the old ones, and the tile blocks that the cut goes over, are given back when that
+step is processed. The tile blocks leave their places in the row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
+from typing import NamedTuple
 
+from kvserve.pages.kept import Kept
 from kvserve.pages.layout import PageLayout
+from kvserve.policies.base import Eviction
 from kvserve.policies.limits import request_limit
 from kvserve.schedules.base import Limit
 
 
-@dataclass(frozen=True)
-class EvictionPlan:
-    """What happens to one prompt.
+class Cut(NamedTuple):
+    """What a request is cut down to when `point` tokens are computed.
 
     Attributes:
-        prompt_len: its tokens; the step that computes the last of them evicts.
-        end: tokens [sinks, end) are then kept in part, in kept blocks; a multiple of the block size.
-        kept_row: row index of the first kept block.
-        kept_blocks: how many there are; each holds a cell of every layer and KV head.
-        window: prompt tokens whose queries the scorer needs in that step.
+        end: tokens [sinks, end) are then kept in part; a multiple of the block size.
+        kept_blocks: how many blocks hold them, each with a cell of every layer and KV head.
     """
 
-    prompt_len: int
+    point: int
     end: int
-    kept_row: int
     kept_blocks: int
-    window: int
+
+
+NO_CUT = Cut(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """What the worker must know of one row in one step.
+
+    Attributes:
+        kept: what the request keeps as the step begins.
+        cut: what it is cut down to when the step ends; None: nothing happens.
+        window_start: first token whose query the scorer needs at the next cut; None: no token of this step is one.
+        collects: whether the scorer has to know of all this step's queries.
+    """
+
+    request_id: str
+    kept: Kept
+    cut: Kept | None = None
+    window_start: int | None = None
+    collects: bool = False
+
+
+@dataclass
+class EvictionPlan:
+    """The cuts of one request, in order.
+
+    Attributes:
+        max_len: no cut lies behind it.
+        first_window: cuts whose window of queries begins before this token are left out: a prefix hit covers them.
+    """
+
+    layout: PageLayout
+    eviction: Eviction
+    limit: Limit
+    prompt_len: int
+    max_len: int
+    first_window: int = 0
+    _cuts: list[Cut] = field(default_factory=lambda: [NO_CUT], init=False, repr=False, compare=False)
+    _length: int = field(default=0, init=False, repr=False, compare=False)  # all cuts up to here are in _cuts
+
+    def last_cut(self, length: int) -> Cut:
+        """The last cut at or before `length` tokens; NO_CUT if there is none."""
+        while self._length <= length and self._find_next():
+            pass
+        return next(cut for cut in reversed(self._cuts) if cut.point <= length)
+
+    def next_cut(self, length: int) -> Cut | None:
+        """The first cut behind `length` tokens."""
+        while self._cuts[-1].point <= length and self._find_next():
+            pass
+        return next((cut for cut in self._cuts if cut.point > length), None)
+
+    def _find_next(self) -> bool:
+        """Look at the next compression point; False where there is none."""
+        step = self.eviction.schedule.tokens_to_next_point(self.limit, self.prompt_len, self._length)
+        if step is None or self._length + step > self.max_len:
+            self._length = self.max_len + 1
+            return False
+        self._length += step
+        cut, last = self._cut_at(self._length), self._cuts[-1]
+        shrinks = cut.kept_blocks < last.kept_blocks + (cut.end - last.end) // self.layout.block_size
+        if shrinks and self.window_start(cut) >= self.first_window:
+            self._cuts.append(cut)
+        return True
+
+    def _cut_at(self, point: int) -> Cut:
+        """The limit counts every token that a KV head keeps on average: sinks, kept tokens and those from `end` on.
+
+        A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any case.
+        """
+        size = self.layout.block_size
+        end = point // size * size
+        others = self.layout.policy.sink_tokens + point - end
+        wanted = (self.eviction.schedule.kept_at(self.limit, point) - others) / size
+        protected = ceil((self.limit.protected - others) / size)
+        return Cut(point, end, max(ceil(wanted) if self.limit.rate else int(wanted), protected, 1))
 
     @property
-    def window_start(self) -> int:
-        """First prompt token of the window: the step that evicts computes it and all after it."""
-        return max(self.prompt_len - self.window, 0)
+    def computes_all(self) -> bool:
+        """Whether the prompt must be computed from its first token on, whatever the prefix cache holds.
 
-    def row_blocks(self, layout: PageLayout, num_tokens: int) -> int:
-        """Length of the row of a request with `num_tokens` computed tokens."""
-        return layout.blocks_for(num_tokens) + (self.kept_blocks if num_tokens >= self.prompt_len else 0)
+        Tokens behind a cut depend on what was kept, and some scorers sum over all queries.
+        """
+        cut = self.next_cut(0)
+        return cut is not None and (cut.point < self.prompt_len or self.eviction.scorer.collects)
 
-    def replaced(self, layout: PageLayout) -> tuple[range, range]:
-        """Row indices of the tile blocks that the kept blocks replace: before and behind the sinks."""
-        first, behind, count = layout.tile_row(0), layout.tile_row(1), self.end // layout.block_size
-        return range(first, first + min(count, 1)), range(behind, behind + max(count - 1, 0))
+    def window_start(self, cut: Cut) -> int:
+        """First token whose query the scorer needs at the cut."""
+        return max(cut.point - self.eviction.window, 0)
 
-    def reusable_tokens(self, block_size: int) -> int:
-        """Prompt tokens whose tile blocks may serve other prompts: a hit must leave the window's queries to compute."""
-        return self.window_start // block_size * block_size
+    def reusable_tokens(self) -> int:
+        """Prompt tokens whose tile blocks may serve other prompts: a hit must leave the first window to compute."""
+        cut = self.next_cut(0)
+        tokens = self.prompt_len if cut is None else min(self.window_start(cut), self.prompt_len)
+        return tokens // self.layout.block_size * self.layout.block_size
 
     def clip_step(self, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """New tokens of a step that ends at the prompt's end and leaves the window's rows to the last one.
+        """New tokens of a step that ends at the next cut, with the window's queries all in that step.
 
-        0 where the window is all that is left and does not fit: it has to wait for a step with more room.
+        0 where the window is all that is left and does not fit: it has to wait for a step with more room. Where the
+        request's state block remembers queries, the window may lie in several steps.
         """
-        left = self.prompt_len - num_computed_tokens
-        if left <= 0:
+        cut = self.next_cut(num_computed_tokens)
+        if cut is None:
             return num_new_tokens
+        left = cut.point - num_computed_tokens
         if num_new_tokens >= left:
             return left
-        return min(num_new_tokens, max(self.window_start - num_computed_tokens, 0))
+        if self.layout.remembered_queries:
+            return num_new_tokens
+        return min(num_new_tokens, max(self.window_start(cut) - num_computed_tokens, 0))
+
+    def held_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request holds with `num_tokens` computed tokens, once what they evict is given back."""
+        cut = self.last_cut(num_tokens)
+        return self.layout.blocks_for(num_tokens) - cut.end // self.layout.block_size + cut.kept_blocks
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        """The most blocks that it holds on the way there; a cut needs the new kept blocks beside the old ones."""
+        peak, last = self.held_blocks(num_tokens), NO_CUT
+        while (cut := self.next_cut(last.point)) and cut.point <= num_tokens:
+            whole = self.layout.blocks_for(cut.point) - last.end // self.layout.block_size
+            peak = max(peak, whole + last.kept_blocks + cut.kept_blocks)
+            last = cut
+        return peak
 
 
-def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, window: int) -> EvictionPlan | None:
-    """The plan of a prompt, or None where keeping everything takes no more blocks.
-
-    The limit counts every token that a KV head keeps on average: sinks, kept tokens and the unfinished tile.
-    """
-    end = prompt_len // layout.block_size * layout.block_size
-    wanted = limit.target(prompt_len) - layout.policy.sink_tokens - (prompt_len - end)
-    kept_blocks = max(ceil(wanted / layout.block_size), 1)
-    if kept_blocks >= end // layout.block_size:
-        return None
-    return EvictionPlan(prompt_len, end, layout.blocks_for(prompt_len), kept_blocks, window)
+def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, max_len: int) -> EvictionPlan | None:
+    """The plan of a request, or None where it is never cut."""
+    assert layout.policy.eviction is not None
+    plan = EvictionPlan(layout, layout.policy.eviction, limit, prompt_len, max_len)
+    return plan if plan.next_cut(0) else None
 
 
-def policy_plan(layout: PageLayout, prompt_len: int, window: int = 1) -> EvictionPlan | None:
-    """The plan of a prompt under the policy's own limit."""
+def policy_plan(layout: PageLayout, prompt_len: int, max_len: int | None = None) -> EvictionPlan | None:
+    """The plan of a request under the policy's own limit; `max_len`: its length in the end, if not the prompt's."""
     eviction = layout.policy.eviction
     limit = eviction and request_limit(eviction, layout.policy, {})
-    return plan_eviction(layout, limit, prompt_len, window) if limit else None
+    return plan_eviction(layout, limit, prompt_len, max_len or prompt_len) if limit else None
 
 
 def held_blocks(layout: PageLayout, prompt_len: int) -> int:
     """Blocks that a request holds once its prompt is processed, and evicted if the policy evicts."""
     plan = policy_plan(layout, prompt_len)
-    if plan is None:
-        return layout.blocks_for(prompt_len)
-    return plan.row_blocks(layout, prompt_len) - plan.end // layout.block_size
+    return plan.held_blocks(prompt_len) if plan else layout.blocks_for(prompt_len)
+
+
+def peak_blocks(layout: PageLayout, prompt_len: int, max_len: int | None = None) -> int:
+    """The most blocks that a request of this prompt holds until it has `max_len` tokens (default: the prompt's)."""
+    length = max_len or prompt_len
+    plan = policy_plan(layout, prompt_len, length)
+    return plan.peak_blocks(length) if plan else layout.blocks_for(length)
+
+
+def widest_request(layout: PageLayout, max_len: int) -> int:
+    """The most blocks that any request of at most `max_len` tokens holds, under the policy's own limit."""
+    step = max(max_len // 16, 1)
+    return max(peak_blocks(layout, prompt_len, max_len) for prompt_len in range(max_len, 0, -step))

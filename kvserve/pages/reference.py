@@ -8,6 +8,8 @@ dot product sums over, taken in fours) and `columns` (the dimension that stays i
 and column `block * (128 / b) + plane * 16 + lane` sits in bits [plane * b, plane * b + b) of its byte: the 32 bits of
 a lane hold one column of four rows. For K the rows are channels and the columns tokens; for V the rows are tokens and
 the columns channels.
+
+A dense page is its tokens' dense slots one after the other, [tile_tokens][K row, V row][head_dim] of the model's dtype.
 """
 
 from __future__ import annotations
@@ -113,6 +115,8 @@ def encode_page(key: torch.Tensor, value: torch.Tensor, layout: PageLayout, firs
         uint8 [layout.sections.size_bytes]; padding is zero.
     """
     policy, sections = layout.policy, layout.sections
+    if policy.dense_pages:
+        return torch.stack([key, value], 1).to(layout.dense_dtype).view(torch.uint8).flatten()
     assert sections is not None and policy.key is not None and policy.value is not None
     page = torch.zeros(sections.size_bytes, dtype=torch.uint8)
 
@@ -151,8 +155,11 @@ def encode_page(key: torch.Tensor, value: torch.Tensor, layout: PageLayout, firs
 def decode_page(page: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Read one sealed page back: (key, value), float32 [tile_tokens, head_dim]; value stays rotated."""
     policy, sections = layout.policy, layout.sections
-    assert sections is not None and policy.key is not None and policy.value is not None
     tokens, head_dim = layout.tile_tokens, layout.head_dim
+    if policy.dense_pages:
+        rows = page.view(layout.dense_dtype).view(tokens, 2, head_dim).float()
+        return rows[:, 0], rows[:, 1]
+    assert sections is not None and policy.key is not None and policy.value is not None
 
     def codes_at(offset: int, bits: int, rows: int, columns: int) -> torch.Tensor:
         return unpack_codes(page[offset : offset + rows * columns * bits // 8], bits, rows, columns)

@@ -63,17 +63,18 @@ class ValueCodec(_Part):
 
 
 class Eviction(_Part):
-    """Which tokens of a prompt stay, and how many: a scorer, a budget and a schedule, each by its name and parameters.
+    """Which tokens stay, how many, and when: a scorer, a budget and a schedule, each by its name and parameters.
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
-    `sink_tokens` of the policy and the tokens of the unfinished tile always stay.
+    `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
+    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget).
     """
 
     scorer: Any
     budget: Any
-    schedule: Annotated[Any, Field(validate_default=True)] = "end-of-prefill"
     rate: Annotated[float | None, Field(ge=1, le=1024)] = None
     max_tokens: Annotated[int | None, Field(ge=64)] = None
+    schedule: Annotated[Any, Field(validate_default=True)] = None
 
     @field_validator("scorer", "budget", "schedule", mode="before")
     @classmethod
@@ -81,6 +82,9 @@ class Eviction(_Part):
         # Imported here: the parts need torch, which a policy without eviction does not.
         from kvserve.policies.parts import make_part
 
+        if info.field_name == "schedule" and content is None:
+            scorer, max_tokens = info.data.get("scorer"), info.data.get("max_tokens")
+            content = "over-budget" if max_tokens and scorer and not scorer.collects else "end-of-prefill"
         return make_part(str(info.field_name), content)
 
     @field_serializer("scorer", "budget", "schedule")
@@ -93,6 +97,11 @@ class Eviction(_Part):
         return getattr(self.scorer, "window", 1)
 
     @property
+    def remembers_queries(self) -> bool:
+        """Whether a request must remember queries of earlier steps: decode steps bring one at a time."""
+        return self.window > 1 and self.schedule.decodes
+
+    @property
     def protected_recent(self) -> int:
         """Last prompt tokens that the scorer keeps in any case."""
         return self.window if getattr(self.scorer, "keep_window", False) else 0
@@ -101,16 +110,26 @@ class Eviction(_Part):
     def _one_limit(self) -> Eviction:
         if (self.rate is None) == (self.max_tokens is None):
             raise ValueError("give eviction.rate or eviction.max_tokens, one of the two")
-        if self.schedule.name != "end-of-prefill" or self.schedule.chunk_tokens:
-            raise ValueError("only the schedule end-of-prefill, without chunk_tokens, is served so far")
+        if self.schedule.needs_max_tokens and self.max_tokens is None:
+            raise ValueError(
+                f"the schedule {self.schedule.name} needs eviction.max_tokens (--max-cache-tokens); "
+                "with a rate, use every-n"
+            )
+        if self.scorer.collects and (self.schedule.decodes or self.schedule.chunk_tokens):
+            raise ValueError(
+                f"the scorer {self.scorer.name} sums over all queries of a prompt: "
+                "its schedule must be end-of-prefill without chunk_tokens"
+            )
         return self
 
 
 class Policy(_Part):
     """One named way to keep the KV cache.
 
-    `key` and `value` are both absent for the dense policy. `tile_tokens` tokens are sealed together; until a tile is
-    full its tokens stay dense in the request's own tail. The first `sink_tokens` tokens stay dense for good.
+    `tile_tokens` tokens are sealed together in a page; until a tile is full its tokens stay dense in the request's own
+    tail. The first `sink_tokens` tokens stay dense for good. `key` and `value` say how a page is written. Without them
+    every token keeps the model's dtype: in pages with `dense_pages`, so that tokens can be evicted, or else in vLLM's
+    own blocks (the dense policy).
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -120,19 +139,22 @@ class Policy(_Part):
     sink_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     key: KeyCodec | None = None
     value: ValueCodec | None = None
+    dense_pages: bool = False
     eviction: Eviction | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Policy:
         if (self.key is None) != (self.value is None):
-            raise ValueError("give both key and value, or neither (the dense policy)")
-        if self.key is None or self.value is None:
+            raise ValueError("give both key and value, or neither (every token then keeps the model's dtype)")
+        if not self.has_pages:
             if self.eviction:
-                raise ValueError("eviction needs key and value codecs so far: set both, for example to 8 bits")
+                raise ValueError("eviction needs pages: use codec: dense, or one that compresses, for example int8")
             if self.sink_tokens:
-                raise ValueError("sink_tokens needs key and value codecs: a dense policy keeps every token dense")
+                raise ValueError("sink_tokens needs pages: set dense_pages, or key and value")
             return self
-        if self.key.group_size > self.tile_tokens:
+        if self.key and self.dense_pages:
+            raise ValueError("dense_pages keeps keys and values as they are: leave out key and value, or dense_pages")
+        if self.key and self.key.group_size > self.tile_tokens:
             raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
         if self.sink_tokens >= self.tile_tokens:
             raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
@@ -142,3 +164,8 @@ class Policy(_Part):
     def is_dense(self) -> bool:
         """Whether every token keeps the model's dtype."""
         return self.key is None
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether tiles are sealed in pages, coded or dense."""
+        return self.dense_pages or not self.is_dense

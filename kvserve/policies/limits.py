@@ -45,13 +45,32 @@ def request_limit(eviction: Eviction, policy: Policy, extra_args: Mapping[str, A
     Raises:
         ValueError: a value out of range.
     """
-    if extra_args.get(OFF):
-        return None
     rate, max_tokens = extra_args.get(RATE), extra_args.get(MAX_TOKENS)
     if rate is None and max_tokens is None:
         rate, max_tokens = eviction.rate, eviction.max_tokens
+    _check_schedule(eviction, bool(extra_args.get(OFF)), rate, max_tokens)
+    if extra_args.get(OFF):
+        return None
     return Limit(
         None if rate is None else float(rate),
         None if max_tokens is None else int(max_tokens),
         protected=policy.sink_tokens + eviction.protected_recent,
     )
+
+
+def _check_schedule(eviction: Eviction, off: bool, rate: float | None, max_tokens: int | None) -> None:
+    """Refuse a limit that the schedule cannot follow.
+
+    A pool that was sized for prompts compressed as they arrive may not hold one that is compressed less.
+    """
+    if eviction.schedule.needs_max_tokens and max_tokens is None:
+        raise ValueError(f"the schedule {eviction.schedule.name} needs a maximum of tokens, not a rate")
+    if not eviction.schedule.chunk_tokens:
+        return
+    looser = (
+        off or (eviction.rate and (rate or 0) < eviction.rate)
+        or (eviction.max_tokens and (max_tokens or float("inf")) > eviction.max_tokens)
+    )  # fmt: skip
+    if looser:
+        own = f"rate {eviction.rate:g}" if eviction.rate else f"{eviction.max_tokens} tokens"
+        raise ValueError(f"prompts are compressed as they arrive: a request can only keep less than {own}")

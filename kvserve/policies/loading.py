@@ -22,7 +22,8 @@ from kvserve.policies.registry import policy_names, shipped_path
 
 _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
 _PARTS = ("scorer", "budget", "schedule")
-_CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value")  # what `codec: NAME` takes from another policy
+# What `codec: NAME` takes from another policy.
+_CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages")
 
 
 class PolicyError(ValueError):

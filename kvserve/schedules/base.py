@@ -73,6 +73,8 @@ class Schedule(BaseModel, ABC):
 
     #: Whether the schedule only makes sense with Limit.max_tokens.
     needs_max_tokens: ClassVar[bool] = False
+    #: Whether it has compression points behind the prompt.
+    decodes: ClassVar[bool] = True
 
     def held_tokens(self, limit: Limit, prompt_len: int, num_computed_tokens: int) -> int:
         """Tokens per head after the step that brought the sequence to `num_computed_tokens`."""

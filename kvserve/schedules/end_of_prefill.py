@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kvserve.schedules.base import Limit, Schedule
 
 
 class EndOfPrefill(Schedule):
     """Compress the prompt and keep every generated token (SnapKV, arXiv 2404.14469, and most others)."""
+
+    decodes: ClassVar[bool] = False
 
     name: Literal["end-of-prefill"] = "end-of-prefill"
 

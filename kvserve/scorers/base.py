@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from kvserve.scorers.query_window import QueryWindow
 from kvserve.scorers.rotary import QueryStatistics
 
 
@@ -22,11 +23,13 @@ class LayerView:
     KV heads that hold the same tokens share a view. Once heads hold different tokens each gets its own view, with
     kv_heads = 1, the query heads of its group, and `first_head` set to the head.
 
+    What is None was not collected: a scorer says in `needs` what it reads.
+
     Attributes:
-        keys, values: float32 [kv_heads, n, head_dim]; keys after RoPE.
         positions: int64 [n], strictly ascending; the last is the newest token of the sequence.
         scale: factor of the query-key dot products.
-        window_queries: float32 [num_heads, w, head_dim]; the query rows of the w newest tokens, after RoPE.
+        keys, values: float32 [kv_heads, n, head_dim]; keys after RoPE.
+        query_window: the query rows of the newest tokens.
         accumulated: float32 [kv_heads, n]; attention probability (or its square, as the scorer says) that the token
             received, summed over the query rows seen so far and over the query heads of its KV head.
         query_statistics: of the query rows seen so far.
@@ -34,11 +37,12 @@ class LayerView:
         request_id, layer, first_head: who this is; `first_head` counts the KV heads of all ranks.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    kv_heads: int
     positions: torch.Tensor
     scale: float
-    window_queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    query_window: QueryWindow | None = None
     accumulated: torch.Tensor | None = None
     query_statistics: QueryStatistics | None = None
     kept_tokens: int | None = None
@@ -47,13 +51,9 @@ class LayerView:
     first_head: int = 0
 
     @property
-    def kv_heads(self) -> int:
-        return self.keys.shape[0]
-
-    @property
     def num_tokens(self) -> int:
         """Cached tokens of each head."""
-        return self.keys.shape[1]
+        return self.positions.shape[0]
 
     @property
     def length(self) -> int:
@@ -84,6 +84,11 @@ class Scorer(BaseModel, ABC):
         if missing:
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which the view does not have")
         return self._score(view)
+
+    @property
+    def collects(self) -> bool:
+        """Whether it must know of every query of the prompt, not only of a window."""
+        return bool(self.needs & {"accumulated", "query_statistics"})
 
     @abstractmethod
     def _score(self, view: LayerView) -> torch.Tensor:

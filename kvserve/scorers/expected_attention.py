@@ -23,7 +23,7 @@ class ExpectedAttention(Scorer):
     It depends on the prompt through two moments only, so it counts as query-agnostic, as in the paper.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"query_statistics"})
+    needs: ClassVar[frozenset[str]] = frozenset({"keys", "values", "query_statistics"})
     query_agnostic: ClassVar[bool] = True
 
     name: Literal["expected-attention"] = "expected-attention"
@@ -34,8 +34,8 @@ class ExpectedAttention(Scorer):
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def _score(self, view: LayerView) -> torch.Tensor:
-        assert view.query_statistics is not None
-        logits = self._logits(view, view.query_statistics)
+        assert view.keys is not None and view.values is not None and view.query_statistics is not None
+        logits = self._logits(view, view.keys * view.scale, view.query_statistics)
         expected = torch.zeros_like(logits)
         expected[..., self.sinks :] = logits[..., self.sinks :].softmax(-1)
         scores = expected.mean(1) + self.epsilon
@@ -43,10 +43,9 @@ class ExpectedAttention(Scorer):
             scores = scores * view.values.norm(dim=-1)
         return protect(scores, self.sinks, 0)
 
-    def _logits(self, view: LayerView, statistics: QueryStatistics) -> torch.Tensor:
-        """Logarithm of E[exp(scale q·k)], float32 [kv_heads, group, n]."""
-        rotation = statistics.rotary.mean_rotation(view.length, self.future, view.keys.shape[-1])
-        keys = view.keys * view.scale
+    def _logits(self, view: LayerView, keys: torch.Tensor, statistics: QueryStatistics) -> torch.Tensor:
+        """Logarithm of E[exp(q·k)], float32 [kv_heads, group, n]."""
+        rotation = statistics.rotary.mean_rotation(view.length, self.future, keys.shape[-1])
         mean = (statistics.mean @ rotation.T).unflatten(0, (view.kv_heads, -1))
         logits = mean @ keys.mT
         if self.covariance:

@@ -16,11 +16,13 @@ class KeyDiff(Scorer):
     The mean is taken over the keys scaled to unit length. A zero key, or a zero mean, has cosine 0.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     query_agnostic: ClassVar[bool] = True
 
     name: Literal["key-diff"] = "key-diff"
 
     def _score(self, view: LayerView) -> torch.Tensor:
+        assert view.keys is not None
         directions = functional.normalize(view.keys, dim=-1)
         mean = functional.normalize(directions.mean(1, keepdim=True), dim=-1)
         return -(directions * mean).sum(-1)

@@ -15,9 +15,11 @@ class KeyNorm(Scorer):
     Norms of different heads and layers are not on one scale: use it with a budget that does not compare them.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     query_agnostic: ClassVar[bool] = True
 
     name: Literal["key-norm"] = "key-norm"
 
     def _score(self, view: LayerView) -> torch.Tensor:
+        assert view.keys is not None
         return -view.keys.norm(dim=-1)

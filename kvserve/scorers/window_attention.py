@@ -34,7 +34,7 @@ class WindowAttention(Scorer):
     `kernel` everywhere, max pooling ignores them. If fewer rows were collected than `window`, those are used.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"window_queries"})
+    needs: ClassVar[frozenset[str]] = frozenset({"query_window"})
     query_agnostic: ClassVar[bool] = False
 
     name: Literal["window-attention"] = "window-attention"
@@ -54,19 +54,16 @@ class WindowAttention(Scorer):
         return self
 
     def _score(self, view: LayerView) -> torch.Tensor:
-        assert view.window_queries is not None
-        rows = view.window_queries[:, -self.window :]
-        by_head = self._reduce_rows(window_probabilities(view, rows) ** self.exponent)
-        own = (view.positions >= view.length - rows.shape[1]) & self.keep_window
+        assert view.query_window is not None
+        rows = min(self.window, view.query_window.num_rows)
+        by_head = view.query_window.attention(rows, self.exponent, "max" if self.reduce == "max" else "sum")
+        if self.reduce == "mean":
+            by_head = by_head / rows
+        own = (view.positions >= view.length - rows) & self.keep_window
         scores = self._reduce_heads(self._pool(by_head[:, ~own]), view.kv_heads)
         everything = scores.new_full((view.kv_heads, view.num_tokens), torch.inf)
         everything[:, ~own] = scores
         return everything
-
-    def _reduce_rows(self, x: torch.Tensor) -> torch.Tensor:
-        if self.reduce == "max":
-            return x.amax(1)
-        return x.mean(1) if self.reduce == "mean" else x.sum(1)
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         if self.pool == "none" or x.shape[1] == 0:
@@ -78,16 +75,3 @@ class WindowAttention(Scorer):
         grouped = x.unflatten(0, (kv_heads if self.heads == "group" else 1, -1))
         reduced = grouped.amax(1) if self.head_reduce == "max" else grouped.mean(1)
         return reduced.expand(kv_heads, -1)
-
-
-def window_probabilities(view: LayerView, rows: torch.Tensor) -> torch.Tensor:
-    """Attention probabilities of the newest tokens' query rows, float32 [num_heads, w, n]; zero where not visible.
-
-    Row i belongs to logical position length - w + i and sees the cached tokens up to it. A row that sees no cached
-    token at all is zero.
-    """
-    keys = view.keys.repeat_interleave(rows.shape[0] // view.kv_heads, 0)
-    newest = torch.arange(view.length - rows.shape[1], view.length, device=rows.device)
-    hidden = view.positions > newest[:, None]
-    logits = (rows @ keys.mT * view.scale).masked_fill(hidden, -torch.inf)
-    return logits.softmax(-1).masked_fill(hidden, 0)

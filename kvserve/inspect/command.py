@@ -1,0 +1,93 @@
+"""`kvserve inspect`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kvserve.checks import UnsupportedError
+from kvserve.cli.main import UsageError
+from kvserve.cli.serve import read_model_config, split_arguments
+from kvserve.policies.base import Policy
+from kvserve.policies.loading import load_policy
+from kvserve.policies.registry import policy_names
+
+DESCRIPTION = """\
+Run one prompt through the engine and draw which of its tokens each KV head keeps.
+
+policy options: --policy POLICY, --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
+"""
+PIPED_WIDTH = 120
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Inspect one prompt.
+
+    Raises:
+        UsageError, PolicyError, UnsupportedError: refused before anything is started, or by the engine's checks.
+    """
+    request = split_arguments(arguments)
+    args = _parser().parse_args([*request.vllm_arguments, *(["--help"] if request.wants_help else [])])
+    policy = _policy(request.policy, request.overrides)
+    text = _text(args)
+    if args.png:
+        from kvserve.inspect.png import load_pyplot
+
+        load_pyplot()
+    if args.model is not None:
+        read_model_config(args.model)  # refuses a folder that does not exist
+    from kvserve.compat import check_vllm_version
+
+    check_vllm_version()
+    from kvserve.default_model import prepare_default_model
+    from kvserve.inspect.engine import inspect_prompt
+    from kvserve.inspect.terminal import draw
+
+    inspection = inspect_prompt(policy, args.model or str(prepare_default_model()), text, args.dtype)
+    if args.json:
+        args.json.write_text(json.dumps(inspection.to_dict()) + "\n", encoding="utf-8")
+    if args.png:
+        from kvserve.inspect.png import write_png
+
+        write_png(args.png, inspection)
+    console = Console(highlight=False)
+    draw(console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH), inspection)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvserve inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", nargs="?", help="the prompt; it gets no chat template")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--model", help="a Hugging Face folder or name (default: the model that needs no download)")
+    parser.add_argument("--dtype", help="of the model, as vLLM names it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every kept position and the shares")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also write the two maps (needs matplotlib)")
+    return parser
+
+
+def _policy(name: str | None, overrides: Sequence[str]) -> Policy:
+    evicting = [policy for policy in policy_names() if load_policy(policy).eviction]
+    if name is None:
+        raise UsageError(f"--policy is missing; policies that evict: {', '.join(evicting)}")
+    policy = load_policy(name, overrides)
+    if policy.eviction is None:
+        raise UnsupportedError(f"policy {name} keeps every token; policies that evict: {', '.join(evicting)}")
+    return policy
+
+
+def _text(args: argparse.Namespace) -> str:
+    if (args.text is None) == (args.prompt_file is None):
+        raise UsageError("give the prompt as an argument, or a file with --prompt-file FILE")
+    if args.text is not None:
+        return str(args.text)
+    try:
+        return str(args.prompt_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {args.prompt_file}: {error}") from None

@@ -1,0 +1,87 @@
+"""A server whose policy evicts, over HTTP: the report of each answer, and /metrics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from engine_cases import STORY
+from openai import OpenAI
+from test_server import ENVIRONMENT, MODEL, free_port, metrics, wait_until_ready
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+POLICY = "kv-compress-2bit"
+PROMPT = STORY * 10 + "In the morning"
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        *(sys.executable, "-m", "kvserve.cli", "--policy", POLICY, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", "64000000"),
+        *("--max-num-batched-tokens", "512", "--max-num-seqs", "8", "--shutdown-timeout", "0"),
+    ]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}", server, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> OpenAI:
+    return OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def test_both_kinds_of_answer_carry_the_report(client: OpenAI) -> None:
+    completion = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0)
+    messages = [{"role": "user", "content": PROMPT}]
+    chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5, temperature=0)
+    for answer in (completion, chat):
+        report = answer.kv_transfer_params["kvserve"]  # type: ignore[attr-defined]
+        assert report["tokens_cached"] == answer.usage.prompt_tokens + answer.usage.completion_tokens - 1
+        assert report["tokens_kept"] < report["tokens_cached"] / 2
+        assert 2 < report["rate_effective"] <= report["rate_requested"] == 4
+        assert 0 < report["bytes_held"] < report["tokens_cached"] * 30 * 3 * 2 * 64 * 2 / 4
+
+
+def test_several_answers_and_streams_work_as_before(client: OpenAI) -> None:
+    completion = client.completions.create(model=MODEL, prompt=PROMPT, n=2, max_tokens=5, temperature=1.0)
+    assert len(completion.choices) == 2
+    assert "kvserve" in completion.kv_transfer_params  # type: ignore[attr-defined]
+    chunks = list(client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0, stream=True))
+    assert len(chunks) == 5
+    stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", stop=["7"], temperature=0, max_tokens=40)
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_metrics_count_evictions_and_settle_after_an_aborted_stream(client: OpenAI, base_url: str) -> None:
+    before = metrics(base_url)["kvserve:kv_tokens_evicted_total", POLICY]
+    report = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5).kv_transfer_params["kvserve"]  # type: ignore[attr-defined]
+    evicted = metrics(base_url)["kvserve:kv_tokens_evicted_total", POLICY] - before
+    assert evicted == pytest.approx(report["tokens_cached"] - report["tokens_kept"], abs=0.01)
+    with client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=900, stream=True) as stream:
+        for _, _chunk in zip(range(5), stream, strict=False):
+            pass
+        samples = metrics(base_url)
+        assert samples["kvserve:pages", "kept"] > 0 and samples["kvserve:pages", "dense"] > 0
+    # Prefix hits let one prompt hold the blocks of many tokens for a while, but never fewer than these bits allow.
+    assert 4 < samples["kvserve:compression_ratio", "effective"] < samples["kvserve:compression_ratio", "requested"]
+    for _ in range(3):
+        client.completions.create(model=MODEL, prompt="One more step lets the gauges settle.", max_tokens=2)
+    samples = metrics(base_url)
+    assert samples["kvserve:pages", "kept"] == samples["kvserve:pages", "dense"] == 0
+    total = sum(samples["kvserve:pages", state] for state in ("free", "dense", "kept", "sealed"))
+    assert total == samples["kvserve:pages", "free"] + samples["kvserve:pages", "sealed"] > 0

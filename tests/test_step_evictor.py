@@ -1,0 +1,193 @@
+"""Cutting a request in the worker: which tokens each KV head keeps, what is read for it, and what is remembered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case, build_case, copy_cells, make_batch, make_policy
+
+from kvserve.attention.collector import Collected, Collector
+from kvserve.attention.eviction import StepEvictor
+from kvserve.attention.native import NativeAttention
+from kvserve.attention.reference import ReferenceAttention
+from kvserve.budgets.base import select
+from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.plan import EvictionPlan, RowStep, policy_plan
+from kvserve.policies.base import Eviction, Policy
+from kvserve.scorers.base import LayerView, Scorer
+from kvserve.scorers.query_window import PlainWindow
+from kvserve.scorers.registry import make_scorer
+from kvserve.scorers.rotary import Rotary
+
+PROMPT = 260
+SCORERS = {
+    "window": {"name": "window-attention", "window": 8, "exponent": 2},
+    "whole-prompt": {"name": "window-attention", "window": 300, "reduce": "max", "keep_window": False},
+    "key-diff": {"name": "key-diff"},
+}
+
+
+def evicting(scorer: dict) -> Policy:
+    eviction = Eviction(scorer=scorer, budget="uniform", rate=2)
+    return make_policy("int8").model_copy(update={"eviction": eviction})
+
+
+def prompt_case(policy: Policy) -> tuple[Case, EvictionPlan, Kept]:
+    """A prompt of which every row has been stored, its plan, and the kept blocks of its cut."""
+    case = build_case(policy, computed=[PROMPT], new_tokens=[PROMPT])
+    plan = policy_plan(case.layout, PROMPT)
+    row = case.batch.block_table[0, : case.layout.blocks_for(PROMPT)]
+    unused = sorted(set(range(len(case.cells))) - set(row.tolist()))
+    assert plan.last_cut(PROMPT) == (PROMPT, 256, 2)
+    case.batch = make_batch(case.layout, [0], [PROMPT], row[None].contiguous())
+    return case, plan, Kept(256, tuple(unused[:2]))
+
+
+def plain_choice(case: Case, policy: Policy) -> list[torch.Tensor]:
+    """The 128 candidates that each of the two heads keeps, by the scorer on plain tensors."""
+    row, count = case.batch.block_table[0], policy.eviction.window
+    keys, values = ReferenceAttention(case.layout, case.spec).read(case.cells, row, 0, PROMPT)
+    positions, queries = torch.arange(PROMPT), case.query[-count:].transpose(0, 1)
+    view = LayerView(
+        kv_heads=2, positions=positions, scale=case.spec.scale, keys=keys, values=values, layer=1, request_id="a",
+        query_window=PlainWindow(queries, keys, positions, case.spec.scale),
+    )  # fmt: skip
+    scores = policy.eviction.scorer.score(view)[:, case.layout.policy.sink_tokens : 256]
+    return select(scores, torch.tensor([128, 128]))
+
+
+def evict(case: Case, policy: Policy, cells: torch.Tensor, step: RowStep) -> None:
+    StepEvictor(policy.eviction, {0: step}, case.batch, 1).after_layer(
+        NativeAttention(case.layout, case.spec), cells, case.query
+    )
+
+
+@pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
+def test_each_head_keeps_what_the_scorer_chooses_on_plain_tensors(scorer: dict):
+    policy = evicting(scorer)
+    case, _, kept = prompt_case(policy)
+    row, chosen = case.batch.block_table[0], plain_choice(case, policy)
+    expected, cells = copy_cells(case.cells), copy_cells(case.cells)
+    kernels = NativeAttention(case.layout, case.spec)
+    keys, values = kernels.read(cells, row, policy.sink_tokens, 256, PROMPT)
+    rows = [[part[index] for part, index in zip(of, chosen, strict=True)] for of in (keys, values)]
+    kernels.write_kept(expected, int(row[0]), kept, [0, 2], *rows)
+    evict(case, policy, cells, RowStep("a", Kept(), kept))
+    assert torch.equal(cells, expected) and not torch.equal(cells, case.cells)
+
+
+@pytest.mark.parametrize(("scorer", "reads"), [("window-attention", 0), ("random", 0), ("key-norm", 1)])
+def test_keys_are_read_for_scorers_that_need_them_and_no_others(scorer: str, reads: int, monkeypatch):
+    policy = evicting({"name": scorer})
+    case, _, kept = prompt_case(policy)
+    spans, read = [], NativeAttention.read
+    monkeypatch.setattr(
+        NativeAttention, "read", lambda self, *args, **more: spans.append(args[2:4]) or read(self, *args, **more)
+    )
+    evict(case, policy, copy_cells(case.cells), RowStep("a", Kept(), kept))
+    assert spans == [(0, PROMPT)] * reads + [(0, PROMPT)], "the last one packs"
+
+
+@pytest.mark.parametrize("scorer", ["key-norm", "key-diff"])
+def test_a_second_cut_chooses_among_what_the_first_one_kept_and_what_came_later(scorer: str):
+    policy = evicting({"name": scorer})
+    case, _, first = prompt_case(policy)
+    kernels, cells, row = NativeAttention(case.layout, case.spec), copy_cells(case.cells), case.batch.block_table[0]
+    sinks = policy.sink_tokens
+    before = kernels.read(cells, row, 0, 192, PROMPT)
+    state, earlier, later = int(row[0]), Kept(192, first.blocks[:1]), kernels.read(cells, row, 192, PROMPT)
+    survivors = [torch.arange(sinks, 192)[h::3][:60] for h in (0, 1)]
+    kernels.write_kept(cells, state, earlier, [0, 1], *[[rows[h][survivors[h]] for h in (0, 1)] for rows in before])
+    held = kernels.read_kept(cells, state, earlier)
+    evict(case, policy, cells, RowStep("a", earlier, Kept(256, first.blocks[1:])))
+    keys, values = kernels.read_kept(cells, state, Kept(256, first.blocks[1:]))
+    for h in (0, 1):
+        pool = [torch.cat([before[i][h][:sinks], held[i][h], later[i][h]]) for i in (0, 1)]
+        norms = pool[0].norm(dim=-1)
+        unit = pool[0] / norms[:, None]
+        scores = -norms if scorer == "key-norm" else -torch.cosine_similarity(unit, unit.mean(0, keepdim=True), dim=-1)
+        best = sinks + scores[sinks : sinks + 60 + 64].topk(64).indices.sort().values
+        assert (keys[h] - pool[0][best]).abs().max() < 0.05, "8-bit codes of the same tokens"
+        assert (values[h] - pool[1][best]).abs().max() < 0.05
+
+
+def test_queries_of_earlier_steps_are_remembered():
+    """A cut while generating is the one that all its window's queries in one step would have made."""
+    eviction = Eviction(scorer=SCORERS["window"], budget="uniform", schedule="every-n", rate=2)
+    policy = make_policy("int8").model_copy(update={"eviction": eviction})
+    case = build_case(policy, computed=[PROMPT], new_tokens=[PROMPT])
+    assert case.layout.remembered_queries == 8 and case.layout.query_group == case.spec.group
+    row = case.batch.block_table[0]
+    case.batch = make_batch(case.layout, [0], [PROMPT], row[None].contiguous())
+    unused = sorted(set(range(len(case.cells))) - set(row[: case.layout.blocks_for(PROMPT)].tolist()))
+    kept, kernels = Kept(256, tuple(unused[:2])), NativeAttention(case.layout, case.spec)
+    at_once, one_by_one = copy_cells(case.cells), copy_cells(case.cells)
+    evict(case, policy, at_once, RowStep("a", Kept(), kept, PROMPT - 8))
+    for length in range(PROMPT - 7, PROMPT + 1):
+        batch = make_batch(case.layout, [length - 1], [1], case.batch.block_table)
+        step = RowStep("a", Kept(), kept if length == PROMPT else None, PROMPT - 8)
+        StepEvictor(eviction, {0: step}, batch, 1).after_layer(kernels, one_by_one, case.query[length - 1 : length])
+    for cells in (at_once, one_by_one):
+        assert not torch.equal(cells, case.cells)
+    assert torch.equal(at_once, one_by_one)
+
+
+def test_a_batch_without_cut_rows_carries_no_table():
+    assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(1) == Kept(128, (3, 1))
+    assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(0) == Kept()
+
+
+def collect(case: Case, scorer: Scorer, chunks: list[int]) -> Collected:
+    """What is collected of a prompt that is computed in `chunks`."""
+    rotary = Rotary(1.0 / 10000 ** (torch.arange(0, 64, 2) / 64))
+    collector, done = Collector(scorer, rotary), 0
+    for chunk in chunks:
+        batch = make_batch(case.layout, [done], [chunk], case.batch.block_table)
+        rows, done = case.query[done : done + chunk], done + chunk
+        evictor = StepEvictor(evicting({"name": scorer.name}).eviction, {0: COLLECTING}, batch, 1, collector=collector)
+        evictor.after_layer(NativeAttention(case.layout, case.spec), case.cells, rows)
+    return collector.requests["a"][1]
+
+
+COLLECTING = RowStep("a", Kept(), None, None, collects=True)
+
+
+def test_attention_is_accumulated_over_chunks_as_over_the_whole_prompt():
+    scorer = make_scorer({"name": "accumulated-attention"})
+    case, _, _ = prompt_case(evicting({"name": scorer.name}))
+    keys, _ = ReferenceAttention(case.layout, case.spec).read(case.cells, case.batch.block_table[0], 0, PROMPT)
+    plain = PlainWindow(case.query.transpose(0, 1), keys, torch.arange(PROMPT), case.spec.scale)
+    expected = plain.probabilities(PROMPT).sum(1).unflatten(0, (2, -1)).sum(1)
+    for chunks in ([PROMPT], [64, 128, 68]):  # the case's tiles are sealed: chunks that end with one see the same keys
+        found = collect(case, scorer, chunks)
+        torch.testing.assert_close(found.accumulated, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_query_statistics_over_chunks_are_those_of_all_queries_behind_the_sinks():
+    scorer = make_scorer({"name": "expected-attention"})
+    case, _, _ = prompt_case(evicting({"name": scorer.name}))
+    for chunks in ([PROMPT], [3, 100, 157]):
+        found = collect(case, scorer, chunks).query_statistics
+        turned = found.rotary.rotate(case.query[4:].transpose(0, 1), -torch.arange(4, PROMPT))
+        assert found.count == PROMPT - 4
+        torch.testing.assert_close(found.mean, turned.mean(1), rtol=1e-4, atol=1e-4)
+        covariance = torch.stack([head.T.cov(correction=0) for head in turned])
+        torch.testing.assert_close(found.covariance, covariance, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scorer", ["accumulated-attention", "expected-attention"])
+def test_nothing_is_left_of_a_request_that_was_cut(scorer: str):
+    policy = evicting({"name": scorer})
+    case, _, kept = prompt_case(policy)
+    collector = Collector(policy.eviction.scorer, Rotary(torch.ones(32)))
+    cells, step = copy_cells(case.cells), RowStep("a", Kept(), kept, None, collects=True)
+    evictor = StepEvictor(policy.eviction, {0: step}, case.batch, 1, collector=collector)
+    evictor.after_layer(NativeAttention(case.layout, case.spec), cells, case.query)
+    assert not torch.equal(cells, case.cells) and not collector.requests
+
+
+def test_requests_that_end_before_their_cut_are_forgotten():
+    collector = Collector(make_scorer({"name": "accumulated-attention"}), None)
+    collector.requests = {"a": {}, "b": {}}
+    collector.drop({"a", "c"})
+    assert collector.requests.keys() == {"b"}
