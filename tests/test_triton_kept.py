@@ -102,8 +102,9 @@ def test_attention_sums_over_what_each_head_holds_equal_the_reference(family: st
 
 
 @pytest.mark.parametrize("poison", [0xFF, pytest.param(0x7B, marks=slow)])
-def test_the_unused_columns_of_a_page_are_never_visible(poison: int):
-    case = kept_case("boosted")
+@pytest.mark.parametrize("family", ["boosted", "dense-pages"])
+def test_the_unused_columns_of_a_page_are_never_visible(family: str, poison: int):
+    case = kept_case(family)
     sections, size = case.layout.sections, case.layout.tile_tokens
     changed = case.arena.clone()
     for (layer, r), chosen in case.chosen.items():
@@ -111,7 +112,9 @@ def test_the_unused_columns_of_a_page_are_never_visible(poison: int):
         for first, tokens in zip(case.first_pages[layer, r], chosen, strict=True):
             if used := len(tokens) % size:
                 page = kept_page(arena, case.layout, case.kept_of(r), first + len(tokens) // size)
-                scales = page[sections.value_scales : sections.value_scales + 2 * size]
-                scales[2 * used :] = poison  # NaN, or a huge number
+                if family == "dense-pages":
+                    page[used * case.layout.slot_bytes :] = poison  # NaN, or a huge number
+                else:
+                    page[sections.value_scales : sections.value_scales + 2 * size][2 * used :] = poison
     assert (changed != case.arena).any()
     assert torch.equal(answer(case, 2, changed)[0], answer(case, 2)[0])
