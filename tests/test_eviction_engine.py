@@ -107,7 +107,7 @@ def test_the_text_is_that_of_a_dense_cache_cut_to_the_same_tokens(
     ("policy", "score", "options"),
     [
         ("streaming-llm", newest, {"eviction.schedule.name": "over-budget", "eviction.schedule.chunk_tokens": 192}),
-        ("knorm", smallest_keys, {"eviction.schedule.name": "over-budget"}),
+        pytest.param("knorm", smallest_keys, {"eviction.schedule.name": "over-budget"}, marks=pytest.mark.slow),
     ],
     ids=["chunked", "whole-prompt"],
 )

@@ -1,0 +1,181 @@
+"""What eviction costs and saves, in one process: compression of a prompt, decode attention, and rate 1 against `none`.
+
+    python benchmarks/eviction_speed.py [--repeats 5] [--out benchmarks/results/NAME.json]
+
+Ratios are of measurements that alternate; medians with the lowest and highest repeat. Run nothing else meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+import torch
+
+from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.native import NativeAttention
+from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.layout import PageLayout
+from kvserve.policies.loading import load_policy
+
+HEADS, KV_HEADS, HEAD_DIM, REQUESTS, CONTEXT, RATE = 9, 3, 64, 8, 4096, 4
+MIB = 1 << 20
+
+
+def decode_case(name: str) -> tuple[NativeAttention, torch.Tensor, Batch]:
+    """One layer that holds REQUESTS x CONTEXT random tokens: whole, or what a policy that evicts leaves of them."""
+    policy = load_policy(name)
+    layout = PageLayout.build(policy, HEAD_DIM, 64, torch.float32)
+    attention = NativeAttention(layout, LayerSpec(HEADS, KV_HEADS, HEAD_DIM**-0.5))
+    row_blocks, kept_blocks = layout.blocks_for(CONTEXT), CONTEXT // RATE // 64
+    table = torch.arange(REQUESTS * row_blocks, dtype=torch.int32).view(REQUESTS, row_blocks)
+    cells = torch.zeros(REQUESTS * (row_blocks + kept_blocks), KV_HEADS, 1, layout.cell_bytes, dtype=torch.uint8)
+    key, value = (torch.randn(CONTEXT, KV_HEADS, HEAD_DIM) for _ in range(2))
+    for request in range(REQUESTS):
+        batch = Batch(torch.tensor([0, CONTEXT]).int(), torch.tensor([CONTEXT]).int(), table[request : request + 1])
+        attention.store(key, value, cells[:, :, 0], batch)
+    lengths = torch.full((REQUESTS,), CONTEXT + 1, dtype=torch.int32)
+    step = Batch(torch.arange(REQUESTS + 1).int(), lengths, table)
+    if policy.eviction:
+        step.kept = KeptTable.of([_evict(attention, cells, table, request, kept_blocks) for request in range(REQUESTS)])
+    return attention, cells[:, :, 0], step
+
+
+def _evict(attention: NativeAttention, cells: torch.Tensor, table: torch.Tensor, request: int, count: int) -> Kept:
+    first = table.numel() + request * count
+    kept = Kept(CONTEXT, tuple(range(first, first + count)))
+    keys, values = attention.read(cells[:, :, 0], table[request], 0, CONTEXT)
+    assert values is not None
+    chosen = torch.arange(0, CONTEXT, RATE)
+    rows = [[head[chosen] for head in kind] for kind in (keys, values)]
+    attention.write_kept(cells[:, :, 0], int(table[request, 0]), kept, [i * count for i in range(KV_HEADS)], *rows)
+    return kept
+
+
+def decode_attention(repeats: int) -> dict[str, Any]:
+    """Milliseconds of one decode step of one layer, REQUESTS x CONTEXT."""
+    names = ["none", "kv-compress", "kv-compress-2bit"]
+    cases = {name: decode_case(name) for name in names}
+    query, key, value = (torch.randn(REQUESTS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    output = torch.empty_like(query)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats + 1):
+        for name, (attention, cells, batch) in cases.items():
+            start = time.perf_counter()
+            for _ in range(20):
+                attention.forward(query, key, value, cells, batch, output)
+            samples[name].append((time.perf_counter() - start) / 20 * 1e3)
+    return {name: times[1:] for name, times in samples.items()}
+
+
+def engine(policy: str, codec: str | None = None, **options: Any) -> Any:
+    from vllm import LLM
+
+    from kvserve.default_model import prepare_default_model
+    from kvserve.engine.settings import scheduler_options
+
+    changes = {"codec": codec} if codec else {}
+    settings = {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "kv_cache_memory_bytes": 1024 * MIB,
+        "block_size": 64, "additional_config": {"kvserve": {"policy": policy, "set": changes}},
+        "enable_prefix_caching": False, "max_num_batched_tokens": 4096, "max_num_seqs": 32,
+    }  # fmt: skip
+    extra = scheduler_options() if load_policy(policy).eviction else {}
+    return LLM(model=str(prepare_default_model()), **settings, **extra, **options)
+
+
+def prompts_of(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
+    generator = random.Random(seed)
+    return [{"prompt_token_ids": [generator.randrange(1000, 40000) for _ in range(length)]} for length in lengths]
+
+
+def compression(repeats: int) -> dict[str, list[float]]:
+    """Seconds to the first token of a CONTEXT prompt: kept whole, and evicted at rate 4."""
+    from vllm import SamplingParams
+
+    llm = engine("kv-compress")
+    samples: dict[str, list[float]] = {"whole": [], "evicted": []}
+    for repeat in range(repeats + 1):
+        for name, own in (("whole", {"kvserve_off": 1}), ("evicted", {})):
+            sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=own)
+            start = time.perf_counter()
+            llm.generate(prompts_of([CONTEXT], repeat), sampling, use_tqdm=False)
+            samples[name].append(time.perf_counter() - start)
+            print(f"compression {repeat}/{repeats} {name}: {samples[name][-1]:.2f} s", flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return {name: times[1:] for name, times in samples.items()}
+
+
+def texts(policy: str, codec: str | None, repeats: int) -> tuple[list[list[int]], list[float]]:
+    """Greedy tokens of 32 mixed prompts, and seconds of each repeat."""
+    from vllm import SamplingParams
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()
+    llm, seconds, tokens = engine(policy, codec), [], []
+    sampling = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True, detokenize=False)
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        found = llm.generate(prompts_of([40 + 37 * i for i in range(32)], 7), sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+        tokens = [list(output.outputs[0].token_ids) for output in found]
+        print(f"texts {policy} {repeat}/{repeats}: {seconds[-1]:.2f} s", flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return tokens, seconds[1:]
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    return {"median": round(median(ratios), 4), "min": round(min(ratios), 4), "max": round(max(ratios), 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    raw: dict[str, Any] = {"decode_attention_ms": decode_attention(options.repeats)}
+    dense = raw["decode_attention_ms"]["none"]
+    rows = {
+        f"decode attention 8 x 4096, {name} at rate 4, times faster than none": spread(
+            [a / b for a, b in zip(dense, raw["decode_attention_ms"][name], strict=True)]
+        )
+        for name in ("kv-compress", "kv-compress-2bit")
+    }
+    raw["compression_s"] = compression(options.repeats)
+    rows["prefill of 4096 tokens, evicted over whole"] = spread(
+        [a / b for a, b in zip(raw["compression_s"]["evicted"], raw["compression_s"]["whole"], strict=True)]
+    )
+    expected, none_seconds = texts("none", None, 2)
+    found, seconds = texts("kv-compress@1", "dense", 2)
+    raw["texts_s"] = {"none": none_seconds, "kv-compress@1 codec=dense": seconds}
+    same = sum(a == b for a, b in zip(expected, found, strict=True))
+    rows[
+        f"rate 1 with dense pages: texts of 32 equal to none's: {same}; seconds over none's, one engine after the other"
+    ] = spread([median(seconds) / median(none_seconds)])
+    for name, row in rows.items():
+        print(f"{name}: {row['median']} ({row['min']} to {row['max']})")
+    if options.out:
+        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        record = {
+            "command": ["python", *sys.argv],
+            "machine": machine,
+            "torch": torch.__version__,
+            "rows": rows,
+            "raw": raw,
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
