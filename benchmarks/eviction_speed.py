@@ -1,6 +1,6 @@
 """What eviction costs and saves, in one process: compression of a prompt, decode attention, and rate 1 against `none`.
 
-    python benchmarks/eviction_speed.py [--repeats 5] [--out benchmarks/results/NAME.json]
+    python benchmarks/eviction_speed.py [--parts decode compression rate-one] [--repeats 5] [--out FILE.json]
 
 Ratios are of measurements that alternate; medians with the lowest and highest repeat. Run nothing else meanwhile.
 """
@@ -87,7 +87,7 @@ def engine(policy: str, codec: str | None = None, **options: Any) -> Any:
 
     changes = {"codec": codec} if codec else {}
     settings = {
-        "dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "kv_cache_memory_bytes": 1024 * MIB,
+        "dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "kv_cache_memory_bytes": 2048 * MIB,
         "block_size": 64, "additional_config": {"kvserve": {"policy": policy, "set": changes}},
         "enable_prefix_caching": False, "max_num_batched_tokens": 4096, "max_num_seqs": 32,
     }  # fmt: skip
@@ -139,42 +139,51 @@ def spread(ratios: list[float]) -> dict[str, float]:
     return {"median": round(median(ratios), 4), "min": round(min(ratios), 4), "max": round(max(ratios), 4)}
 
 
+def ratios(above: list[float], below: list[float]) -> dict[str, float]:
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def measure_decode(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    raw = decode_attention(repeats)
+    names = ("kv-compress", "kv-compress-2bit")
+    title = "decode attention 8 x 4096, {} at rate 4, times faster than none"
+    return raw, {title.format(name): ratios(raw["none"], raw[name]) for name in names}
+
+
+def measure_compression(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    raw = compression(repeats)
+    return raw, {"prefill of 4096 tokens, evicted over whole": ratios(raw["evicted"], raw["whole"])}
+
+
+def measure_rate_one(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    expected, none_seconds = texts("none", None, repeats)
+    found, seconds = texts("kv-compress@1", "dense", repeats)
+    same = sum(a == b for a, b in zip(expected, found, strict=True))
+    raw = {"none": none_seconds, "kv-compress@1 codec=dense": seconds, "equal_texts": same}
+    every_pair = [a / b for a in seconds for b in none_seconds]  # one engine after the other
+    return raw, {f"rate 1 with dense pages ({same} of 32 texts equal), seconds over none's": spread(every_pair)}
+
+
+PARTS = {"decode": measure_decode, "compression": measure_compression, "rate-one": measure_rate_one}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What eviction costs and saves.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    raw: dict[str, Any] = {"decode_attention_ms": decode_attention(options.repeats)}
-    dense = raw["decode_attention_ms"]["none"]
-    rows = {
-        f"decode attention 8 x 4096, {name} at rate 4, times faster than none": spread(
-            [a / b for a, b in zip(dense, raw["decode_attention_ms"][name], strict=True)]
-        )
-        for name in ("kv-compress", "kv-compress-2bit")
-    }
-    raw["compression_s"] = compression(options.repeats)
-    rows["prefill of 4096 tokens, evicted over whole"] = spread(
-        [a / b for a, b in zip(raw["compression_s"]["evicted"], raw["compression_s"]["whole"], strict=True)]
-    )
-    expected, none_seconds = texts("none", None, 2)
-    found, seconds = texts("kv-compress@1", "dense", 2)
-    raw["texts_s"] = {"none": none_seconds, "kv-compress@1 codec=dense": seconds}
-    same = sum(a == b for a, b in zip(expected, found, strict=True))
-    rows[
-        f"rate 1 with dense pages: texts of 32 equal to none's: {same}; seconds over none's, one engine after the other"
-    ] = spread([median(seconds) / median(none_seconds)])
+    raw: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for part in options.parts:
+        raw[part], found = PARTS[part](options.repeats)
+        rows |= found
     for name, row in rows.items():
         print(f"{name}: {row['median']} ({row['min']} to {row['max']})")
     if options.out:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        record = {
-            "command": ["python", *sys.argv],
-            "machine": machine,
-            "torch": torch.__version__,
-            "rows": rows,
-            "raw": raw,
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"command": ["python", *sys.argv], "machine": machine, "torch": torch.__version__}
+        options.out.write_text(json.dumps({**record, "rows": rows, "raw": raw}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
