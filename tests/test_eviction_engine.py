@@ -150,6 +150,7 @@ def test_the_text_is_that_of_the_benchmarks_model(policy: str, model: Path) -> N
     assert_same_texts(actual, simulated)
 
 
+@pytest.mark.slow
 def test_the_last_chunk_has_the_window_however_the_prompt_is_cut(model: Path) -> None:
     texts = []
     for budget in (70, 512):

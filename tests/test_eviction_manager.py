@@ -136,12 +136,12 @@ def test_free_and_held_blocks_always_add_up(seed, sinks, num_blocks, window, sch
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[3], SCHEDULES[4]], ids=lambda s: s["name"])
-def test_nothing_leaks_over_1000_requests(schedule: dict) -> None:
+def test_nothing_leaks_over_400_requests(schedule: dict) -> None:
     simulation = EvictingSimulation(evicting(schedule), 66, seed=7)
-    simulation.run(1000)
-    assert simulation.num_cuts > 200
-    assert simulation.num_preempted > 20
-    assert simulation.num_hit_tokens > 500
+    simulation.run(400)
+    assert simulation.num_cuts > 80
+    assert simulation.num_preempted > 8
+    assert simulation.num_hit_tokens > 200
 
 
 @pytest.mark.parametrize("rate", [2, 4, 8])
