@@ -28,7 +28,7 @@ serve: setup
 	$(BIN)/kvserve serve --policy $(POLICY) $(if $(MODEL),--model $(MODEL)) --port $(PORT) $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile=ci $(ARGS)
 
 test-full: setup lint
 	$(BIN)/python -m pytest $(ARGS)

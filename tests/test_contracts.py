@@ -245,13 +245,11 @@ def test_a_request_tells_computed_tokens_from_those_under_way() -> None:
 
 
 def test_a_models_rotary_embeddings_are_kept_by_vllm() -> None:
-    import torch
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
     assert isinstance(_ROPE_DICT, dict)
     assert issubclass(Llama3RotaryEmbedding, RotaryEmbedding)
-    source = inspect.getsource(RotaryEmbedding)
     assert parameters(RotaryEmbedding._compute_inv_freq) == ["self", "base"]
-    assert "is_neox_style" in source and torch is not None
+    assert {"base", "is_neox_style"} <= set(parameters(RotaryEmbedding.__init__))

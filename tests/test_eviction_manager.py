@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_manager import Simulation, make_layout
 from vllm import SamplingParams
@@ -130,8 +130,10 @@ class EvictingSimulation(Simulation):
     seed=st.integers(0, 2**32), sinks=st.sampled_from([0, 4, 32]), num_blocks=st.integers(60, 130),
     window=st.sampled_from([1, 8, 70]), schedule=st.sampled_from(SCHEDULES), block_size=st.sampled_from([64, 64, 128]),
 )  # fmt: skip
+@example(seed=0, sinks=4, num_blocks=60, window=70, schedule=SCHEDULES[1], block_size=64)
 @settings(max_examples=40, deadline=None)
 def test_free_and_held_blocks_always_add_up(seed, sinks, num_blocks, window, schedule, block_size) -> None:
+    """The example has a window that begins before the last cut but one."""
     EvictingSimulation(evicting(schedule, window, sinks, block_size), num_blocks, seed).run(20)
 
 

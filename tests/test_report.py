@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvserve.engine.report import EngineReport
+from kvserve.engine.report import EngineReport, describe_eviction, describe_switched_off
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 
@@ -30,3 +30,20 @@ def test_a_policy_without_pages_and_one_with_codes_are_reported_as_such():
     assert "dense, float32: 32 bits per element" in report("none", torch.float32).table()
     table = report("int8", torch.float32).table()
     assert "K 8-bit per channel" in table and "tile of 64 tokens and the first 0, in float16" in table
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "when", "switched_off"),
+    [
+        ("snapkv", [], "prompts at their end, to 1 of 4 tokens", "nothing"),
+        ("kv-compress-live", [], "prompts at their end, and later (every-n, every 64 tokens)", "nothing"),
+        ("snapkv", ["eviction.rate=null", "eviction.max_tokens=512"], "later (over-budget, every 64", "nothing"),
+        ("snapkv", ["eviction.schedule.name=end-of-prefill", "eviction.schedule.chunk_tokens=256"],
+         "prompts at every 256 tokens and at their end", "prefix cache hits"),
+        ("h2o", [], "prompts at their end", "prefix cache hits: accumulated-attention"),
+    ],
+)  # fmt: skip
+def test_the_startup_table_says_when_tokens_are_dropped_and_what_that_switches_off(policy, changes, when, switched_off):
+    layout = PageLayout.build(load_policy(policy, changes), 64, 64, torch.bfloat16, query_group=3)
+    assert when in describe_eviction(layout)
+    assert describe_switched_off(layout).startswith(switched_off)

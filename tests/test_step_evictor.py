@@ -132,7 +132,7 @@ def test_queries_of_earlier_steps_are_remembered():
     assert torch.equal(at_once, one_by_one)
 
 
-def test_a_batch_without_cut_rows_carries_no_table():
+def test_a_table_gives_each_request_its_own_blocks():
     assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(1) == Kept(128, (3, 1))
     assert KeptTable.of([Kept(), Kept(128, (3, 1))]).of_request(0) == Kept()
 

@@ -287,6 +287,12 @@ def check_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> 
         raise ValueError(f"{name} must be contiguous in its last dim, got strides {rows.stride()}")
 
 
+def check_lse(lse: torch.Tensor | None) -> None:
+    """Reject an `lse` that the kernels cannot write; None asks for none."""
+    if lse is not None and (lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
+
+
 def check_batch(batch: Batch) -> None:
     """Reject tables that are not int32 with contiguous rows."""
     for name in ("query_start_loc", "seq_lens", "block_table"):

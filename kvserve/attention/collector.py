@@ -45,16 +45,12 @@ class Collector:
     rotary: Rotary | None = None
     requests: dict[str, dict[int, Collected]] = field(default_factory=dict)  # by request id, by layer
 
-    @property
-    def is_needed(self) -> bool:
-        return self.scorer.collects
-
     def drop(self, request_ids: set[str]) -> None:
         """Forget requests that ended or were cut."""
         for request_id in request_ids & self.requests.keys():
             del self.requests[request_id]
 
-    def add(self, request_id: str, layer: int, window: PagedWindow) -> Collected:
+    def add(self, request_id: str, layer: int, window: PagedWindow) -> None:
         """Take in the query rows of one step, all of `window`; a step from token 0 on starts over."""
         layers = self.requests.setdefault(request_id, {})
         before = window.num_tokens - window.num_rows
@@ -67,7 +63,6 @@ class Collector:
             found.accumulated = accumulate(window, heads, self.scorer.exponent, found.accumulated)
         if "query_statistics" in self.scorer.needs:
             found.query_statistics = self._statistics(window, before, found.query_statistics)
-        return found
 
     def _statistics(self, window: PagedWindow, before: int, earlier: QueryStatistics | None) -> QueryStatistics | None:
         """The queries of the first tokens are outliers: those that the scorer never evicts are left out."""

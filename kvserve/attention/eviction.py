@@ -17,8 +17,7 @@ from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.observer import EvictionObserver
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.attention.query_window import PagedWindow
-from kvserve.budgets.base import select
-from kvserve.pages.kept import Kept, held_tokens, num_layers_of
+from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, num_layers_of
 from kvserve.pages.plan import RowStep
 from kvserve.policies.base import Eviction
 from kvserve.scorers.base import LayerView
@@ -66,16 +65,15 @@ class StepEvictor:
         self.observer = observer or EvictionObserver()
         self.collector = collector or Collector(eviction.scorer)
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
-        requests = [self._request(r, step) for r, step in steps.items()]
-        self.requests = [request for request in requests if request.step.cut]
-        self.collected = [request for request in requests if request.step.collects]
+        self.requests = [self._request(r, step) for r, step in steps.items() if step.cut]
+        self.collected = [self._request(r, step) for r, step in steps.items() if step.collects]
         self.layers: dict[int, _Layer] = {}
         self.remembered: Rows | None = None
 
     def _request(self, index: int, step: RowStep) -> _Request:
         first, last = self.batch.query_start_loc[index : index + 2].tolist()
         row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
-        return _Request(step, step.cut or Kept(), row, num_tokens, slice(first, last))
+        return _Request(step, step.cut or NOT_KEPT, row, num_tokens, slice(first, last))
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
@@ -159,16 +157,14 @@ class StepEvictor:
         ).unflatten(0, (len(layers), -1))  # [layers, kv_heads, most candidates]
         layout = layers[0].attention.layout
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
-        pages = self.eviction.budget.allocate(
-            scores, layout.tile_tokens, len(request.cut.blocks) * pages_per_block, minimum_pages=1
-        )
+        total_pages = len(request.cut.blocks) * pages_per_block
+        pages, counts, tokens = self.eviction.budget.choose(scores, layout.tile_tokens, total_pages)
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         held = (scores > -torch.inf).sum(-1)
-        kept_tokens = (pages * layout.tile_tokens).minimum(held)
         for i, layer in enumerate(layers):
-            self._pack(i, layer, request, first_page[i], select(scores[i], kept_tokens[i]), held[i])
+            self._pack(i, layer, request, first_page[i], tokens[i], held[i])
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
-        self.observer.evicted(request.step.request_id, request.num_tokens, held - kept_tokens, kept_tokens + always)
+        self.observer.evicted(request.step.request_id, request.num_tokens, held - counts, counts + always)
 
     def _pack(
         self, index: int, layer: _Layer, request: _Request, first_page: torch.Tensor, chosen: list[torch.Tensor],

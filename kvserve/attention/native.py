@@ -22,17 +22,17 @@ from kvserve.attention.base import (
     Reduction,
     check_batch,
     check_cells,
+    check_lse,
     check_rows,
 )
 from kvserve.pages.kept import (
     NOT_KEPT,
     Header,
     Kept,
-    arena_of,
     held_tokens,
     make_headers,
     num_layers_of,
-    read_header,
+    read_headers,
 )
 from kvserve.pages.layout import PageLayout
 
@@ -188,8 +188,7 @@ class NativeAttention(PagedAttention):
     def read_kept(
         self, cells: torch.Tensor, state_block: int, kept: Kept
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        arena = arena_of(cells, self.layout)
-        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
         blocks, table, offsets = _kept_arguments(kept, headers)
         key = torch.empty(sum(counts), self.layout.head_dim)
@@ -398,11 +397,8 @@ def _kept_arguments(kept: Kept, headers: Sequence[Header]) -> tuple[Any, Any, An
 
 
 def _lse_pointer(lse: torch.Tensor | None) -> int | None:
-    if lse is None:
-        return None
-    if lse.dtype != torch.float32 or not lse.is_contiguous():
-        raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
-    return lse.data_ptr()
+    check_lse(lse)
+    return None if lse is None else lse.data_ptr()
 
 
 def _rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> _Rows:

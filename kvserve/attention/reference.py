@@ -23,6 +23,7 @@ from kvserve.pages.kept import (
     arena_of,
     make_headers,
     read_header,
+    read_headers,
     read_pages,
     write_header,
     write_pages,
@@ -188,7 +189,7 @@ class ReferenceAttention(PagedAttention):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         arena = arena_of(cells, self.layout)
-        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        headers = read_headers(cells, self.layout, state_block)
         rows = [read_pages(arena, self.layout, kept, header) for header in headers]
         return [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
 
@@ -251,7 +252,7 @@ class ReferenceAttention(PagedAttention):
         self.check_kept(batch)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         starts, lengths, rows = batch.query_start_loc.tolist(), batch.seq_lens.tolist(), batch.block_table.tolist()
-        kept = [batch.kept.of_request(r) if batch.kept else Kept() for r in range(batch.num_reqs)]
+        kept = [batch.kept.of_request(r) if batch.kept else NOT_KEPT for r in range(batch.num_reqs)]
         return [
             _Request(starts[r], lengths[r] - (starts[r + 1] - starts[r]), lengths[r], rows[r], kept[r])
             for r in range(batch.num_reqs)

@@ -14,12 +14,13 @@ from kvserve.attention.base import (
     Reduction,
     check_batch,
     check_cells,
+    check_lse,
     check_rows,
 )
 from kvserve.kernels import decode, extend, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, geometry_of
-from kvserve.pages.kept import NOT_KEPT, Kept, arena_of, held_tokens, make_headers, num_layers_of, read_header
+from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, make_headers, num_layers_of, read_headers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 
@@ -54,8 +55,7 @@ class TritonAttention(PagedAttention):
     ) -> None:
         check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
         check_rows("output", output, self.spec.num_heads, self.layout.head_dim)
-        if lse is not None and (lse.dtype != torch.float32 or not lse.is_contiguous()):
-            raise TypeError(f"lse must be contiguous float32, got {lse.dtype} with strides {lse.stride()}")
+        check_lse(lse)
         tables = self._tables(cells, batch)
         arguments = (self.geometry, tables, query, staged, output, lse, self.spec.scale)
         decode.decode(*arguments)
@@ -84,8 +84,7 @@ class TritonAttention(PagedAttention):
         self, cells: torch.Tensor, state_block: int, kept: Kept
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        arena = arena_of(cells, self.layout)
-        headers = [read_header(arena, state_block, head) for head in range(self.spec.num_kv_heads)]
+        headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
         key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers)
         return list(key.split(counts)), list(self._rotate(value).split(counts))

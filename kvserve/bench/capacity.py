@@ -21,6 +21,11 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
 
+    @property
+    def query_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
         """From the content of a Hugging Face config.json."""
@@ -62,7 +67,7 @@ class CapacityHost:
         from kvserve.pages.plan import held_blocks, peak_blocks, policy_plan
 
         policy, shape = load_policy(name), self.shape
-        layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, self.dtype)
+        layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, self.dtype, query_group=shape.query_group)
         spec = FullAttentionSpec(
             block_size=layout.block_size, num_kv_heads=shape.num_kv_heads, head_size=shape.head_dim, dtype=self.dtype
         )

@@ -191,15 +191,13 @@ def pool_bytes(name: str, config: EngineConfig) -> int:
     import torch
 
     from kvserve.pages.layout import PageLayout
+    from kvserve.pages.plan import widest_request
 
     shape, dtype = config.shape, getattr(torch, config.dtype)
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
-    layout = PageLayout.build(policy, shape.head_dim, block_size, dtype)
-    longest = layout.blocks_for(config.max_model_len)
-    if policy.eviction:  # a prompt is held whole and evicted for one step
-        longest += layout.tile_blocks_for(config.max_model_len)
-    blocks = 1.1 * config.num_requests * (longest + 1) + 2
+    layout = PageLayout.build(policy, shape.head_dim, block_size, dtype, query_group=shape.query_group)
+    blocks = 1.1 * config.num_requests * (widest_request(layout, config.max_model_len) + 1) + 2
     return int(blocks) * layout.cell_bytes * shape.num_layers * shape.num_kv_heads
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from kvserve.budgets.base import select
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.plan import policy_plan
 from kvserve.policies.base import Policy
@@ -132,11 +131,10 @@ class EvictedModel:
         pages = cut.kept_blocks * layout.tiles_per_block
         views = self._views(prompt, policy, pages * layout.tile_tokens + sinks + n - cut.end, request_id)
         scores = torch.stack([eviction.scorer.score(view) for view in views])[..., sinks : cut.end]
-        shares = eviction.budget.allocate(scores, layout.tile_tokens, pages * kept[..., 0].numel(), minimum_pages=1)
-        counts = (shares * layout.tile_tokens).clamp(max=scores.shape[2])
+        choice = eviction.budget.choose(scores, layout.tile_tokens, pages * kept[..., 0].numel())
         kept[..., sinks : cut.end] = False
-        for layer, layer_scores in enumerate(scores):
-            for head, index in enumerate(select(layer_scores, counts[layer])):
+        for layer, heads in enumerate(choice.tokens):
+            for head, index in enumerate(heads):
                 kept[layer, head, sinks + index] = True
         return kept
 

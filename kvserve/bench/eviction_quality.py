@@ -94,9 +94,13 @@ def _kept_count(num_tokens: int, rate: str, head_dim: int) -> int:
 
 
 def evicting_policies() -> list[str]:
-    """Shipped policies that evict, without those that only change the codec."""
-    found = [name for name in policy_names() if load_policy(name).eviction]
-    return [name for name in found if not name.endswith("-2bit")]
+    """Shipped policies that evict, one of each scorer and budget: nothing else matters at the end of a prompt."""
+    found: dict[str, str] = {}
+    for name in policy_names():
+        policy = load_policy(name)
+        if policy.eviction:
+            found.setdefault(json.dumps(_eviction_content(policy)), name)
+    return list(found.values())
 
 
 def build_parser() -> argparse.ArgumentParser:

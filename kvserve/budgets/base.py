@@ -20,6 +20,19 @@ class Bounds(NamedTuple):
     total: int
 
 
+class Choice(NamedTuple):
+    """What every head keeps.
+
+    Attributes:
+        pages, counts: int64 [layers, kv_heads], pages and the tokens in them.
+        tokens: [layer][kv_head], int64 [count], ascending.
+    """
+
+    pages: torch.Tensor
+    counts: torch.Tensor
+    tokens: list[list[torch.Tensor]]
+
+
 class Budget(BaseModel, ABC):
     """Parameters of one way to divide pages; subclasses add a `name` that YAML files use.
 
@@ -57,6 +70,12 @@ class Budget(BaseModel, ABC):
         if total < int(low.sum()):
             raise ValueError(f"{total_pages} pages are too few for {minimum_pages} in each of {low.numel()} heads")
         return self._allocate(scores, page_tokens, Bounds(low, high, total))
+
+    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int) -> Choice:
+        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages."""
+        pages = self.allocate(scores, page_tokens, total_pages, minimum_pages=1)
+        counts = (pages * page_tokens).minimum((scores > -torch.inf).sum(-1))
+        return Choice(pages, counts, [select(*layer) for layer in zip(scores, counts, strict=True)])
 
     @abstractmethod
     def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:

@@ -31,7 +31,7 @@ from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.engine.stats import worker_log
-from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.kept import NOT_KEPT, KeptTable
 from kvserve.policies.base import Eviction
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
         steps = {request: step for request, step in found if step}
         if any(step.kept.end for step in steps.values()):
-            batch.kept = KeptTable.of([steps[r].kept if r in steps else Kept() for r in range(batch.num_reqs)])
+            batch.kept = KeptTable.of([steps[r].kept if r in steps else NOT_KEPT for r in range(batch.num_reqs)])
         if not any(step.cut or step.collects or step.window_start is not None for step in steps.values()):
             return None
         return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvserve.engine.manager import PageManager
-from kvserve.pages.kept import Kept
+from kvserve.pages.kept import NOT_KEPT, Kept
 from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class EvictingPageManager(PageManager):
         """What a request keeps with `num_tokens` computed tokens."""
         entries = [entry for entry in self.kept.get(request_id, ()) if entry.cut.point <= num_tokens]
         if not entries:
-            return Kept()
+            return NOT_KEPT
         return Kept(entries[-1].cut.end, tuple(block.block_id for block in entries[-1].blocks))
 
     def add_local_computed_blocks(

@@ -78,10 +78,6 @@ class PageManager(FullAttentionManager):
         first = self.layout.private_blocks
         return row[first : first + 1] + row[first + 1 + self.layout.sink_blocks :]
 
-    def row_blocks(self, request_id: str, num_tokens: int) -> int:
-        """Length of the row of a request with `num_tokens` computed tokens."""
-        return self.layout.blocks_for(num_tokens)
-
     # -- allocation ----------------------------------------------------------------------------------------------
 
     def get_num_blocks_to_allocate(
@@ -90,7 +86,7 @@ class PageManager(FullAttentionManager):
         """Free blocks the request needs to hold `num_tokens`, counting hits that leave the free queue."""
         held = len(self.req_to_blocks.get(request_id, ()))
         hits = self._with_sinks(new_computed_blocks)
-        missing = self.row_blocks(request_id, num_tokens) - held - len(hits)
+        missing = self.layout.blocks_for(num_tokens) - held - len(hits)
         return max(missing, 0) + self._get_num_evictable_blocks(hits)
 
     def add_local_computed_blocks(
@@ -109,7 +105,7 @@ class PageManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order."""
         row = self.req_to_blocks[request_id]
-        new_blocks = self._take(max(self.row_blocks(request_id, num_tokens) - len(row), 0))
+        new_blocks = self._take(max(self.layout.blocks_for(num_tokens) - len(row), 0))
         row.extend(new_blocks)
         return new_blocks
 

@@ -140,7 +140,7 @@ class EngineReport:
              f"(requests of {self.max_model_len:,} tokens, tail and sinks counted)"),
             ("capacity", f"{self.pool_bytes / 2**20:,.0f} MiB: {self.dense_capacity_tokens:,} tokens at 16 bits, "
              f"{self.effective_capacity_tokens:,} in effect"),
-            ("switched off", "nothing: prefix caching, chunked prefill and preemption work on compressed pages"),
+            ("switched off", describe_switched_off(layout)),
             ("refused", "speculative decoding, KV connectors, --kv-cache-dtype (not proven with this cache)"),
         ]  # fmt: skip
         for row in rows:
@@ -171,9 +171,22 @@ def describe_eviction(layout: PageLayout) -> str:
     if eviction is None:
         return "nothing"
     share = f"1 of {eviction.rate:g} tokens" if eviction.rate else f"{eviction.max_tokens} tokens"
+    schedule = eviction.schedule
+    when = f"at every {schedule.chunk_tokens} tokens and at their end" if schedule.chunk_tokens else "at their end"
+    later = f", and later ({schedule.name}, every {schedule.interval} tokens)" if schedule.decodes else ""
     return (
-        f"prompts at their end, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
+        f"prompts {when}{later}, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
     )
+
+
+def describe_switched_off(layout: PageLayout) -> str:
+    """What vLLM does otherwise and this policy does not let it do, in one line."""
+    eviction = layout.policy.eviction
+    if eviction and eviction.scorer.collects:
+        return f"prefix cache hits: {eviction.scorer.name} sums over all queries of a prompt"
+    if eviction and eviction.schedule.chunk_tokens:
+        return "prefix cache hits, for prompts that are cut as they arrive"
+    return "nothing: prefix caching, chunked prefill and preemption work on compressed pages"
 
 
 def describe_dense(layout: PageLayout) -> str:

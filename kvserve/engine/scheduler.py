@@ -1,4 +1,4 @@
-"""vLLM's scheduler with steps that end where a prompt is evicted.
+"""vLLM's scheduler with steps that end where a request is cut.
 
 Seams: `--scheduler-cls`, and `Scheduler._mamba_block_aligned_split`, through which vLLM clips steps for models whose
 state must be saved at certain tokens; kvserve's state is the evicted cache. And `Scheduler.update_from_output`: the

@@ -78,10 +78,11 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
 
     from kvserve.engine.settings import scheduler_options
     from kvserve.pages.layout import PageLayout
+    from kvserve.pages.plan import widest_request
 
     assert policy.eviction is not None
-    layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, torch.float32)
-    num_blocks = layout.blocks_for(num_tokens + 1) + layout.tile_blocks_for(num_tokens + 1) + 8
+    layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, torch.float32, query_group=shape.query_group)
+    num_blocks = widest_request(layout, num_tokens + 1) + 8
     return scheduler_options() | {
         "dtype": dtype or ("auto" if cpu_has_bfloat16() else "float32"),
         "max_model_len": num_tokens + 1,

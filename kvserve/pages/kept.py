@@ -142,6 +142,12 @@ def read_header(arena: Arena, state_block: int, kv_head: int) -> Header:
     return Header(*_header_bytes(arena, state_block, kv_head).clone().view(torch.int32).tolist())
 
 
+def read_headers(cells: torch.Tensor, layout: PageLayout, state_block: int) -> list[Header]:
+    """The headers of all KV heads of one layer, which `cells` (uint8 [blocks, heads, ...]) shows."""
+    arena = arena_of(cells, layout)
+    return [read_header(arena, state_block, head) for head in range(cells.shape[1])]
+
+
 def write_header(arena: Arena, state_block: int, kv_head: int, header: Header) -> None:
     _header_bytes(arena, state_block, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
 
@@ -151,11 +157,10 @@ def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_t
 
     After an eviction those are the sinks, what the head keeps, and the tokens from kept.end on, in this order.
     """
-    num_kv_heads = cells.shape[1]
     if not kept.end:
-        return [num_tokens] * num_kv_heads
-    arena, others = arena_of(cells, layout), layout.policy.sink_tokens + num_tokens - kept.end
-    return [others + read_header(arena, state_block, head).num_tokens for head in range(num_kv_heads)]
+        return [num_tokens] * cells.shape[1]
+    others = layout.policy.sink_tokens + num_tokens - kept.end
+    return [others + header.num_tokens for header in read_headers(cells, layout, state_block)]
 
 
 def write_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor) -> None:

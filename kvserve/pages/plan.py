@@ -12,7 +12,9 @@ step is processed. The tile blocks leave their places in the row.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -79,13 +81,17 @@ class EvictionPlan:
         """The last cut at or before `length` tokens; NO_CUT if there is none."""
         while self._length <= length and self._find_next():
             pass
-        return next(cut for cut in reversed(self._cuts) if cut.point <= length)
+        return self._cuts[self._position(length) - 1]
 
     def next_cut(self, length: int) -> Cut | None:
         """The first cut behind `length` tokens."""
         while self._cuts[-1].point <= length and self._find_next():
             pass
-        return next((cut for cut in self._cuts if cut.point > length), None)
+        return next(iter(self._cuts[self._position(length) :]), None)
+
+    def _position(self, length: int) -> int:
+        """How many of the known cuts, NO_CUT included, are at or before `length`."""
+        return bisect_right(self._cuts, length, key=lambda cut: cut.point)
 
     def _find_next(self) -> bool:
         """Look at the next compression point; False where there is none."""
@@ -154,12 +160,12 @@ class EvictionPlan:
 
     def peak_blocks(self, num_tokens: int) -> int:
         """The most blocks that it holds on the way there; a cut needs the new kept blocks beside the old ones."""
-        peak, last = self.held_blocks(num_tokens), NO_CUT
-        while (cut := self.next_cut(last.point)) and cut.point <= num_tokens:
-            whole = self.layout.blocks_for(cut.point) - last.end // self.layout.block_size
-            peak = max(peak, whole + last.kept_blocks + cut.kept_blocks)
-            last = cut
-        return peak
+        held = self.held_blocks(num_tokens)  # finds the cuts, too
+        widest = [
+            self.layout.blocks_for(cut.point) - last.end // self.layout.block_size + last.kept_blocks + cut.kept_blocks
+            for last, cut in pairwise(self._cuts[: self._position(num_tokens)])
+        ]
+        return max([held, *widest])
 
 
 def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, max_len: int) -> EvictionPlan | None:

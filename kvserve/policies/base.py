@@ -67,7 +67,8 @@ class Eviction(_Part):
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
     `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
-    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget).
+    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget), except where the
+    scorer sums over all queries of a prompt, which it can do once.
     """
 
     scorer: Any
@@ -98,8 +99,8 @@ class Eviction(_Part):
 
     @property
     def remembers_queries(self) -> bool:
-        """Whether a request must remember queries of earlier steps: decode steps bring one at a time."""
-        return self.window > 1 and self.schedule.decodes
+        """Whether a request must remember queries of earlier steps: a window may begin before the cut before."""
+        return self.window > 1 and self.schedule.repeats
 
     @property
     def protected_recent(self) -> int:
@@ -115,7 +116,7 @@ class Eviction(_Part):
                 f"the schedule {self.schedule.name} needs eviction.max_tokens (--max-cache-tokens); "
                 "with a rate, use every-n"
             )
-        if self.scorer.collects and (self.schedule.decodes or self.schedule.chunk_tokens):
+        if self.scorer.collects and self.schedule.repeats:
             raise ValueError(
                 f"the scorer {self.scorer.name} sums over all queries of a prompt: "
                 "its schedule must be end-of-prefill without chunk_tokens"

@@ -76,6 +76,11 @@ class Schedule(BaseModel, ABC):
     #: Whether it has compression points behind the prompt.
     decodes: ClassVar[bool] = True
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a sequence may be cut more than once."""
+        return self.decodes or self.chunk_tokens > 0
+
     def held_tokens(self, limit: Limit, prompt_len: int, num_computed_tokens: int) -> int:
         """Tokens per head after the step that brought the sequence to `num_computed_tokens`."""
         point = self.last_point(limit, prompt_len, num_computed_tokens)
