@@ -7,7 +7,7 @@
 #include "simd.h"
 
 void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged,
-                const KvsRows* query, const KvsRows* out, float* lse) {
+                const KvsRows* query, const KvsRows* out, float* lse, const KvsReceived* received) {
   std::vector<int32_t> decode, extend;
   for (int32_t r = 0; r < batch->num_reqs; ++r) {
     const int32_t query_len = batch->query_start_loc[r + 1] - batch->query_start_loc[r];
@@ -15,17 +15,18 @@ void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* 
     if (query_len > 1) extend.push_back(r);
   }
   if (!decode.empty())
-    kvs::attend_decode(*layout, *batch, *arena, staged, *query, *out, lse, decode.data(), int32_t(decode.size()));
+    kvs::attend_decode(*layout, *batch, *arena, staged, *query, *out, lse, received, decode.data(),
+                       int32_t(decode.size()));
   if (!extend.empty())
     kvs::attend_extend(*layout, *batch, *arena, staged, *query, *out, lse, extend.data(), int32_t(extend.size()));
 }
 
 void kvs_forward(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const KvsRows* key,
                  const KvsRows* value, int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out,
-                 float* lse) {
+                 float* lse, const KvsReceived* received) {
   kvs_stage(layout, key, value, num_tokens, staged);
   kvs_store_sealed(layout, batch, arena, staged);
-  kvs_attend(layout, batch, arena, staged, query, out, lse);
+  kvs_attend(layout, batch, arena, staged, query, out, lse, received);
   kvs_store_tail(layout, batch, arena, staged);
 }
 

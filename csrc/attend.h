@@ -5,7 +5,7 @@
 namespace kvs {
 
 void attend_decode(const KvsLayout&, const KvsBatch&, const KvsArena&, const float* staged, const KvsRows& q,
-                   const KvsRows& out, float* lse, const int32_t* req_ids, int32_t n);
+                   const KvsRows& out, float* lse, const KvsReceived* received, const int32_t* req_ids, int32_t n);
 void attend_extend(const KvsLayout&, const KvsBatch&, const KvsArena&, const float* staged, const KvsRows& q,
                    const KvsRows& out, float* lse, const int32_t* req_ids, int32_t n);
 

@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "dense.h"
 #include "geometry.h"
+#include "received.h"
 #include "rotate.h"
 #include "sealed.h"
 
@@ -20,8 +21,13 @@ constexpr int32_t NOT_KEPT = -1;
 // Tokens [first, last) of one request and KV head. `index` of `chunks` partial results.
 struct Task {
   Request request;
+  int32_t id;  // of the request in its batch
   int32_t kv_head, first, last, index, chunks;
   int32_t kept;  // else the head's first kept page, and first and last count its kept tokens
+  int32_t column;  // of its first token, among all that the KV head holds
+  Trace trace{};   // an evicted request's sinks belong to one task, and stand behind its tokens there
+
+  int32_t num_tokens() const { return last - first; }
 };
 
 struct Scratch {
@@ -33,8 +39,9 @@ struct Scratch {
 class Decode {
  public:
   Decode(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged, const KvsRows& q,
-         const KvsRows& out, float* lse)
-      : l(l), b(b), a(a), staged(staged), q(q), out(out), lse(lse), group(l.num_heads / l.num_kv_heads) {}
+         const KvsRows& out, float* lse, const KvsReceived* received)
+      : l(l), b(b), a(a), staged(staged), q(q), out(out), lse(lse), received(received),
+        group(l.num_heads / l.num_kv_heads) {}
 
   void run(const int32_t* req_ids, int32_t n) {
     plan(req_ids, n);
@@ -47,14 +54,11 @@ class Decode {
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i) {
         attend(tasks[i], partial_of(i), scratch);
-        if (tasks[i].chunks == 1) finish(tasks[i], partial_of(i));
+        if (tasks[i].chunks == 1) finish(i);
       }
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i)
-        if (tasks[i].chunks > 1 && tasks[i].index == 0) {
-          for (int c = 1; c < tasks[i].chunks; ++c) merge(partial_of(i), partial_of(i + c));
-          finish(tasks[i], partial_of(i));
-        }
+        if (tasks[i].chunks > 1 && tasks[i].index == 0) finish(i);
     }
   }
 
@@ -65,9 +69,11 @@ class Decode {
   const float* staged;
   const KvsRows &q, &out;
   float* lse;
+  const KvsReceived* received;
   const int group;
   std::vector<Task> tasks;  // the chunks of one (request, kv_head) are adjacent
   std::unique_ptr<float[]> partials;
+  std::vector<float> traces;
 
   // Partial result of a task: max [group], sum [group], out [group][head_dim].
   float* partial_of(size_t task) const { return partials.get() + task * group * (l.head_dim + 2); }
@@ -82,15 +88,42 @@ class Decode {
       const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : r.kept_end;
       for (int32_t h = 0; h < l.num_kv_heads; ++h) {
         const KvsKept kept = r.kept_end ? kept_of(a, r.row, h) : KvsKept{};
+        const int32_t kept_column = r.kept_end ? l.sink_tokens : 0, column = kept_column + kept.num_tokens - r.kept_end;
         const int32_t done = (kept.num_tokens + size - 1) / size;
         const int32_t chunks = done + (r.seq_len - 1) / size - first / size + 1;
-        for (int32_t c = 0; c < done; ++c)
-          tasks.push_back({r, h, c * size, std::min(kept.num_tokens, (c + 1) * size), c, chunks, kept.first_page});
-        for (int32_t c = done, start = first / size * size; c < chunks; ++c, start += size)
-          tasks.push_back({r, h, std::max(first, start), std::min(r.seq_len, start + size), c, chunks, NOT_KEPT});
+        for (int32_t c = 0, t = 0; c < done; ++c, t += size)
+          tasks.push_back({r, req_ids[i], h, t, std::min(kept.num_tokens, t + size), c, chunks, kept.first_page,
+                           kept_column + t});
+        for (int32_t c = done, start = first / size * size; c < chunks; ++c, start += size) {
+          const int32_t t = std::max(first, start);
+          tasks.push_back({r, req_ids[i], h, t, std::min(r.seq_len, start + size), c, chunks, NOT_KEPT, column + t});
+        }
       }
     }
+    if (received) reserve_traces();
   }
+
+  void reserve_traces() {
+    int64_t total = 0;
+    for (Task& t : tasks) {
+      if (!received->sums[t.id]) continue;
+      t.trace.width = t.num_tokens() + (has_kept_sinks(t) ? l.sink_tokens : 0);
+      total += int64_t(group) * t.trace.width;
+    }
+    traces.assign(total, 0.0f);
+    float* next = traces.data();
+    for (Task& t : tasks) {
+      if (!received->sums[t.id]) continue;
+      t.trace.weights = next;
+      next += int64_t(group) * t.trace.width;
+    }
+  }
+
+  // Whether the task has the sinks of an evicted request.
+  bool has_kept_sinks(const Task& t) const {
+    return t.request.kept_end && t.kept == NOT_KEPT && t.first == t.request.kept_end;
+  }
+  int32_t place_of_sink(const Task& t, int32_t p) const { return t.request.kept_end ? t.num_tokens() + p : p - t.first; }
 
   void attend(const Task& t, float* partial, Scratch& s) const {
     load_queries(t, s.q.data());
@@ -106,14 +139,16 @@ class Decode {
   void attend_dense_slots(const Task& t, const Heads& heads, Scratch& s) const {
     const Request& r = t.request;
     if (t.kept != NOT_KEPT) {
-      for (int32_t i = t.first; i < t.last; ++i) push(kept_slot(l, a, r, t.kept, i), heads, s);
-      return flush(heads, s);
+      for (int32_t i = t.first; i < t.last; ++i) push(t, kept_slot(l, a, r, t.kept, i), i - t.first, heads, s);
+      return flush(t, heads, s);
     }
-    if (r.kept_end && t.first == r.kept_end)
-      for (int32_t p = 0; p < l.sink_tokens; ++p) push(sink_slot(l, a, r.row, t.kv_head, p), heads, s);
+    if (has_kept_sinks(t))
+      for (int32_t p = 0; p < l.sink_tokens; ++p)
+        push(t, sink_slot(l, a, r.row, t.kv_head, p), place_of_sink(t, p), heads, s);
     const int32_t stored = l.tile_tokens ? r.num_computed : r.seq_len;  // the dense policy has the query's own token too
-    for (int32_t p = t.first; p < std::min(t.last, stored); ++p) push(stored_slot(l, a, r, t.kv_head, p), heads, s);
-    flush(heads, s);
+    for (int32_t p = t.first; p < std::min(t.last, stored); ++p)
+      push(t, stored_slot(l, a, r, t.kv_head, p), p - t.first, heads, s);
+    flush(t, heads, s);
     if (l.tile_tokens) attend_own(t, heads, s);
   }
 
@@ -125,10 +160,11 @@ class Decode {
     prefetch_pages(t, tile, tiles_end);
     const int32_t sinks = t.first == t.request.kept_end ? 0 : t.first;  // of an evicted request: in its first chunk
     const int32_t sinks_end = std::min({t.last, l.sink_tokens, tile_start});
-    for (int32_t p = sinks; p < sinks_end; ++p) push(sink_slot(l, a, row, t.kv_head, p), heads, s);
+    for (int32_t p = sinks; p < sinks_end; ++p)
+      push(t, sink_slot(l, a, row, t.kv_head, p), place_of_sink(t, p), heads, s);
     for (int32_t p = std::max(t.first, tile_start); p < std::min(t.last, position); ++p)
-      push(tail_slot(l, a, row, t.kv_head, p), heads, s);
-    flush(heads, s);
+      push(t, tail_slot(l, a, row, t.kv_head, p), p - t.first, heads, s);
+    flush(t, heads, s);
     for (int32_t i = tile; i < tiles_end; i += MAX_PAGES)
       attend_batch(t, i, tiles_end, std::max(shown - i * size, 0), heads, s);
   }
@@ -149,8 +185,9 @@ class Decode {
       pages.next[pages.count++] = after < pages_end ? page_of(t, after) : nullptr;
     }
     const int last = std::min(pages.count * l.tile_tokens, t.last - first * l.tile_tokens);
-    for (int h = 0; h < group; h += MAX_HEADS)
-      attend_pages(l, pages, heads_from(heads, h), std::min(MAX_HEADS, group - h), hidden, last, s.page);
+    in_parts(t, heads, s, last, first * l.tile_tokens - t.first, nullptr, [&](const Heads& part, int count) {
+      attend_pages(l, pages, part, count, hidden, last, s.page);
+    });
   }
 
   // Tile i, or the i-th page that the KV head keeps.
@@ -166,23 +203,40 @@ class Decode {
   void attend_own(const Task& t, const Heads& heads, Scratch& s) const {
     if (t.last < t.request.seq_len) return;
     const uint8_t* key = (const uint8_t*)staged_row(l, staged, t.request.first_row, t.kv_head);
-    attend_all({&key, 1, int64_t(l.head_dim) * 4}, KVS_F32, heads, s);
+    const int32_t place = t.num_tokens() - 1;
+    attend_all(t, {&key, 1, int64_t(l.head_dim) * 4}, &place, KVS_F32, heads, s);
   }
 
-  void push(const uint8_t* slot, const Heads& heads, Scratch& s) const {
-    s.slots.push(slot, slot_bytes(l));
-    if (s.slots.full()) attend_slots(DENSE_TOKENS, heads, s);
+  void push(const Task& t, const uint8_t* slot, int32_t place, const Heads& heads, Scratch& s) const {
+    s.slots.push(slot, slot_bytes(l), place);
+    if (s.slots.full()) attend_slots(t, DENSE_TOKENS, heads, s);
   }
-  void flush(const Heads& heads, Scratch& s) const {
-    while (s.slots.count) attend_slots(std::min(DENSE_TOKENS, s.slots.count), heads, s);
+  void flush(const Task& t, const Heads& heads, Scratch& s) const {
+    while (s.slots.count) attend_slots(t, std::min(DENSE_TOKENS, s.slots.count), heads, s);
   }
-  void attend_slots(int count, const Heads& heads, Scratch& s) const {
-    attend_all({s.slots.slots, count, slot_bytes(l) / 2}, l.dense_dtype, heads, s);
+  void attend_slots(const Task& t, int count, const Heads& heads, Scratch& s) const {
+    attend_all(t, {s.slots.slots, count, slot_bytes(l) / 2}, s.slots.places, l.dense_dtype, heads, s);
     s.slots.pop(count);
   }
-  void attend_all(const DenseRows& rows, int32_t dtype, const Heads& heads, Scratch& s) const {
-    for (int h = 0; h < group; h += MAX_HEADS)
-      attend_dense(rows, dtype, heads_from(heads, h), std::min(MAX_HEADS, group - h), s.page.scores);
+  void attend_all(const Task& t, const DenseRows& rows, const int32_t* places, int32_t dtype, const Heads& heads,
+                  Scratch& s) const {
+    in_parts(t, heads, s, rows.count, 0, places,
+             [&](const Heads& part, int count) { attend_dense(rows, dtype, part, count, s.page.scores); });
+  }
+
+  // Runs `attend` for up to MAX_HEADS heads at a time; it leaves the weights of `n` tokens in s.page.scores. Their places
+  // in the task's trace: as of Trace::take.
+  template <typename Attend>
+  void in_parts(const Task& t, const Heads& heads, Scratch& s, int n, int32_t place, const int32_t* places,
+                const Attend& attend) const {
+    for (int h = 0; h < group; h += MAX_HEADS) {
+      const Heads part = heads_from(heads, h);
+      const int count = std::min(MAX_HEADS, group - h);
+      float before[MAX_HEADS];
+      std::copy_n(part.max, count, before);
+      attend(part, count);
+      if (t.trace.weights) t.trace.take(part, h, count, before, s.page.scores, n, place, places);
+    }
   }
 
   void load_queries(const Task& t, float* to) const {
@@ -208,8 +262,14 @@ class Decode {
     }
   }
 
-  void finish(const Task& t, float* partial) const {
+  // Merges the chunks of tasks[i], the first of them, and writes the result.
+  void finish(size_t i) const {
+    const Task& t = tasks[i];
+    float* partial = partial_of(i);
     const Heads heads = heads_of(nullptr, partial);
+    std::vector<float> own_max(heads.max, heads.max + group);  // merging changes it
+    for (int c = 1; c < t.chunks; ++c) merge(partial, partial_of(i + c));
+    if (t.trace.weights) add_received(i, heads, own_max);
     for (int h = 0; h < group; ++h) {
       const int32_t head = t.kv_head * group + h;
       float* o = heads.out + h * l.head_dim;
@@ -219,13 +279,27 @@ class Decode {
       if (lse) lse[int64_t(t.request.first_row) * l.num_heads + head] = heads.max[h] + std::log(heads.sum[h]);
     }
   }
+
+  void add_received(size_t i, const Heads& merged, const std::vector<float>& first_max) const {
+    const Task& t = tasks[i];
+    std::vector<float> denominator(group);
+    for (int h = 0; h < group; ++h) denominator[h] = merged.max[h] + std::log(merged.sum[h]);
+    float* sums = received->sums[t.id] + t.kv_head * received->columns[t.id];
+    for (int c = 0; c < t.chunks; ++c) {
+      const Task& chunk = tasks[i + c];
+      const float* max = c ? heads_of(nullptr, partial_of(i + c)).max : first_max.data();
+      const int32_t n = chunk.num_tokens(), sinks = chunk.trace.width - n;
+      chunk.trace.add_to(sums + chunk.column, 0, n, group, max, denominator.data(), received->power);
+      chunk.trace.add_to(sums, n, sinks, group, max, denominator.data(), received->power);
+    }
+  }
 };
 
 }  // namespace
 
 void attend_decode(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged, const KvsRows& q,
-                   const KvsRows& out, float* lse, const int32_t* req_ids, int32_t n) {
-  Decode(l, b, a, staged, q, out, lse).run(req_ids, n);
+                   const KvsRows& out, float* lse, const KvsReceived* received, const int32_t* req_ids, int32_t n) {
+  Decode(l, b, a, staged, q, out, lse, received).run(req_ids, n);
 }
 
 }  // namespace kvs

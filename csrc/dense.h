@@ -16,16 +16,18 @@ struct DenseRows {
 // Slots waiting for attention; a batch is prefetched while the one before it is computed.
 struct SlotQueue {
   const uint8_t* slots[2 * DENSE_TOKENS];
+  int32_t places[2 * DENSE_TOKENS];  // of each token among those of its task
   int count = 0;
 
   bool full() const { return count == 2 * DENSE_TOKENS; }
-  void push(const uint8_t* slot, int64_t bytes) {
+  void push(const uint8_t* slot, int64_t bytes, int32_t place) {
     prefetch(slot, bytes);
-    slots[count++] = slot;
+    slots[count] = slot;
+    places[count++] = place;
   }
   // Drops the first n.
   void pop(int n) {
-    for (int i = n; i < count; ++i) slots[i - n] = slots[i];
+    for (int i = n; i < count; ++i) slots[i - n] = slots[i], places[i - n] = places[i];
     count -= n;
   }
 };

@@ -76,16 +76,26 @@ struct KvsRows {
   int32_t dtype;                      // KvsDtype
 };
 
+// Where to add up the attention that tokens receive from the requests of a batch that have one query row.
+// sums[r]: float32 [num_kv_heads][columns[r]], added to; null: not wanted of request r. Columns as of
+// kvs_attention_sums; each query head of the group adds probability ** power (1 or 2). Not for a sliding window.
+struct KvsReceived {
+  int32_t power;
+  float* const* sums;
+  const int64_t* columns;
+};
+
 // staged: float32 [num_tokens][num_kv_heads][K row, V row][head_dim]
 void kvs_stage(const KvsLayout*, const KvsRows* key, const KvsRows* value, int32_t num_tokens, float* staged);
 void kvs_store_sealed(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
-// lse: float32 [num_tokens][num_heads], natural log of the softmax denominator; may be null.
+// lse: float32 [num_tokens][num_heads], natural log of the softmax denominator; it and `received` may be null.
 void kvs_attend(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged, const KvsRows* query,
-                const KvsRows* out, float* lse);
+                const KvsRows* out, float* lse, const KvsReceived* received);
 void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
 // The four in order.
 void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRows* key, const KvsRows* value,
-                 int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse);
+                 int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse,
+                 const KvsReceived* received);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
 // [num_kv_heads][last - first][head_dim]; V is un-rotated; a null value is left out. Of an evicted request, only sinks

@@ -17,7 +17,7 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.pages.kept import NOT_KEPT, held_tokens
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
-from kvserve.scorers.accumulated_attention import accumulate
+from kvserve.scorers.accumulated_attention import received
 from kvserve.scorers.query_window import PlainWindow
 
 ISAS = available_isas()
@@ -262,10 +262,10 @@ def test_a_window_over_pages_pays_what_a_window_over_tensors_pays(rows: int):
 def test_sums_accumulated_over_the_chunks_of_a_prompt_are_those_of_the_prompt():
     case = stored_case("dense", (150,))  # keys that do not change when a tile is full
     native, _ = kernels(case, ISAS[0])
-    query, row, sums = query_rows(150, case.spec, 64), case.batch.block_table[0], None
+    query, row, sums = query_rows(150, case.spec, 64), case.batch.block_table[0], torch.zeros(2, 150)
     for start, stop in ((0, 63), (63, 64), (64, 150)):
-        sums = accumulate(PagedWindow(native, case.cells, row, stop, query[start:stop]), 2, 2, sums)
-    assert_equal(sums, accumulate(PagedWindow(native, case.cells, row, 150, query), 2, 2))
+        sums[:, :stop] += received(PagedWindow(native, case.cells, row, stop, query[start:stop]), 2, 2)
+    assert_equal(sums, received(PagedWindow(native, case.cells, row, 150, query), 2, 2))
 
 
 def test_the_windows_of_an_evicted_requests_heads_end_with_their_tokens():

@@ -29,7 +29,7 @@ def test_a_shipped_policy_serves_prompts_cut_into_steps(policy: str, model: Path
     assert all(report["rate_effective"] > 1.9 for report in reports), reports
 
 
-@pytest.mark.parametrize("policy", ["kv-compress-2bit", "tova"])
+@pytest.mark.parametrize("policy", ["kv-compress-2bit", "tova", "h2o", "expected-attention"])
 @pytest.mark.slow
 def test_a_maximum_of_tokens_holds_while_generating(policy: str, model: Path) -> None:
     limit = {"eviction.rate": None, "eviction.max_tokens": 256}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kvserve.scorers.accumulated_attention import AccumulatedAttention, accumulate
+from kvserve.scorers.accumulated_attention import AccumulatedAttention, received
 from kvserve.scorers.base import LayerView, Scorer, protect
 from kvserve.scorers.expected_attention import ExpectedAttention
 from kvserve.scorers.key_diff import KeyDiff
@@ -195,10 +195,11 @@ def test_accumulated_attention_per_row_divides_by_the_rows_that_could_see_the_to
 @pytest.mark.parametrize("exponent", [1, 2])
 def test_steps_accumulate_to_what_all_rows_pay(exponent):
     view = make_view(window=TOKENS)
-    queries, sums = plain_window(view).queries, None
+    queries, sums = plain_window(view).queries, torch.zeros(KV_HEADS, TOKENS)
     for start, stop in ((0, 1), (1, 6), (6, TOKENS)):
         keys, positions = view.keys[:, :stop], view.positions[:stop]
-        sums = accumulate(PlainWindow(queries[:, start:stop], keys, positions, view.scale), KV_HEADS, exponent, sums)
+        window = PlainWindow(queries[:, start:stop], keys, positions, view.scale)
+        sums[:, :stop] += received(window, KV_HEADS, exponent)
     expected = [[0.0] * TOKENS for _ in range(KV_HEADS)]
     for head in range(HEADS):
         for row in range(TOKENS):

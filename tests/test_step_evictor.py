@@ -19,7 +19,7 @@ from kvserve.scorers.query_window import PlainWindow
 from kvserve.scorers.registry import make_scorer
 from kvserve.scorers.rotary import Rotary
 
-PROMPT = 260
+PROMPT, NEW = 260, 128
 SCORERS = {
     "window": {"name": "window-attention", "window": 8, "exponent": 2},
     "whole-prompt": {"name": "window-attention", "window": 300, "reduce": "max", "keep_window": False},
@@ -145,7 +145,9 @@ def collect(case: Case, scorer: Scorer, chunks: list[int]) -> Collected:
         batch = make_batch(case.layout, [done], [chunk], case.batch.block_table)
         rows, done = case.query[done : done + chunk], done + chunk
         evictor = StepEvictor(evicting({"name": scorer.name}).eviction, {0: COLLECTING}, batch, 1, collector=collector)
-        evictor.after_layer(NativeAttention(case.layout, case.spec), case.cells, rows)
+        kernels = NativeAttention(case.layout, case.spec)
+        evictor.before_layer(kernels, case.cells)
+        evictor.after_layer(kernels, case.cells, rows)
     return collector.requests["a"][1]
 
 
@@ -160,7 +162,7 @@ def test_attention_is_accumulated_over_chunks_as_over_the_whole_prompt():
     expected = plain.probabilities(PROMPT).sum(1).unflatten(0, (2, -1)).sum(1)
     for chunks in ([PROMPT], [64, 128, 68]):  # the case's tiles are sealed: chunks that end with one see the same keys
         found = collect(case, scorer, chunks)
-        torch.testing.assert_close(found.accumulated, expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(found.accumulated[:, :PROMPT], expected, rtol=2e-4, atol=2e-4)
 
 
 def test_query_statistics_over_chunks_are_those_of_all_queries_behind_the_sinks():
@@ -182,8 +184,62 @@ def test_nothing_is_left_of_a_request_that_was_cut(scorer: str):
     collector = Collector(policy.eviction.scorer, Rotary(torch.ones(32)))
     cells, step = copy_cells(case.cells), RowStep("a", Kept(), kept, None, collects=True)
     evictor = StepEvictor(policy.eviction, {0: step}, case.batch, 1, collector=collector)
-    evictor.after_layer(NativeAttention(case.layout, case.spec), cells, case.query)
+    kernels = NativeAttention(case.layout, case.spec)
+    evictor.before_layer(kernels, cells)
+    evictor.after_layer(kernels, cells, case.query)
     assert not torch.equal(cells, case.cells) and not collector.requests
+
+
+def heaviest(sums: torch.Tensor, first: int, end: int, recent: int, count: int) -> torch.Tensor:
+    """Columns [first, end) of one head that H2O keeps: the `recent` newest of all, and those with the largest sums."""
+    scores = sums.clone()
+    scores[len(sums) - recent :] = torch.inf
+    return first + scores[first:end].topk(count).indices.sort().values
+
+
+def test_attention_received_while_generating_counts_at_the_next_cut():
+    """H2O over two cuts: each head's sums go on for what it kept, and queries see nothing that was evicted."""
+    eviction = Eviction(
+        scorer="accumulated-attention", budget="uniform", schedule={"name": "every-n", "interval": NEW}, rate=2
+    )
+    policy = make_policy("dense-pages").model_copy(update={"eviction": eviction})
+    case = build_case(policy, computed=[0], new_tokens=[PROMPT + NEW])
+    row, sinks, heads = case.batch.block_table[0], policy.sink_tokens, case.spec.num_kv_heads
+    used = row[: case.layout.blocks_for(PROMPT + NEW)].tolist()
+    first = Kept(256, tuple(sorted(set(range(len(case.cells))) - set(used))[:2]))
+    second = Kept(384, tuple(used[case.layout.tile_row(i)] for i in (0, 1, 2)))  # what the first cut gave back
+    kernels, collector = NativeAttention(case.layout, case.spec), Collector(eviction.scorer)
+
+    def step(computed: int, new: int, kept: Kept, cut: Kept | None) -> None:
+        rows = slice(computed, computed + new)
+        batch = make_batch(case.layout, [computed], [new], case.batch.block_table)
+        batch.kept = KeptTable.of([kept]) if kept.end else None
+        evictor = StepEvictor(eviction, {0: RowStep("a", kept, cut, None, True)}, batch, 1, collector=collector)
+        received = evictor.before_layer(kernels, case.cells)
+        query, output = case.query[rows], torch.empty_like(case.query[rows])
+        kernels.forward(query, case.key[rows], case.value[rows], case.cells, batch, output, received=received)
+        evictor.after_layer(kernels, case.cells, query)
+
+    def pay(sums: torch.Tensor, head: int, tokens: torch.Tensor, queries: range) -> None:
+        for position in queries:
+            seen = tokens[tokens <= position]
+            group = case.query[position].unflatten(0, (heads, -1))[head]
+            sums[: len(seen)] += (group @ case.key[seen, head].T * case.spec.scale).softmax(-1).sum(0)
+
+    step(0, PROMPT, Kept(), first)
+    for computed in range(PROMPT, PROMPT + NEW):
+        step(computed, 1, first, second if computed == PROMPT + NEW - 1 else None)
+    keys, _ = kernels.read_kept(case.cells, int(row[0]), second)
+    for head in range(heads):
+        tokens, sums = torch.arange(PROMPT), torch.zeros(PROMPT)
+        pay(sums, head, tokens, range(PROMPT))
+        chosen = heaviest(sums, sinks, 256, int(0.5 * (128 + sinks + 4)), 128)
+        columns = torch.cat([torch.arange(sinks), chosen, torch.arange(256, PROMPT)])
+        tokens = torch.cat([tokens[columns], torch.arange(PROMPT, PROMPT + NEW)])
+        sums = torch.cat([sums[columns], torch.zeros(NEW)])
+        pay(sums, head, tokens, range(PROMPT, PROMPT + NEW))
+        chosen = heaviest(sums, sinks, len(tokens) - 4, int(0.5 * (192 + sinks + 4)), 192)
+        torch.testing.assert_close(keys[head], case.key[tokens[chosen], head])
 
 
 def test_requests_that_end_before_their_cut_are_forgotten():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -67,6 +67,19 @@ class Batch:
         return self.seq_lens.shape[0]
 
 
+class Received(NamedTuple):
+    """Where a step adds up the attention that stored tokens receive.
+
+    Attributes:
+        power: of each probability.
+        sums: by request of the batch, which has one query row: float32 [num_kv_heads, columns], contiguous, added to.
+            Columns as of `attention_sums`; there may be more of them than tokens.
+    """
+
+    power: Power
+    sums: dict[int, torch.Tensor]
+
+
 class PagedAttention(ABC):
     """Attention over one layer's page arena.
 
@@ -93,6 +106,7 @@ class PagedAttention(ABC):
         batch: Batch,
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
+        received: Received | None = None,
     ) -> None:
         """Store this step's tokens and attend.
 
@@ -101,11 +115,23 @@ class PagedAttention(ABC):
             key, value: [num_tokens, num_kv_heads, head_dim], the same dtypes.
             output: [num_tokens, num_heads, head_dim], written.
             lse: float32 [num_tokens, num_heads], contiguous; written with the natural log of the softmax denominator.
+            received: asks for the attention that each token receives, summed over the query heads of its KV head.
         """
         staged = self.stage(key, value)
         self.store_sealed(cells, batch, staged)
         self.attend(query, cells, batch, staged, output, lse)
         self.store_tail(cells, batch, staged)
+        if received:
+            self.add_received(query, cells, batch, received)
+
+    def add_received(self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, received: Received) -> None:
+        """What `forward` adds to `received`, from keys as they are stored after the step."""
+        for request, sums in received.sums.items():
+            row = int(batch.query_start_loc[request])
+            kept = batch.kept.of_request(request) if batch.kept else NOT_KEPT
+            stored = (cells, batch.block_table[request], int(batch.seq_lens[request]))
+            paid = self.attention_sums(query[row : row + 1], *stored, kept, received.power)
+            sums[:, : paid.shape[1]] += paid.unflatten(0, (self.spec.num_kv_heads, -1)).sum(1)
 
     def store(self, key: torch.Tensor, value: torch.Tensor, cells: torch.Tensor, batch: Batch) -> None:
         """Store this step's tokens without attending."""

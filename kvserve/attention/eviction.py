@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from kvserve.attention.base import Batch, PagedAttention
-from kvserve.attention.collector import Collected, Collector
+from kvserve.attention.base import Batch, PagedAttention, Received
+from kvserve.attention.collector import Collector
 from kvserve.attention.observer import EvictionObserver
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.attention.query_window import PagedWindow
 from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, num_layers_of
 from kvserve.pages.plan import RowStep
 from kvserve.policies.base import Eviction
+from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import LayerView
 
 
@@ -27,6 +28,7 @@ from kvserve.scorers.base import LayerView
 class _Request:
     """A row of the batch; `cut` is what this step cuts it down to, if it does."""
 
+    index: int
     step: RowStep
     cut: Kept
     row: torch.Tensor
@@ -36,6 +38,15 @@ class _Request:
     @property
     def state_block(self) -> int:
         return int(self.row[0])
+
+    @property
+    def num_rows(self) -> int:
+        return self.query_rows.stop - self.query_rows.start
+
+    @property
+    def decodes(self) -> bool:
+        """One query row: the attention it pays is added up by the kernel that attends."""
+        return self.num_rows == 1
 
 
 @dataclass
@@ -73,7 +84,22 @@ class StepEvictor:
     def _request(self, index: int, step: RowStep) -> _Request:
         first, last = self.batch.query_start_loc[index : index + 2].tolist()
         row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
-        return _Request(step, step.cut or NOT_KEPT, row, num_tokens, slice(first, last))
+        return _Request(index, step, step.cut or NOT_KEPT, row, num_tokens, slice(first, last))
+
+    def before_layer(self, attention: PagedAttention, cells: torch.Tensor) -> Received | None:
+        """What a layer that is about to attend shall add up on its way."""
+        if not self.collected:
+            return None
+        _, index = num_layers_of(cells, attention.layout)
+        sums = {}
+        for request in self.collected:
+            before = request.num_tokens - request.num_rows
+            places = (request.step.request_id, index, before, request.num_rows)
+            table = self.collector.begin(*places, attention.spec.num_kv_heads)
+            if table is not None and request.decodes:
+                sums[request.index] = table
+        scorer = self.eviction.scorer
+        return Received(scorer.exponent, sums) if isinstance(scorer, AccumulatedAttention) and sums else None
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
@@ -91,27 +117,28 @@ class StepEvictor:
         _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
         for request in self.collected:
-            rows = PagedWindow(attention, cells, request.row, request.num_tokens, query[request.query_rows])
-            self.collector.add(request.step.request_id, index, rows)
+            place = (cells, request.row, request.num_tokens, query[request.query_rows], request.step.kept)
+            self.collector.add(request.step.request_id, index, PagedWindow(attention, *place), request.decodes)
         for request in self.requests:
             layer.scores.append(self._score(index, layer, request, query))
         if len(self.layers) == self.num_layers:
             for number, request in enumerate(self.requests):
                 self._cut(number, request)
-            self.collector.drop({request.step.request_id for request in self.requests})
+            if not self.eviction.schedule.repeats:
+                self.collector.drop({request.step.request_id for request in self.requests})
 
     def _score(self, index: int, layer: _Layer, request: _Request, query: torch.Tensor) -> list[torch.Tensor]:
         """Scores of each KV head's candidates, float32."""
         attention, kept = layer.attention, request.step.kept
         sinks, later = attention.layout.policy.sink_tokens, request.num_tokens - request.cut.end
         counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
-        collected = self.collector.requests.get(request.step.request_id, {}).get(index, Collected())
+        collected = self.collector.of(request.step.request_id, index)
         whole = LayerView(
             kv_heads=len(counts),
             positions=held_positions(counts[0], request.num_tokens, sinks),
             scale=attention.spec.scale,
             query_window=self._window(layer, request, query),
-            accumulated=collected.accumulated,
+            accumulated=None if collected.accumulated is None else collected.accumulated[:, : max(counts)],
             query_statistics=collected.query_statistics,
             kept_tokens=len(request.cut.blocks) * attention.layout.block_size + sinks + later,
             request_id=request.step.request_id,
@@ -121,20 +148,24 @@ class StepEvictor:
         if needs & {"keys", "values"}:
             rows = held_rows(layer, request, with_values="values" in needs)
         # Before the first cut all heads hold the same tokens and share a view.
-        views = self._views_of_heads(whole, counts, rows, sinks) if kept.end else [_with_rows(whole, rows)]
+        group = attention.spec.group
+        views = self._views_of_heads(whole, counts, rows, sinks, group) if kept.end else [_with_rows(whole, rows)]
         scores = [head for view in views for head in self.eviction.scorer.score(view)]
         return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
 
     def _views_of_heads(
-        self, whole: LayerView, counts: list[int], rows: HeldRows | None, sinks: int
+        self, whole: LayerView, counts: list[int], rows: HeldRows | None, sinks: int, group: int
     ) -> Iterator[LayerView]:
         assert isinstance(whole.query_window, PagedWindow)
+        sums, statistics = whole.accumulated, whole.query_statistics
         for head, (count, window) in enumerate(zip(counts, whole.query_window.by_head(), strict=True)):
             view = replace(
                 whole,
                 kv_heads=1,
                 positions=held_positions(count, whole.length, sinks),
                 query_window=window,
+                accumulated=None if sums is None else sums[head : head + 1, :count],
+                query_statistics=statistics and statistics.of_heads(slice(head * group, (head + 1) * group)),
                 first_head=head,
             )
             yield _with_rows(view, rows and HeldRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
@@ -164,7 +195,21 @@ class StepEvictor:
         for i, layer in enumerate(layers):
             self._pack(i, layer, request, first_page[i], tokens[i], held[i])
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
+        if self.eviction.schedule.repeats:
+            self._keep_collected(request, tokens, held, layout.policy.sink_tokens)
         self.observer.evicted(request.step.request_id, request.num_tokens, held - counts, counts + always)
+
+    def _keep_collected(
+        self, request: _Request, tokens: list[list[torch.Tensor]], candidates: torch.Tensor, sinks: int
+    ) -> None:
+        """What was collected of evicted tokens goes with them."""
+        later = request.num_tokens - request.cut.end
+        for i, index in enumerate(sorted(self.layers)):
+            first_later = (candidates[i] + sinks).tolist()
+            self.collector.of(request.step.request_id, index).keep([
+                torch.cat([torch.arange(sinks), chosen + sinks, torch.arange(first, first + later)])
+                for chosen, first in zip(tokens[i], first_later, strict=True)
+            ])  # fmt: skip
 
     def _pack(
         self, index: int, layer: _Layer, request: _Request, first_page: torch.Tensor, chosen: list[torch.Tensor],

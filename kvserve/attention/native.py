@@ -19,6 +19,7 @@ from kvserve.attention.base import (
     LayerSpec,
     PagedAttention,
     Power,
+    Received,
     Reduction,
     check_batch,
     check_cells,
@@ -85,6 +86,10 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Received(ctypes.Structure):
+    _fields_ = [("power", _int32), ("sums", _pointer), ("columns", _pointer)]
+
+
 class _Rows(ctypes.Structure):
     _fields_ = [("data", _pointer), ("token_stride", _int64), ("head_stride", _int64), ("dtype", _int32)]
 
@@ -138,6 +143,7 @@ class NativeAttention(PagedAttention):
             self._query_rows("query", query),
             self._query_rows("output", output),
             _lse_pointer(lse),
+            None,
         )
 
     def forward(
@@ -149,6 +155,7 @@ class NativeAttention(PagedAttention):
         batch: Batch,
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
+        received: Received | None = None,
     ) -> None:
         num_tokens = key.shape[0]
         staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
@@ -163,6 +170,7 @@ class NativeAttention(PagedAttention):
             self._query_rows("query", query),
             self._query_rows("output", output),
             _lse_pointer(lse),
+            _received(received, batch.num_reqs, self.spec) if received else None,
         )
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
@@ -315,11 +323,11 @@ def load_library(isa: str) -> ctypes.CDLL:
     if not path.exists():
         raise RuntimeError(f"kernel library {path} is not built; run `python setup.py build_ext --inplace`")
     library = ctypes.CDLL(str(path))
-    layout, batch, arena, rows = (ctypes.POINTER(s) for s in (_Layout, _Batch, _Arena, _Rows))
+    layout, batch, arena, rows, received = map(ctypes.POINTER, (_Layout, _Batch, _Arena, _Rows, _Received))
     for name, arguments in {
         "kvs_stage": [layout, rows, rows, _int32, _pointer],
         "kvs_store_sealed": [layout, batch, arena, _pointer],
-        "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer],
+        "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer, received],
         "kvs_store_tail": [layout, batch, arena, _pointer],
         "kvs_read": [layout, arena, _pointer, _int32, _int32, _int32, _pointer, _pointer],
         "kvs_read_kept": [layout, arena, _pointer, _pointer, _pointer, _pointer, _pointer],
@@ -328,7 +336,7 @@ def load_library(isa: str) -> ctypes.CDLL:
             *(layout, arena, _pointer, _int32, _pointer, _int32, rows),
             *(_int32, _int32, _int32, _pointer, _int64),
         ],
-        "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer],
+        "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer, received],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -394,6 +402,21 @@ def _kept_arguments(kept: Kept, headers: Sequence[Header]) -> tuple[Any, Any, An
     table = (_Kept * len(headers))(*(_Kept(*header) for header in headers))
     offsets = (_int64 * (len(headers) + 1))(0, *accumulate(header.num_tokens for header in headers))
     return (_int32 * len(kept.blocks))(*kept.blocks), table, offsets
+
+
+def _received(received: Received, num_reqs: int, spec: LayerSpec) -> _Received:
+    """Raises ValueError where sums cannot be added to."""
+    sums, columns = (_pointer * num_reqs)(), (_int64 * num_reqs)()
+    for request, table in received.sums.items():
+        if table.dtype != torch.float32 or table.shape[0] != spec.num_kv_heads or not table.is_contiguous():
+            raise ValueError(
+                f"received.sums must be contiguous float32 [{spec.num_kv_heads}, columns], "
+                f"got {table.dtype} {list(table.shape)}"
+            )
+        sums[request], columns[request] = table.data_ptr(), table.shape[1]
+    struct = _Received(received.power, ctypes.addressof(sums), ctypes.addressof(columns))
+    struct.arrays = (sums, columns)  # type: ignore[attr-defined]  # they live as long
+    return struct
 
 
 def _lse_pointer(lse: torch.Tensor | None) -> int | None:

@@ -208,13 +208,15 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             return output
         n = attn_metadata.num_actual_tokens
         shape = (-1, self.num_heads, self.head_size)
-        cells, batch = kv_cache.view(torch.uint8), attn_metadata.batch
+        cells, batch, evictor = kv_cache.view(torch.uint8), attn_metadata.batch, attn_metadata.evictor
+        received = evictor.before_layer(self.attention, cells) if evictor else None
         self.attention.forward(
             query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
             value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
+            received=received,
         )  # fmt: skip
-        if attn_metadata.evictor:
-            attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape))
+        if evictor:
+            evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
 
 

@@ -183,7 +183,7 @@ def describe_switched_off(layout: PageLayout) -> str:
     """What vLLM does otherwise and this policy does not let it do, in one line."""
     eviction = layout.policy.eviction
     if eviction and eviction.scorer.collects:
-        return f"prefix cache hits: {eviction.scorer.name} sums over all queries of a prompt"
+        return f"prefix cache hits: {eviction.scorer.name} sums over all queries of a request"
     if eviction and eviction.schedule.chunk_tokens:
         return "prefix cache hits, for prompts that are cut as they arrive"
     return "nothing: prefix caching, chunked prefill and preemption work on compressed pages"

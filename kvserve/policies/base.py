@@ -67,8 +67,7 @@ class Eviction(_Part):
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
     `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
-    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget), except where the
-    scorer sums over all queries of a prompt, which it can do once.
+    the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget).
     """
 
     scorer: Any
@@ -84,8 +83,7 @@ class Eviction(_Part):
         from kvserve.policies.parts import make_part
 
         if info.field_name == "schedule" and content is None:
-            scorer, max_tokens = info.data.get("scorer"), info.data.get("max_tokens")
-            content = "over-budget" if max_tokens and scorer and not scorer.collects else "end-of-prefill"
+            content = "over-budget" if info.data.get("max_tokens") else "end-of-prefill"
         return make_part(str(info.field_name), content)
 
     @field_serializer("scorer", "budget", "schedule")
@@ -115,11 +113,6 @@ class Eviction(_Part):
             raise ValueError(
                 f"the schedule {self.schedule.name} needs eviction.max_tokens (--max-cache-tokens); "
                 "with a rate, use every-n"
-            )
-        if self.scorer.collects and self.schedule.repeats:
-            raise ValueError(
-                f"the scorer {self.scorer.name} sums over all queries of a prompt: "
-                "its schedule must be end-of-prefill without chunk_tokens"
             )
         return self
 

@@ -38,15 +38,6 @@ class AccumulatedAttention(Scorer):
         return protect(scores, 0, int(self.recent_share * view.kept_tokens))
 
 
-def accumulate(
-    window: QueryWindow, kv_heads: int, exponent: Literal[1, 2], before: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`LayerView.accumulated` after a step, whose query rows are all of `window`: float32 [kv_heads, n].
-
-    Args:
-        before: float32 [kv_heads, m], what the first m tokens had received; None: the step was the first one.
-    """
-    received = window.attention(window.num_rows, exponent).unflatten(0, (kv_heads, -1)).sum(1)
-    if before is not None:
-        received[:, : before.shape[1]] += before
-    return received
+def received(window: QueryWindow, kv_heads: int, exponent: Literal[1, 2]) -> torch.Tensor:
+    """What `LayerView.accumulated` grows by in a step whose query rows are all of `window`: float32 [kv_heads, n]."""
+    return window.attention(window.num_rows, exponent).unflatten(0, (kv_heads, -1)).sum(1)

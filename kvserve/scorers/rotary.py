@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,6 +69,10 @@ class QueryStatistics:
         mean = plain.mean(1)
         centred = plain - mean[:, None]
         return cls(rotary, plain.shape[1], mean, centred.mT @ centred / plain.shape[1])
+
+    def of_heads(self, heads: slice) -> QueryStatistics:
+        """Those of some query heads."""
+        return replace(self, mean=self.mean[heads], covariance=self.covariance[heads])
 
     def merge(self, other: QueryStatistics) -> QueryStatistics:
         """Statistics of the rows of both, without the cancellation of summed squares (Chan, Golub, LeVeque 1979)."""
