@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from dashboard import wanted_series
 from engine_cases import STORY
 from greedy import Step, assert_same_texts, steps_of
 from openai import OpenAI
@@ -202,3 +203,8 @@ def test_structured_output_follows_its_schema(client: OpenAI) -> None:
     )  # fmt: skip
     parsed = json.loads(answer.choices[0].message.content or "")
     assert set(parsed) == {"city", "rainy"}
+
+
+def test_the_dashboard_and_the_alerts_read_metrics_that_exist(base_url: str) -> None:
+    published = {name for name, _ in metrics(base_url)}
+    assert wanted_series(evicts=False) and wanted_series(evicts=False) <= published

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from dashboard import wanted_series
 from engine_cases import STORY
 from openai import OpenAI
 from test_server import ENVIRONMENT, MODEL, free_port, metrics, wait_until_ready
@@ -85,3 +86,8 @@ def test_metrics_count_evictions_and_settle_after_an_aborted_stream(client: Open
     assert samples["kvserve:pages", "kept"] == samples["kvserve:pages", "dense"] == 0
     total = sum(samples["kvserve:pages", state] for state in ("free", "dense", "kept", "sealed"))
     assert total == samples["kvserve:pages", "free"] + samples["kvserve:pages", "sealed"] > 0
+
+
+def test_the_dashboard_and_the_alerts_read_metrics_that_exist(client: OpenAI, base_url: str) -> None:
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5)
+    assert wanted_series(evicts=True) <= {name for name, _ in metrics(base_url)}
