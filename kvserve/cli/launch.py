@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import check_device
+from kvserve.checks import check_device, choose_kernels
 from kvserve.cli.main import UsageError
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
@@ -33,8 +33,11 @@ _VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
 
-def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto") -> int:
     """Serve until stopped.
+
+    Args:
+        kernels: attention kernels, a name of `kvserve.checks.KERNELS` or "auto".
 
     Raises:
         UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
@@ -45,8 +48,10 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     # None: not given, neither here nor in a --config file.
     parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
     args = parser.parse_args(list(arguments))
-    check_device(_device_type())
-    configure(args, policy)
+    device_type = _device_type()
+    check_device(device_type)
+    choose_kernels(kernels, device_type)
+    configure(args, policy, kernels)
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
     print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
@@ -63,7 +68,7 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     return 0
 
 
-def configure(args: argparse.Namespace, policy: Policy) -> None:
+def configure(args: argparse.Namespace, policy: Policy, kernels: str = "auto") -> None:
     """Complete vLLM's parsed arguments: the policy, and what the user left open.
 
     Raises:
@@ -79,7 +84,8 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
             'the policy is given twice, by --policy and in --additional-config {"kvserve": ...}; drop the latter'
         )
     # The full content, not the name: every process then works with the same policy, whatever its own files say.
-    args.additional_config = {**additional, PLUGIN_NAME: {"policy": policy_content(policy)}}
+    section = {"policy": policy_content(policy), "kernels": kernels}
+    args.additional_config = {**additional, PLUGIN_NAME: section}
     if args.block_size is None:
         args.block_size = policy.tile_tokens
     if args.model is None:

@@ -23,9 +23,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.collector import Collector
 from kvserve.attention.eviction import StepEvictor
+from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans
 from kvserve.engine.settings import EngineSettings
@@ -188,9 +189,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        self.attention = make_attention(
-            self.settings, head_size, LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
-        )
+        layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
+        self.attention = make_attention(self.settings.kernels, self.settings.layout(head_size), layer)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -216,10 +216,3 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if attn_metadata.evictor:
             attn_metadata.evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
-
-
-def make_attention(settings: EngineSettings, head_dim: int, spec: LayerSpec) -> PagedAttention:
-    """The kernels of one layer."""
-    from kvserve.attention.native import NativeAttention
-
-    return NativeAttention(settings.layout(head_dim), spec)

@@ -92,9 +92,10 @@ class KvserveStatLogger(StatLoggerBase):
         capacity.labels("effective").set(report.effective_capacity_tokens)
         _ratio().labels("requested").set(report.requested_ratio)
         _ratio().labels("effective").set(report.effective_ratio)
-        info = _gauge("kvserve:policy_info", "The KV policy in effect.", "policy", "tile_tokens", "sink_tokens", "bits")
+        labels = ("policy", "tile_tokens", "sink_tokens", "bits", "kernels")
+        info = _gauge("kvserve:policy_info", "The KV policy in effect.", *labels)
         bits = f"{report.layout.bits_per_element():.2f}"
-        info.labels(policy.name, str(policy.tile_tokens), str(policy.sink_tokens), bits).set(1)
+        info.labels(policy.name, str(policy.tile_tokens), str(policy.sink_tokens), bits, report.kernels).set(1)
         if policy.eviction:
             _evicted_tokens().labels(policy.name)  # 0 until something is evicted
         self._publish_pages(report.num_blocks - 1, 0, None)
