@@ -70,6 +70,6 @@ class Collector:
         skipped = max(getattr(self.scorer, "sinks", 0) - before, 0)
         if skipped >= window.num_rows:
             return earlier
-        positions = torch.arange(before + skipped, window.num_tokens)
+        positions = torch.arange(before + skipped, window.num_tokens, device=window.query.device)
         found = QueryStatistics.of(window.query[skipped:].transpose(0, 1), positions, self.rotary)
         return earlier.merge(found) if earlier else found

@@ -30,12 +30,9 @@ class _Request:
     step: RowStep
     cut: Kept
     row: torch.Tensor
+    state_block: int
     num_tokens: int
     query_rows: slice
-
-    @property
-    def state_block(self) -> int:
-        return int(self.row[0])
 
 
 @dataclass
@@ -64,6 +61,8 @@ class StepEvictor:
         self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
         self.observer = observer or EvictionObserver()
         self.collector = collector or Collector(eviction.scorer)
+        self._starts, self._lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        self._state_blocks = batch.block_table[:, 0].tolist()
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
         self.requests = [self._request(r, step) for r, step in steps.items() if step.cut]
         self.collected = [self._request(r, step) for r, step in steps.items() if step.collects]
@@ -71,9 +70,9 @@ class StepEvictor:
         self.remembered: Rows | None = None
 
     def _request(self, index: int, step: RowStep) -> _Request:
-        first, last = self.batch.query_start_loc[index : index + 2].tolist()
-        row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
-        return _Request(step, step.cut or NOT_KEPT, row, num_tokens, slice(first, last))
+        row, block, num_tokens = self.batch.block_table[index], self._state_blocks[index], self._lengths[index]
+        query_rows = slice(self._starts[index], self._starts[index + 1])
+        return _Request(step, step.cut or NOT_KEPT, row, block, num_tokens, query_rows)
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.
@@ -108,7 +107,7 @@ class StepEvictor:
         collected = self.collector.requests.get(request.step.request_id, {}).get(index, Collected())
         whole = LayerView(
             kv_heads=len(counts),
-            positions=held_positions(counts[0], request.num_tokens, sinks),
+            positions=held_positions(counts[0], request.num_tokens, sinks, query.device),
             scale=attention.spec.scale,
             query_window=self._window(layer, request, query),
             accumulated=collected.accumulated,
@@ -133,7 +132,7 @@ class StepEvictor:
             view = replace(
                 whole,
                 kv_heads=1,
-                positions=held_positions(count, whole.length, sinks),
+                positions=held_positions(count, whole.length, sinks, whole.positions.device),
                 query_window=window,
                 first_head=head,
             )
@@ -205,11 +204,11 @@ def _with_rows(view: LayerView, rows: HeldRows | None) -> LayerView:
     return replace(view, keys=torch.stack(rows.keys), values=torch.stack(rows.values) if rows.values else None)
 
 
-def held_positions(count: int, num_tokens: int, sinks: int) -> torch.Tensor:
+def held_positions(count: int, num_tokens: int, sinks: int, device: torch.device) -> torch.Tensor:
     """Positions of the tokens that a head holds, int64 [count].
 
     A cut does not record where the tokens it kept came from: they count as the ones right before it.
     """
-    positions = torch.arange(num_tokens - count, num_tokens)
-    positions[:sinks] = torch.arange(min(sinks, count))
+    positions = torch.arange(num_tokens - count, num_tokens, device=device)
+    positions[:sinks] = torch.arange(min(sinks, count), device=device)
     return positions

@@ -1,12 +1,11 @@
 """Attention backend: hands vLLM's step to the paged kernels.
 
-Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl`, `AttentionMetadataBuilder`. The worker keeps no
-state of its own: everything a request has lies in the arena and is found through its row of blocks.
+Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl`. The worker keeps no state of its own: everything a
+request has lies in the arena and is found through its row of blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,24 +15,17 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from kvserve.attention.base import Batch, LayerSpec
-from kvserve.attention.collector import Collector
-from kvserve.attention.eviction import StepEvictor
+from kvserve.attention.base import LayerSpec
 from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError
-from kvserve.engine.connector import current_plans
+from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
-from kvserve.engine.stats import worker_log
-from kvserve.pages.kept import NOT_KEPT, KeptTable
-from kvserve.policies.base import Eviction
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -107,62 +99,6 @@ def backend_for(settings: EngineSettings) -> type[KvserveBackend]:
     )
 
 
-@dataclass
-class StepMetadata:
-    """One step's batch, as the kernels want it."""
-
-    num_actual_tokens: int
-    batch: Batch
-    evictor: StepEvictor | None = None
-
-
-class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """Passes lengths and rows through; positions follow from them."""
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        settings = EngineSettings.from_vllm_config(vllm_config)
-        self.eviction = settings.policy.eviction if settings else None
-        self.collector = make_collector(self.eviction) if self.eviction else None
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StepMetadata:
-        """The batch of this step; int32 CPU tensors."""
-        common = common_attn_metadata
-        assert common.causal is True, "kvserve serves causal decoders only"
-        batch = Batch(
-            query_start_loc=common.query_start_loc_cpu[: common.num_reqs + 1],
-            seq_lens=common.seq_lens[: common.num_reqs],
-            block_table=common.block_table_tensor[: common.num_reqs],
-        )
-        evictor = self._plan_evictions(batch) if self.eviction else None
-        return StepMetadata(common.num_actual_tokens, batch, evictor)
-
-    def _plan_evictions(self, batch: Batch) -> StepEvictor | None:
-        """Tell the kernels which rows are cut already; returns what has to be done after each layer."""
-        assert self.eviction is not None
-        rows = current_plans().rows
-        assert self.collector is not None
-        self.collector.drop(current_plans().ended)
-        found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
-        steps = {request: step for request, step in found if step}
-        if any(step.kept.end for step in steps.values()):
-            batch.kept = KeptTable.of([steps[r].kept if r in steps else NOT_KEPT for r in range(batch.num_reqs)])
-        if not any(step.cut or step.collects or step.window_start is not None for step in steps.values()):
-            return None
-        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
-
-
-def make_collector(eviction: Eviction) -> Collector:
-    """What collects for the scorer; refuses a model whose queries it cannot turn back."""
-    if "query_statistics" not in eviction.scorer.needs:
-        return Collector(eviction.scorer)
-    from kvserve.engine.rotary import model_rotary
-
-    return Collector(eviction.scorer, model_rotary())
-
-
 class KvserveImpl(AttentionImpl[StepMetadata]):
     """One attention layer."""
 
@@ -205,7 +141,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             output: [num_tokens, num_heads, head_dim], written.
         """
         if attn_metadata is None:  # vLLM's profiling run has no cache yet
-            return output
+            return output.fill_(0)
         n = attn_metadata.num_actual_tokens
         shape = (-1, self.num_heads, self.head_size)
         cells, batch = kv_cache.view(torch.uint8), attn_metadata.batch
