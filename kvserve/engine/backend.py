@@ -24,10 +24,13 @@ from kvserve.attention.base import LayerSpec
 from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError
 from kvserve.engine.builder import BatchBuilder, StepMetadata
+from kvserve.engine.device import LEAST_CAPABILITY, backend_name
+from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 
 if TYPE_CHECKING:
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 logger = init_logger("vllm.kvserve")
@@ -44,8 +47,17 @@ class KvserveBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """The registered name that vLLM looks up again (AttentionBackendEnum.CPU_ATTN)."""
-        return "CPU_ATTN"
+        return backend_name()
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        """What CUDA platforms turn the class into, and resolve again."""
+        module, name = BACKEND_PATH.rsplit(".", 1)
+        return module, name
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability.major >= LEAST_CAPABILITY
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

@@ -12,7 +12,6 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from kvserve.checks import UnsupportedError
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Holding
@@ -73,8 +72,6 @@ class KvserveStatLogger(StatLoggerBase):
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_vllm_config(vllm_config)
         self.report: EngineReport | None = None
-        if self.settings and vllm_config.device_config.device_type != "cpu":
-            raise UnsupportedError("this kvserve serves on CPUs only; remove the kvserve policy to serve on a GPU")
 
     def log_engine_initialized(self) -> None:
         """The pool's size is known: log the table and set what does not change."""

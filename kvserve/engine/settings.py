@@ -10,6 +10,7 @@ import torch
 
 from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options, choose_kernels
 from kvserve.compat import check_vllm_version
+from kvserve.engine.device import check_gpu, device_type
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_from_config
@@ -51,7 +52,9 @@ class EngineSettings:
             return None
         check_vllm_version()
         policy, asked = policy_from_config(section), section.get("kernels", "auto")
-        kernels = choose_kernels(asked, vllm_config.device_config.device_type)
+        kernels = choose_kernels(asked, device_type())
+        if device_type() == "cuda":
+            check_gpu(vllm_config)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
