@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import make_policy
 from kept_cases import Ask, KeptCase, build_kept_case
+from second_device import SecondDevice, back, moved
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kvserve.attention.base import Batch
@@ -206,6 +207,13 @@ def test_kept_rows_are_found_by_their_state_block() -> None:
     assert table.blocks[:1].tolist() == [3] and table.blocks[16:19].tolist() == [4, 5, 6]
     rows.fill({})
     assert table.ends.tolist() == [0, 0, 0]
+
+
+def test_kept_rows_are_filled_where_the_rows_are() -> None:
+    with SecondDevice():
+        rows = KeptRows(2, 4, torch.device("meta"))
+        table = rows.table(moved(torch.tensor([[10], [20]], dtype=torch.int32)), {20: Kept(64, (3,))})
+    assert back(table.ends).tolist() == [0, 64] and back(table.blocks)[4] == 3
 
 
 def test_more_kept_blocks_than_a_row_has_are_an_error() -> None:

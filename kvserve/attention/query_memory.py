@@ -37,7 +37,7 @@ def rows_to_remember(layout: PageLayout, batch: Batch, window_starts: Sequence[t
             block, offset = layout.query_place(position - start)
             itemsize = layout.dense_dtype.itemsize
             places.append((last - seq_len + position, blocks[request][block], offset // itemsize))
-    return Rows(*torch.tensor(places, device=batch.block_table.device).unbind(1)) if places else None
+    return Rows(*torch.tensor(places).to(batch.block_table.device).unbind(1)) if places else None
 
 
 def remember(layout: PageLayout, cells: torch.Tensor, rows: Rows, query: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ def recall(layout: PageLayout, cells: torch.Tensor, row: torch.Tensor, count: in
     Args:
         row: int32 [>= state blocks], the request's row of the block table.
     """
-    places = torch.tensor([layout.query_place(i) for i in range(count)], device=cells.device)
+    places = torch.tensor([layout.query_place(i) for i in range(count)]).to(cells.device)
     index = _index(layout, cells, row[places[:, 0]].long(), places[:, 1] // layout.dense_dtype.itemsize)
     return _flat(layout, cells)[index].float().unflatten(2, (layout.query_group, layout.head_dim)).flatten(1, 2)
 
