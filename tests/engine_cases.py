@@ -29,7 +29,9 @@ STORY = (
 
 
 @contextmanager
-def engine(model: Path, policy: str | None, changes: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+def engine(
+    model: Path, policy: str | None, changes: dict[str, Any] | None = None, kernels: str = "auto", **options: Any
+) -> Iterator[LLM]:
     """An engine serving `model` with `policy` (None: stock vLLM) and changes to it, shut down at the end."""
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
@@ -39,7 +41,8 @@ def engine(model: Path, policy: str | None, changes: dict[str, Any] | None = Non
         "max_num_batched_tokens": 128, "max_num_seqs": 8,
     }  # fmt: skip
     if policy is not None:
-        settings |= {"additional_config": {"kvserve": {"policy": policy, "set": changes or {}}}, "block_size": 64}
+        section = {"policy": policy, "set": changes or {}, "kernels": kernels}
+        settings |= {"additional_config": {"kvserve": section}, "block_size": 64}
         if load_policy(policy).eviction:
             settings |= scheduler_options()
     llm = LLM(model=str(model), **(settings | options))

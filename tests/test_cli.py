@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvserve import compat
-from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options
+from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options, choose_kernels
 from kvserve.cli import launch, main, serve
 from kvserve.cli.main import UsageError
 from kvserve.policies.loading import load_policy, policy_from_config
@@ -61,12 +61,12 @@ def model_folder(folder: Path, **config) -> str:
 )
 def test_unknown_options_go_to_vllm_untouched_and_in_order(started, arguments):
     assert main(arguments) == 0
-    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"])]
+    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"], "auto")]
 
 
 def test_a_positional_model_and_overrides(started):
     assert main(["some-org/model", "--policy", "int8", "--policy-set", "sink_tokens=4", "--policy_set=key.bits=4"]) == 0
-    policy, overrides, rest = started[0]
+    policy, overrides, rest, _ = started[0]
     assert policy.sink_tokens == 4 and policy.key.bits == 4
     assert overrides == ["sink_tokens=4", "key.bits=4"] and rest == ["some-org/model"]
 
@@ -108,6 +108,8 @@ def test_a_missing_policy_lists_the_names(refusal):
         (["--policy", "kv-compress", "--compression-rate", "0.5"], "a number from 1"),
         (["--policy", "kv-compress", "--max-cache-tokens"], "--max-cache-tokens needs a value"),
         (["--policy", "int8", "--policy-set"], "--policy-set needs a value"),
+        (["--policy", "int8", "--kernels", "cuda-graphs"], "--kernels must be one of auto, native, triton"),
+        (["--policy", "int8", "--kernels"], "--kernels needs a value"),
         (["--policy", "int8", "--kv-cache-dtype", "fp8"], "drop the option"),
         (["--policy", "none", "--kv-cache-dtype=fp8"], "keeps the model's dtype"),
         (["--policy", "int8", "--kv_cache_dtype", "fp8"], "--kv-cache-dtype fp8"),
@@ -144,6 +146,50 @@ def test_refused_command_lines(refusal, arguments, part):
 def test_harmless_values_of_the_same_options_pass(started, arguments):
     assert main(["--policy", "int8", *arguments]) == 0
     assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "kernels"),
+    [("auto", "cpu", "native"), ("native", "cpu", "native"), ("auto", "cuda", "triton"), ("triton", "cuda", "triton")],
+)
+def test_each_device_has_its_kernels(asked, device, kernels):
+    assert choose_kernels(asked, device) == kernels
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "part"),
+    [
+        ("native", "cuda", "--kernels native runs on cpu devices, this vLLM runs on cuda; use --kernels triton"),
+        ("triton", "cpu", "use --kernels native"),
+        ("auto", "xpu", "this vLLM runs on xpu"),
+        ("fast", "cpu", "one of auto, native, triton"),
+    ],
+)
+def test_kernels_of_another_device_are_refused(asked, device, part, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnsupportedError, match=part):
+        choose_kernels(asked, device)
+
+
+def test_the_interpreter_runs_the_triton_kernels_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_kernels("triton", "cpu") == "triton"
+
+
+def test_the_kernels_asked_for_reach_the_engine(started, default_model):
+    assert main(["--policy", "int8", "--kernels", "native"]) == 0
+    assert started[0][-1] == "native"
+    args = parsed()
+    launch.configure(args, KIVI, "native")
+    assert args.additional_config["kvserve"]["kernels"] == "native"
+
+
+def test_a_gpu_gets_vllms_defaults_and_kvserves_backend(default_model, monkeypatch):
+    monkeypatch.setattr("kvserve.engine.device.device_type", lambda: "cuda")
+    args = parsed(enforce_eager=None, gpu_memory_utilization=None)
+    launch.configure(args, KIVI, device="cuda")
+    assert (args.attention_backend, args.dtype, args.enforce_eager) == ("CUSTOM", "auto", False)
+    assert (args.gpu_memory_utilization, args.kv_cache_memory_bytes) == (0.92, None)
 
 
 def test_the_dense_policy_takes_any_block_size(started):

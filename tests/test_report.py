@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,11 @@ def test_a_policy_without_pages_and_one_with_codes_are_reported_as_such():
     assert "dense, float32: 32 bits per element" in report("none", torch.float32).table()
     table = report("int8", torch.float32).table()
     assert "K 8-bit per channel" in table and "tile of 64 tokens and the first 0, in float16" in table
+
+
+def test_the_startup_table_shows_the_kernels():
+    found = replace(report("int8", torch.float32), kernels_asked="auto", kernels="triton")
+    assert "auto requested, triton in effect" in found.table()
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import kvserve.engine.settings
 from kvserve.checks import UnsupportedError
-from kvserve.engine import selector
+from kvserve.engine import plugin, selector
 from kvserve.engine.backend import KvserveBackend, backend_for
 from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH, EngineSettings
 from kvserve.engine.spec import PageSpec
@@ -102,3 +104,77 @@ def test_layers_with_another_kind_of_cache_are_refused() -> None:
     spec = MLAAttentionSpec(**{**HEADS, "num_kv_heads": 1})
     with pytest.raises(UnsupportedError, match="stock vLLM"):
         bound("kivi-2bit").customize_spec(spec)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+    """A configuration as on a GPU; nothing runs there."""
+    for module in ("kvserve.engine.device", "kvserve.engine.settings"):
+        monkeypatch.setattr(f"{module}.device_type", lambda: "cuda")
+    plugin.register()
+    config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
+    config.cache_config.block_size = 64
+    config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    config.model_config = ModelStub()
+    return config
+
+
+class ModelStub:
+    """What EngineSettings reads of a model."""
+
+    dtype, runner_type, convert_type = torch.bfloat16, "generate", "none"
+    hf_config = SimpleNamespace(to_dict=lambda: {"head_dim": 64})
+
+    def get_num_attention_heads(self, parallel: Any) -> int:
+        return 6
+
+    def get_num_kv_heads(self, parallel: Any) -> int:
+        return 2
+
+
+def test_a_gpu_gets_the_triton_kernels_under_the_name_custom(gpu: VllmConfig) -> None:
+    found = EngineSettings.from_vllm_config(gpu)
+    assert found is not None and (found.kernels_asked, found.kernels) == ("auto", "triton")
+    with set_current_vllm_config(gpu):
+        backend = AttentionBackendEnum.CUSTOM.get_class()
+        assert backend is backend_for(found) and AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
+        assert resolve_obj_by_qualname(".".join(backend.full_cls_name())) is backend
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "part"),
+    [
+        ("attention_config", "backend", None, "needs --attention-backend CUSTOM"),
+        (
+            "attention_config",
+            "backend_per_kind",
+            {"full_attention": AttentionBackendEnum.FLASH_ATTN},
+            "drop backend",
+        ),
+        ("parallel_config", "enable_dbo", True, "drop --enable-dbo"),
+        (None, "additional_config", {"kvserve": {"policy": "int8", "kernels": "native"}}, "use --kernels triton"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused(
+    gpu: VllmConfig, section: str | None, field: str, value: Any, part: str
+) -> None:
+    object.__setattr__(getattr(gpu, section) if section else gpu, field, value)
+    with pytest.raises(UnsupportedError, match=part):
+        EngineSettings.from_vllm_config(gpu)
+
+
+def test_the_backend_of_another_plugin_stays_in_place_and_is_refused(gpu: VllmConfig) -> None:
+    try:
+        register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")
+        plugin.register()
+        with pytest.raises(UnsupportedError, match="of another plugin"):
+            EngineSettings.from_vllm_config(gpu)
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()
+        plugin.register()
+
+
+def test_the_name_custom_without_a_policy_is_refused_on_a_gpu(gpu: VllmConfig) -> None:
+    gpu.additional_config = {}
+    with set_current_vllm_config(gpu), pytest.raises(UnsupportedError, match="needs a policy"):
+        AttentionBackendEnum.CUSTOM.get_class()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, build_case, copy_cells, make_batch, make_policy
+from second_device import KernelsThere, SecondDevice, moved
 
+from kvserve.attention.base import Batch
 from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.attention.native import NativeAttention
@@ -25,6 +27,11 @@ SCORERS = {
     "whole-prompt": {"name": "window-attention", "window": 300, "reduce": "max", "keep_window": False},
     "key-diff": {"name": "key-diff"},
 }
+
+SCORER_NAMES = [
+    *("accumulated-attention", "expected-attention", "key-diff", "key-norm", "position", "random"),
+    *("window-attention",),
+]
 
 
 def evicting(scorer: dict) -> Policy:
@@ -73,6 +80,7 @@ def test_each_head_keeps_what_the_scorer_chooses_on_plain_tensors(scorer: dict):
     rows = [[part[index] for part, index in zip(of, chosen, strict=True)] for of in (keys, values)]
     kernels.write_kept(expected, int(row[0]), kept, [0, 2], *rows)
     evict(case, policy, cells, RowStep("a", Kept(), kept))
+    print("DIFF", (cells != expected).nonzero()[:5], (cells != expected).sum(), (cells != case.cells).sum())
     assert torch.equal(cells, expected) and not torch.equal(cells, case.cells)
 
 
@@ -247,3 +255,45 @@ def test_requests_that_end_before_their_cut_are_forgotten():
     collector.requests = {"a": {}, "b": {}}
     collector.drop({"a", "c"})
     assert collector.requests.keys() == {"b"}
+
+
+ELSEWHERE = [
+    *(("uniform", scorer, False) for scorer in SCORER_NAMES),
+    *(("uniform", scorer, True) for scorer in SCORER_NAMES if not make_scorer({"name": scorer}).collects),
+    *((budget, "window-attention", True) for budget in ("global-pages", "heads-in-layer", "pyramid")),
+]
+
+
+@pytest.mark.parametrize(("budget", "scorer", "again"), ELSEWHERE)
+def test_on_another_device_the_same_tokens_stay(budget: str, scorer: str, again: bool):
+    """No scorer, budget or bookkeeping mixes devices, and kernels get tensors of theirs only."""
+    schedule = "every-n" if again else "end-of-prefill"
+    eviction = Eviction(scorer={"name": scorer}, budget=budget, schedule=schedule, rate=2)
+    case, _, kept = prompt_case(make_policy("int8").model_copy(update={"eviction": eviction}))
+    kernels, row, cells = NativeAttention(case.layout, case.spec), case.batch.block_table[0], copy_cells(case.cells)
+    earlier, kept = (Kept(192, kept.blocks[:1]), Kept(256, kept.blocks[1:])) if again else (Kept(), kept)
+    expected = copy_cells(case.cells)
+    for arena in (cells, expected) if again else ():
+        rows = kernels.read(arena, row, 4, 192, PROMPT)
+        survivors = [[part[h][h::3][:60] for h in (0, 1)] for part in rows]
+        kernels.write_kept(arena, int(row[0]), earlier, [0, 1], *survivors)
+    window_start = PROMPT - eviction.window if eviction.remembers_queries else None
+    step = RowStep("a", earlier, kept, window_start, eviction.scorer.collects)
+    rotary = Rotary(1.0 / 10000 ** (torch.arange(0, 64, 2) / 64))
+    here = Collector(eviction.scorer, rotary)
+    evictor = StepEvictor(eviction, {0: step}, case.batch, 1, collector=here)
+    evictor.before_layer(kernels, expected)
+    evictor.after_layer(kernels, expected, case.query)
+    with SecondDevice():
+        tables = moved((case.batch.query_start_loc, case.batch.seq_lens, case.batch.block_table))
+        there = Collector(eviction.scorer, Rotary(moved(rotary.inverse_frequencies)))
+        evictor = StepEvictor(eviction, {0: step}, Batch(*tables), 1, collector=there)
+        arguments = (KernelsThere(kernels), moved(cells))
+        evictor.before_layer(*arguments)
+        evictor.after_layer(*arguments, moved(case.query))
+    assert torch.equal(cells, expected) and not torch.equal(cells, case.cells)
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    with SecondDevice(), pytest.raises(RuntimeError, match="two devices"):
+        moved(torch.ones(3)) + torch.arange(3)

@@ -42,11 +42,11 @@ class Collected:
         self.num_tokens += count
         self.columns += count
 
-    def room(self, kv_heads: int) -> torch.Tensor:
+    def room(self, kv_heads: int, device: torch.device) -> torch.Tensor:
         """`accumulated`, with all columns there."""
         old = self.accumulated
         if old is None or old.shape[1] < self.columns:
-            self.accumulated = torch.zeros(kv_heads, self.columns + ROOM)
+            self.accumulated = torch.zeros(kv_heads, self.columns + ROOM, device=device)
             if old is not None:
                 self.accumulated[:, : old.shape[1]] = old
         assert self.accumulated is not None
@@ -81,7 +81,9 @@ class Collector:
         for request_id in request_ids & self.requests.keys():
             del self.requests[request_id]
 
-    def begin(self, request_id: str, layer: int, before: int, count: int, kv_heads: int) -> torch.Tensor | None:
+    def begin(
+        self, request_id: str, layer: int, before: int, count: int, kv_heads: int, device: torch.device
+    ) -> torch.Tensor | None:  # fmt: skip
         """A step computes tokens [before, before + count); one from token 0 on starts over.
 
         Returns:
@@ -92,7 +94,7 @@ class Collector:
         assert found is not None and found.num_tokens == before, "every query of a request passes once"
         layers[layer] = found
         found.add_tokens(count)
-        return found.room(kv_heads) if isinstance(self.scorer, AccumulatedAttention) else None
+        return found.room(kv_heads, device) if isinstance(self.scorer, AccumulatedAttention) else None
 
     def add(self, request_id: str, layer: int, window: PagedWindow, accumulated: bool) -> None:
         """Take in the query rows of the step that has begun, all of `window`, once it has attended.
@@ -115,6 +117,6 @@ class Collector:
         skipped = max(getattr(self.scorer, "sinks", 0) - before, 0)
         if skipped >= window.num_rows:
             return earlier
-        positions = torch.arange(before + skipped, window.num_tokens)
+        positions = torch.arange(before + skipped, window.num_tokens, device=window.query.device)
         found = QueryStatistics.of(window.query[skipped:].transpose(0, 1), positions, self.rotary)
         return earlier.merge(found) if earlier else found

@@ -32,12 +32,9 @@ class _Request:
     step: RowStep
     cut: Kept
     row: torch.Tensor
+    state_block: int
     num_tokens: int
     query_rows: slice
-
-    @property
-    def state_block(self) -> int:
-        return int(self.row[0])
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +72,8 @@ class StepEvictor:
         self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
         self.observer = observer or EvictionObserver()
         self.collector = collector or Collector(eviction.scorer)
+        self._starts, self._lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        self._state_blocks = batch.block_table[:, 0].tolist()
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
         self.requests = [self._request(r, step) for r, step in steps.items() if step.cut]
         self.collected = [self._request(r, step) for r, step in steps.items() if step.collects]
@@ -82,9 +81,9 @@ class StepEvictor:
         self.remembered: Rows | None = None
 
     def _request(self, index: int, step: RowStep) -> _Request:
-        first, last = self.batch.query_start_loc[index : index + 2].tolist()
-        row, num_tokens = self.batch.block_table[index], int(self.batch.seq_lens[index])
-        return _Request(index, step, step.cut or NOT_KEPT, row, num_tokens, slice(first, last))
+        row, block, num_tokens = self.batch.block_table[index], self._state_blocks[index], self._lengths[index]
+        query_rows = slice(self._starts[index], self._starts[index + 1])
+        return _Request(index, step, step.cut or NOT_KEPT, row, block, num_tokens, query_rows)
 
     def before_layer(self, attention: PagedAttention, cells: torch.Tensor) -> Received | None:
         """What a layer that is about to attend shall add up on its way."""
@@ -95,7 +94,7 @@ class StepEvictor:
         for request in self.collected:
             before = request.num_tokens - request.num_rows
             places = (request.step.request_id, index, before, request.num_rows)
-            table = self.collector.begin(*places, attention.spec.num_kv_heads)
+            table = self.collector.begin(*places, attention.spec.num_kv_heads, cells.device)
             if table is not None and request.decodes:
                 sums[request.index] = table
         scorer = self.eviction.scorer
@@ -135,7 +134,7 @@ class StepEvictor:
         collected = self.collector.of(request.step.request_id, index)
         whole = LayerView(
             kv_heads=len(counts),
-            positions=held_positions(counts[0], request.num_tokens, sinks),
+            positions=held_positions(counts[0], request.num_tokens, sinks, query.device),
             scale=attention.spec.scale,
             query_window=self._window(layer, request, query),
             accumulated=None if collected.accumulated is None else collected.accumulated[:, : max(counts)],
@@ -162,7 +161,7 @@ class StepEvictor:
             view = replace(
                 whole,
                 kv_heads=1,
-                positions=held_positions(count, whole.length, sinks),
+                positions=held_positions(count, whole.length, sinks, whole.positions.device),
                 query_window=window,
                 accumulated=None if sums is None else sums[head : head + 1, :count],
                 query_statistics=statistics and statistics.of_heads(slice(head * group, (head + 1) * group)),
@@ -207,7 +206,10 @@ class StepEvictor:
         for i, index in enumerate(sorted(self.layers)):
             first_later = (candidates[i] + sinks).tolist()
             self.collector.of(request.step.request_id, index).keep([
-                torch.cat([torch.arange(sinks), chosen + sinks, torch.arange(first, first + later)])
+                torch.cat([
+                    torch.arange(sinks, device=chosen.device), chosen + sinks,
+                    torch.arange(first, first + later, device=chosen.device),
+                ])
                 for chosen, first in zip(tokens[i], first_later, strict=True)
             ])  # fmt: skip
 
@@ -250,11 +252,11 @@ def _with_rows(view: LayerView, rows: HeldRows | None) -> LayerView:
     return replace(view, keys=torch.stack(rows.keys), values=torch.stack(rows.values) if rows.values else None)
 
 
-def held_positions(count: int, num_tokens: int, sinks: int) -> torch.Tensor:
+def held_positions(count: int, num_tokens: int, sinks: int, device: torch.device) -> torch.Tensor:
     """Positions of the tokens that a head holds, int64 [count].
 
     A cut does not record where the tokens it kept came from: they count as the ones right before it.
     """
-    positions = torch.arange(num_tokens - count, num_tokens)
-    positions[:sinks] = torch.arange(min(sinks, count))
+    positions = torch.arange(num_tokens - count, num_tokens, device=device)
+    positions[:sinks] = torch.arange(min(sinks, count), device=device)
     return positions

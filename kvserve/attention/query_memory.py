@@ -27,14 +27,17 @@ class Rows(NamedTuple):
 def rows_to_remember(layout: PageLayout, batch: Batch, window_starts: Sequence[tuple[int, int]]) -> Rows | None:
     """The rows of this step that lie in a window; `window_starts`: (request, first token of the window)."""
     places: list[tuple[int, int, int]] = []
+    if not window_starts:
+        return None
+    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    blocks = batch.block_table[:, : layout.state_blocks].tolist()
     for request, start in window_starts:
-        first, last = batch.query_start_loc[request : request + 2].tolist()
-        seq_len = int(batch.seq_lens[request])
+        (first, last), seq_len = starts[request : request + 2], lengths[request]
         for position in range(max(seq_len - (last - first), start), seq_len):
             block, offset = layout.query_place(position - start)
-            block_id = int(batch.block_table[request, block])
-            places.append((last - seq_len + position, block_id, offset // layout.dense_dtype.itemsize))
-    return Rows(*torch.tensor(places).unbind(1)) if places else None
+            itemsize = layout.dense_dtype.itemsize
+            places.append((last - seq_len + position, blocks[request][block], offset // itemsize))
+    return Rows(*torch.tensor(places).to(batch.block_table.device).unbind(1)) if places else None
 
 
 def remember(layout: PageLayout, cells: torch.Tensor, rows: Rows, query: torch.Tensor) -> None:
@@ -51,7 +54,7 @@ def recall(layout: PageLayout, cells: torch.Tensor, row: torch.Tensor, count: in
     Args:
         row: int32 [>= state blocks], the request's row of the block table.
     """
-    places = torch.tensor([layout.query_place(i) for i in range(count)])
+    places = torch.tensor([layout.query_place(i) for i in range(count)]).to(cells.device)
     index = _index(layout, cells, row[places[:, 0]].long(), places[:, 1] // layout.dense_dtype.itemsize)
     return _flat(layout, cells)[index].float().unflatten(2, (layout.query_group, layout.head_dim)).flatten(1, 2)
 
@@ -65,7 +68,7 @@ def _flat(layout: PageLayout, cells: torch.Tensor) -> torch.Tensor:
 def _index(layout: PageLayout, cells: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Elements of one remembered row of every place and KV head, [n, kv_heads, group * head_dim]."""
     itemsize = layout.dense_dtype.itemsize
-    heads = torch.arange(cells.shape[1]) * (cells.stride(1) // itemsize)
+    heads = torch.arange(cells.shape[1], device=cells.device) * (cells.stride(1) // itemsize)
     start = blocks * (cells.stride(0) // itemsize) + offsets
-    elements = torch.arange(layout.query_group * layout.head_dim)
+    elements = torch.arange(layout.query_group * layout.head_dim, device=cells.device)
     return start[:, None, None] + heads[:, None] + elements

@@ -82,6 +82,7 @@ class EngineHost:
     def __init__(self, name: str, config: EngineConfig) -> None:
         from vllm import LLM
 
+        from kvserve.engine.device import backend_options
         from kvserve.engine.settings import scheduler_options
 
         self.kv_bytes = config.kv_bytes or pool_bytes(name, config)
@@ -90,6 +91,7 @@ class EngineHost:
             policy = load_policy(name)
             _require_plugin()
             extra = {
+                **backend_options(),
                 "block_size": policy.tile_tokens,
                 "additional_config": {"kvserve": {"policy": policy_content(policy)}},
             }

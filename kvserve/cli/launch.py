@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import check_device
+from kvserve.checks import choose_kernels
 from kvserve.cli.main import UsageError
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
@@ -33,8 +33,11 @@ _VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
 
-def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto") -> int:
     """Serve until stopped.
+
+    Args:
+        kernels: attention kernels, a name of `kvserve.checks.KERNELS` or "auto".
 
     Raises:
         UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
@@ -45,8 +48,10 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     # None: not given, neither here nor in a --config file.
     parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
     args = parser.parse_args(list(arguments))
-    check_device(_device_type())
-    configure(args, policy)
+    from kvserve.engine.device import device_type
+
+    choose_kernels(kernels, device_type())
+    configure(args, policy, kernels, device_type())
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
     print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
@@ -63,7 +68,7 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str]) -
     return 0
 
 
-def configure(args: argparse.Namespace, policy: Policy) -> None:
+def configure(args: argparse.Namespace, policy: Policy, kernels: str = "auto", device: str = "cpu") -> None:
     """Complete vLLM's parsed arguments: the policy, and what the user left open.
 
     Raises:
@@ -79,7 +84,8 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
             'the policy is given twice, by --policy and in --additional-config {"kvserve": ...}; drop the latter'
         )
     # The full content, not the name: every process then works with the same policy, whatever its own files say.
-    args.additional_config = {**additional, PLUGIN_NAME: {"policy": policy_content(policy)}}
+    section = {"policy": policy_content(policy), "kernels": kernels}
+    args.additional_config = {**additional, PLUGIN_NAME: section}
     if args.block_size is None:
         args.block_size = policy.tile_tokens
     if args.model is None:
@@ -87,6 +93,28 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         if not args.served_model_name:
             args.served_model_name = [MODEL_NAME, args.model]
         check_arguments(vars(args), policy)
+    if policy.eviction:
+        _connect_scheduler(args)
+    if device == "cpu":
+        _configure_cpu(args)
+    else:
+        _configure_gpu(args)
+
+
+def _configure_gpu(args: argparse.Namespace) -> None:
+    """vLLM's own defaults, and the backend under which kvserve is registered."""
+    from kvserve.engine.device import backend_options
+
+    args.dtype = args.dtype or "auto"
+    args.enforce_eager = bool(args.enforce_eager)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = _VLLM_MEMORY_UTILIZATION
+    for name, value in backend_options().items():
+        setattr(args, name, value)
+
+
+def _configure_cpu(args: argparse.Namespace) -> None:
+    """Defaults that work on a CPU where vLLM's do not."""
     if args.dtype is None:
         args.dtype = "auto"
         if not cpu_has_bfloat16():
@@ -97,8 +125,6 @@ def configure(args: argparse.Namespace, policy: Policy) -> None:
         # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
-    if policy.eviction:
-        _connect_scheduler(args)
     _size_the_pool(args)
 
 
@@ -189,9 +215,3 @@ def _free_memory_bytes() -> int:
     from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
     return min(int(get_memory_node_info(node).available_memory) for node in get_visible_memory_node())
-
-
-def _device_type() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.device_type)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import ServeOptions, check_model, check_options
+from kvserve.checks import KERNELS, ServeOptions, check_model, check_options
 from kvserve.cli.main import UsageError, print_help
 from kvserve.compat import check_vllm_version
 from kvserve.policies.base import Policy
@@ -31,6 +31,7 @@ class ServeRequest:
 
     policy: str | None = None
     overrides: list[str] = field(default_factory=list)
+    kernels: str | None = None
     vllm_arguments: list[str] = field(default_factory=list)
     wants_help: bool = False
 
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from kvserve.cli.launch import launch
 
-    return launch(policy, request.overrides, request.vllm_arguments)
+    return launch(policy, request.overrides, request.vllm_arguments, request.kernels or "auto")
 
 
 def split_arguments(arguments: Sequence[str]) -> ServeRequest:
@@ -81,6 +82,10 @@ def split_arguments(arguments: Sequence[str]) -> ServeRequest:
                 request.overrides += [f"eviction.rate={value}", "eviction.max_tokens=null"]
             elif name == "--max-cache-tokens":
                 request.overrides += ["eviction.rate=null", f"eviction.max_tokens={value}"]
+            elif name == "--kernels":
+                if value not in ("auto", *KERNELS):
+                    raise UsageError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {value!r}")
+                request.kernels = value
             elif request.policy not in (None, value):
                 raise UsageError(f"--policy was given twice, as {request.policy} and as {value}; keep one")
             else:
@@ -99,6 +104,7 @@ _EXAMPLES = {
     "--policy-set": "--policy-set sink_tokens=0",
     "--compression-rate": "--compression-rate 4",
     "--max-cache-tokens": "--max-cache-tokens 1024",
+    "--kernels": "--kernels triton",
 }
 
 

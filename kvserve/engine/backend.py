@@ -1,12 +1,11 @@
 """Attention backend: hands vLLM's step to the paged kernels.
 
-Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl`, `AttentionMetadataBuilder`. The worker keeps no
-state of its own: everything a request has lies in the arena and is found through its row of blocks.
+Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl`. The worker keeps no state of its own: everything a
+request has lies in the arena and is found through its row of blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,25 +15,22 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention
-from kvserve.attention.collector import Collector
-from kvserve.attention.eviction import StepEvictor
+from kvserve.attention.base import LayerSpec
+from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError
-from kvserve.engine.connector import current_plans
+from kvserve.engine.builder import BatchBuilder, StepMetadata
+from kvserve.engine.device import LEAST_CAPABILITY, backend_name
+from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
-from kvserve.engine.stats import worker_log
-from kvserve.pages.kept import NOT_KEPT, KeptTable
-from kvserve.policies.base import Eviction
 
 if TYPE_CHECKING:
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 logger = init_logger("vllm.kvserve")
@@ -51,8 +47,17 @@ class KvserveBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """The registered name that vLLM looks up again (AttentionBackendEnum.CPU_ATTN)."""
-        return "CPU_ATTN"
+        return backend_name()
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        """What CUDA platforms turn the class into, and resolve again."""
+        module, name = BACKEND_PATH.rsplit(".", 1)
+        return module, name
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return capability.major >= LEAST_CAPABILITY
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -106,62 +111,6 @@ def backend_for(settings: EngineSettings) -> type[KvserveBackend]:
     )
 
 
-@dataclass
-class StepMetadata:
-    """One step's batch, as the kernels want it."""
-
-    num_actual_tokens: int
-    batch: Batch
-    evictor: StepEvictor | None = None
-
-
-class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """Passes lengths and rows through; positions follow from them."""
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        settings = EngineSettings.from_vllm_config(vllm_config)
-        self.eviction = settings.policy.eviction if settings else None
-        self.collector = make_collector(self.eviction) if self.eviction else None
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StepMetadata:
-        """The batch of this step; int32 CPU tensors."""
-        common = common_attn_metadata
-        assert common.causal is True, "kvserve serves causal decoders only"
-        batch = Batch(
-            query_start_loc=common.query_start_loc_cpu[: common.num_reqs + 1],
-            seq_lens=common.seq_lens[: common.num_reqs],
-            block_table=common.block_table_tensor[: common.num_reqs],
-        )
-        evictor = self._plan_evictions(batch) if self.eviction else None
-        return StepMetadata(common.num_actual_tokens, batch, evictor)
-
-    def _plan_evictions(self, batch: Batch) -> StepEvictor | None:
-        """Tell the kernels which rows are cut already; returns what has to be done after each layer."""
-        assert self.eviction is not None
-        rows = current_plans().rows
-        assert self.collector is not None
-        self.collector.drop(current_plans().ended)
-        found = ((request, rows.get(block)) for request, block in enumerate(batch.block_table[:, 0].tolist()))
-        steps = {request: step for request, step in found if step}
-        if any(step.kept.end for step in steps.values()):
-            batch.kept = KeptTable.of([steps[r].kept if r in steps else NOT_KEPT for r in range(batch.num_reqs)])
-        if not any(step.cut or step.collects or step.window_start is not None for step in steps.values()):
-            return None
-        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
-
-
-def make_collector(eviction: Eviction) -> Collector:
-    """What collects for the scorer; refuses a model whose queries it cannot turn back."""
-    if "query_statistics" not in eviction.scorer.needs:
-        return Collector(eviction.scorer)
-    from kvserve.engine.rotary import model_rotary
-
-    return Collector(eviction.scorer, model_rotary())
-
-
 class KvserveImpl(AttentionImpl[StepMetadata]):
     """One attention layer."""
 
@@ -188,9 +137,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        self.attention = make_attention(
-            self.settings, head_size, LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
-        )
+        layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
+        self.attention = make_attention(self.settings.kernels, self.settings.layout(head_size), layer)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -205,7 +153,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             output: [num_tokens, num_heads, head_dim], written.
         """
         if attn_metadata is None:  # vLLM's profiling run has no cache yet
-            return output
+            return output.fill_(0)
         n = attn_metadata.num_actual_tokens
         shape = (-1, self.num_heads, self.head_size)
         cells, batch, evictor = kv_cache.view(torch.uint8), attn_metadata.batch, attn_metadata.evictor
@@ -218,10 +166,3 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if evictor:
             evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
-
-
-def make_attention(settings: EngineSettings, head_dim: int, spec: LayerSpec) -> PagedAttention:
-    """The kernels of one layer."""
-    from kvserve.attention.native import NativeAttention
-
-    return NativeAttention(settings.layout(head_dim), spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -19,9 +20,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from kvserve.engine.eviction_manager import EvictingPageManager
+from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
+from kvserve.pages.kept import Kept
 from kvserve.pages.plan import RowStep, plan_eviction
 from kvserve.policies.limits import request_limit
 
@@ -40,14 +43,34 @@ class StepPlans(KVConnectorMetadata):
     rows: dict[int, RowStep] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
 
+    @property
+    def kept(self) -> dict[int, Kept]:
+        """What the rows keep that are cut already, by state block."""
+        return {block: step.kept for block, step in self.rows.items() if step.kept.end}
+
+    @property
+    def work(self) -> dict[int, RowStep]:
+        """Rows for which something is done after each layer, by state block."""
+        rows = self.rows.items()
+        return {block: step for block, step in rows if step.cut or step.collects or step.window_start is not None}
+
 
 logger = init_logger("vllm.kvserve")
 _current = StepPlans()
+_followers: WeakSet[KeptRows] = WeakSet()
 
 
 def current_plans() -> StepPlans:
     """The plans of the step that this worker is about to run."""
     return _current
+
+
+def follow_plans(rows: KeptRows) -> None:
+    """Fill `rows` whenever plans arrive.
+
+    With Model Runner V2 that is after the attention metadata was built and before the model, or its graph, runs.
+    """
+    _followers.add(rows)
 
 
 class KvserveConnector(KVConnectorBase_V1):
@@ -155,10 +178,12 @@ class KvserveConnector(KVConnectorBase_V1):
     # -- worker ---------------------------------------------------------------------------------------------------
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """The first call of a step in the worker, before the attention metadata is built."""
+        """The first call of a step in the worker, before the model runs."""
         global _current
         assert isinstance(kv_connector_metadata, StepPlans)
         _current = kv_connector_metadata
+        for rows in _followers:
+            rows.fill(_current.kept)
 
     def build_connector_worker_meta(self) -> StepEvictions | None:
         """What the step that has just run evicted."""

@@ -12,7 +12,6 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from kvserve.checks import UnsupportedError
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Holding
@@ -73,8 +72,6 @@ class KvserveStatLogger(StatLoggerBase):
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_vllm_config(vllm_config)
         self.report: EngineReport | None = None
-        if self.settings and vllm_config.device_config.device_type != "cpu":
-            raise UnsupportedError("this kvserve serves on CPUs only; remove the kvserve policy to serve on a GPU")
 
     def log_engine_initialized(self) -> None:
         """The pool's size is known: log the table and set what does not change."""
@@ -92,9 +89,10 @@ class KvserveStatLogger(StatLoggerBase):
         capacity.labels("effective").set(report.effective_capacity_tokens)
         _ratio().labels("requested").set(report.requested_ratio)
         _ratio().labels("effective").set(report.effective_ratio)
-        info = _gauge("kvserve:policy_info", "The KV policy in effect.", "policy", "tile_tokens", "sink_tokens", "bits")
+        labels = ("policy", "tile_tokens", "sink_tokens", "bits", "kernels")
+        info = _gauge("kvserve:policy_info", "The KV policy in effect.", *labels)
         bits = f"{report.layout.bits_per_element():.2f}"
-        info.labels(policy.name, str(policy.tile_tokens), str(policy.sink_tokens), bits).set(1)
+        info.labels(policy.name, str(policy.tile_tokens), str(policy.sink_tokens), bits, report.kernels).set(1)
         if policy.eviction:
             _evicted_tokens().labels(policy.name)  # 0 until something is evicted
         self._publish_pages(report.num_blocks - 1, 0, None)

@@ -30,6 +30,7 @@ class EngineReport:
         cells_per_block: layers x KV heads.
         max_model_len: the length at which "effective" figures count tail and sinks.
         num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
+        kernels_asked, kernels: the attention kernels that were asked for, and those in effect.
     """
 
     layout: PageLayout
@@ -38,6 +39,8 @@ class EngineReport:
     num_blocks: int
     max_model_len: int
     num_ranks: int = 1
+    kernels_asked: str = "auto"
+    kernels: str = "native"
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings) -> EngineReport:
@@ -49,6 +52,8 @@ class EngineReport:
             num_blocks=config.cache_config.num_gpu_blocks or 0,
             max_model_len=model.max_model_len,
             num_ranks=config.parallel_config.tensor_parallel_size,
+            kernels_asked=settings.kernels_asked,
+            kernels=settings.kernels,
         )
 
     @property
@@ -132,6 +137,7 @@ class EngineReport:
         rows = [
             ("keys / values", describe_codecs(layout)),
             ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, all the same"),
+            ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
             ("kept dense", describe_dense(layout)),
             ("evicts", describe_eviction(layout)),
             ("bytes per token", f"{self.dense_bytes_per_token:,} in a 16-bit cache, "

@@ -6,6 +6,7 @@ and `RotaryEmbeddingBase._compute_inv_freq`.
 
 from __future__ import annotations
 
+import torch
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
@@ -14,8 +15,8 @@ from kvserve.checks import UnsupportedError
 from kvserve.scorers.rotary import Rotary
 
 
-def model_rotary() -> Rotary:
-    """The one embedding of all layers.
+def model_rotary(device: torch.device) -> Rotary:
+    """The one embedding of all layers, for queries on `device`.
 
     Raises:
         UnsupportedError: layers differ, or the embedding is of a kind whose angles are not known to be a multiple of
@@ -29,4 +30,4 @@ def model_rotary() -> Rotary:
             "choose another policy"
         )
     (rope,) = embeddings
-    return Rotary(rope._compute_inv_freq(rope.base).float(), interleaved=not rope.is_neox_style)
+    return Rotary(rope._compute_inv_freq(rope.base).float().to(device), interleaved=not rope.is_neox_style)

@@ -1,7 +1,7 @@
-"""The one name vLLM resolves to find its CPU attention backend: `kvserve.engine.selector.backend`.
+"""The one name vLLM resolves to find kvserve's attention backend: `kvserve.engine.selector.backend`.
 
 It is computed on access (PEP 562), when the config being served is known: kvserve's backend bound to the configured
-policy, or vLLM's own where no policy is set.
+policy, or vLLM's own on a CPU where no policy is set.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from vllm.config import get_current_vllm_config
 
+    from kvserve.checks import UnsupportedError
+    from kvserve.engine.device import device_type
     from kvserve.engine.settings import EngineSettings
 
     settings = EngineSettings.from_vllm_config(get_current_vllm_config())
-    if settings is None:
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    if settings is not None:
+        from kvserve.engine.backend import backend_for
 
-        return CPUAttentionBackend
-    from kvserve.engine.backend import backend_for
+        return backend_for(settings)
+    if device_type() != "cpu":
+        raise UnsupportedError(
+            "the attention backend CUSTOM is kvserve's and needs a policy: give one in --additional-config, "
+            'for example {"kvserve": {"policy": "kivi-2bit"}}, or drop --attention-backend'
+        )
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    return backend_for(settings)
+    return CPUAttentionBackend

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options
+from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options, choose_kernels
 from kvserve.compat import check_vllm_version
+from kvserve.engine.device import check_gpu, device_type
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_from_config
@@ -34,6 +35,8 @@ class EngineSettings:
     block_size: int
     model_dtype: torch.dtype
     query_group: int = 1  # query heads that share one KV head
+    kernels_asked: str = "auto"
+    kernels: str = "native"  # in effect
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -48,14 +51,17 @@ class EngineSettings:
         if section is None:
             return None
         check_vllm_version()
-        policy = policy_from_config(section)
+        policy, asked = policy_from_config(section), section.get("kernels", "auto")
+        kernels = choose_kernels(asked, device_type())
+        if device_type() == "cuda":
+            check_gpu(vllm_config)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        return cls(policy, vllm_config.cache_config.block_size, model.dtype, group)
+        return cls(policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels)
 
     def layout(self, head_dim: int) -> PageLayout:
         """The pages of attention layers with this head_dim."""

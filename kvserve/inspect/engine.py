@@ -76,6 +76,7 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
     """Arguments of vllm.LLM for one prompt, with a pool that holds it whole and evicted."""
     import torch
 
+    from kvserve.engine.device import backend_options
     from kvserve.engine.settings import scheduler_options
     from kvserve.pages.layout import PageLayout
     from kvserve.pages.plan import widest_request
@@ -90,6 +91,7 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
         "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, policy.eviction.window),
         "kv_cache_memory_bytes": num_blocks * layout.cell_bytes * shape.num_layers * shape.num_kv_heads,
         "block_size": policy.tile_tokens,
+        **backend_options(),
         "additional_config": {"kvserve": {"policy": policy_content(policy)}},
         "enforce_eager": True,
         "use_tqdm_on_load": False,

@@ -145,7 +145,8 @@ def read_header(arena: Arena, state_block: int, kv_head: int) -> Header:
 def read_headers(cells: torch.Tensor, layout: PageLayout, state_block: int) -> list[Header]:
     """The headers of all KV heads of one layer, which `cells` (uint8 [blocks, heads, ...]) shows."""
     arena = arena_of(cells, layout)
-    return [read_header(arena, state_block, head) for head in range(cells.shape[1])]
+    rows = arena.cells[state_block, :, arena.layer, :HEADER_BYTES].contiguous().view(torch.int32)
+    return [Header(*row) for row in rows.tolist()]
 
 
 def write_header(arena: Arena, state_block: int, kv_head: int, header: Header) -> None:

@@ -1,0 +1,23 @@
+"""The attention kernels by name. `kvserve.checks.KERNELS` says which device each runs on."""
+
+from __future__ import annotations
+
+from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.pages.layout import PageLayout
+
+
+def make_attention(kernels: str, layout: PageLayout, spec: LayerSpec) -> PagedAttention:
+    """One layer's attention by the kernels of this name; those of other names are not imported.
+
+    Raises:
+        KeyError: there are no such kernels.
+    """
+    if kernels == "native":
+        from kvserve.attention.native import NativeAttention
+
+        return NativeAttention(layout, spec)
+    if kernels == "triton":
+        from kvserve.attention.triton import TritonAttention
+
+        return TritonAttention(layout, spec)
+    raise KeyError(kernels)

@@ -1,0 +1,118 @@
+"""What a step's batch looks like to the kernels.
+
+Seam: `vllm.v1.attention.backend.AttentionMetadataBuilder`, of both model runners. All tables are the runner's own, on
+its device; it keeps their addresses and pads them for CUDA graphs with rows that have no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from kvserve.attention.base import Batch
+from kvserve.attention.collector import Collector
+from kvserve.attention.eviction import StepEvictor
+from kvserve.engine.connector import current_plans, follow_plans
+from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.settings import EngineSettings
+from kvserve.engine.stats import worker_log
+from kvserve.policies.base import Eviction
+
+
+@dataclass
+class StepMetadata:
+    """One step's batch, as the kernels want it."""
+
+    num_actual_tokens: int
+    batch: Batch
+    plan: Callable[[Batch], StepEvictor | None] | None = None
+
+    @cached_property
+    def evictor(self) -> StepEvictor | None:
+        """What has to be done after each layer.
+
+        Made by the first layer that runs: Model Runner V2 builds the metadata before the worker hears of the plans.
+        """
+        return self.plan(self.batch) if self.plan else None
+
+
+class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
+    """Passes lengths and rows through; positions follow from them."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        settings = EngineSettings.from_vllm_config(vllm_config)
+        assert settings is not None
+        self.eviction = settings.policy.eviction
+        self.has_graphs = settings.kernels != "native"
+        if self.eviction:
+            self.collector = make_collector(self.eviction, device)
+            max_blocks = vllm_config.model_config.max_model_len // kv_cache_spec.block_size
+            self.kept_rows = KeptRows(vllm_config.scheduler_config.max_num_seqs, max_blocks, device)
+            follow_plans(self.kept_rows)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Which batches may run as one CUDA graph; the others run attention between piecewise graphs."""
+        settings = EngineSettings.from_vllm_config(vllm_config)
+        return graph_support(settings) if settings else AttentionCGSupport.NEVER
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> StepMetadata:
+        """The batch of this step, in int32 tensors of the runner's device."""
+        common = common_attn_metadata
+        assert common.causal is True, "kvserve serves causal decoders only"
+        batch = Batch(
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            seq_lens=common.seq_lens[: common.num_reqs],
+            block_table=common.block_table_tensor[: common.num_reqs],
+            max_query_len=common.max_query_len,
+        )
+        if not self.eviction:
+            return StepMetadata(common.num_actual_tokens, batch)
+        kept = current_plans().kept
+        table = self.kept_rows.table(batch.block_table, kept)
+        if kept or self.has_graphs:  # a graph is captured without kept rows and replayed with them
+            batch.kept = table
+        return StepMetadata(common.num_actual_tokens, batch, self._plan)
+
+    def _plan(self, batch: Batch) -> StepEvictor | None:
+        """Waits for the device, but only where rows have something to remember or to give up."""
+        assert self.eviction is not None
+        plans = current_plans()
+        self.collector.drop(plans.ended)
+        if not plans.work:
+            return None
+        rows = enumerate(batch.block_table[:, 0].tolist())
+        steps = {request: plans.work[block] for request, block in rows if block in plans.work}
+        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
+
+
+def graph_support(settings: EngineSettings) -> AttentionCGSupport:
+    """Full CUDA graphs for steps of one token per request, where no such step can have to evict.
+
+    vLLM replays a full graph for every step of single tokens, and no Python runs between its layers. A prompt that is
+    cut once, scored by a window of two queries or more, is cut by a step of at least two tokens (EvictionPlan). A
+    policy that cuts while it generates or within prompts, or notes every query, may have to act in any step.
+    """
+    eviction = settings.policy.eviction
+    if settings.kernels == "native":
+        return AttentionCGSupport.NEVER
+    if eviction and (eviction.schedule.repeats or eviction.scorer.collects or eviction.window < 2):
+        return AttentionCGSupport.NEVER
+    return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def make_collector(eviction: Eviction, device: torch.device) -> Collector:
+    """What collects for the scorer; refuses a model whose queries it cannot turn back."""
+    if "query_statistics" not in eviction.scorer.needs:
+        return Collector(eviction.scorer)
+    from kvserve.engine.rotary import model_rotary
+
+    return Collector(eviction.scorer, model_rotary(device))
