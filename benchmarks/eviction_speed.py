@@ -1,4 +1,4 @@
-"""What eviction costs and saves, in one process: compression of a prompt, decode attention, and rate 1 against `none`.
+"""What eviction costs and saves: compression of a prompt, decode attention, and rate 1 against `none`.
 
     python benchmarks/eviction_speed.py [--parts decode compression rate-one] [--repeats 5] [--out FILE.json]
 
@@ -13,7 +13,9 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,12 +24,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 import torch
+import yaml
 
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention
+from kvserve.bench.capacity import ModelShape
+from kvserve.bench.engines import Engine, EngineConfig
+from kvserve.default_model import prepare_default_model
 from kvserve.pages.kept import Kept, KeptTable
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.loading import load_policy
+from kvserve.policies.loading import load_policy, policy_content
 
 HEADS, KV_HEADS, HEAD_DIM, REQUESTS, CONTEXT, RATE = 9, 3, 64, 8, 4096, 4
 MIB = 1 << 20
@@ -79,20 +85,18 @@ def decode_attention(repeats: int) -> dict[str, Any]:
     return {name: times[1:] for name, times in samples.items()}
 
 
-def engine(policy: str, codec: str | None = None, **options: Any) -> Any:
+def engine(policy: str) -> Any:
+    """An engine in this process."""
     from vllm import LLM
 
-    from kvserve.default_model import prepare_default_model
     from kvserve.engine.settings import scheduler_options
 
-    changes = {"codec": codec} if codec else {}
     settings = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 8192, "kv_cache_memory_bytes": 2048 * MIB,
-        "block_size": 64, "additional_config": {"kvserve": {"policy": policy, "set": changes}},
+        "block_size": 64, "additional_config": {"kvserve": {"policy": policy}},
         "enable_prefix_caching": False, "max_num_batched_tokens": 4096, "max_num_seqs": 32,
     }  # fmt: skip
-    extra = scheduler_options() if load_policy(policy).eviction else {}
-    return LLM(model=str(prepare_default_model()), **settings, **extra, **options)
+    return LLM(model=str(prepare_default_model()), **settings, **scheduler_options())
 
 
 def prompts_of(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
@@ -117,22 +121,26 @@ def compression(repeats: int) -> dict[str, list[float]]:
     return {name: times[1:] for name, times in samples.items()}
 
 
-def texts(policy: str, codec: str | None, repeats: int) -> tuple[list[list[int]], list[float]]:
-    """Greedy tokens of 32 mixed prompts, and seconds of each repeat."""
-    from vllm import SamplingParams
-    from vllm.v1.attention.selector import _cached_get_attn_backend
-
-    _cached_get_attn_backend.cache_clear()
-    llm, seconds, tokens = engine(policy, codec), [], []
-    sampling = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True, detokenize=False)
-    for repeat in range(repeats + 1):
-        start = time.perf_counter()
-        found = llm.generate(prompts_of([40 + 37 * i for i in range(32)], 7), sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
-        tokens = [list(output.outputs[0].token_ids) for output in found]
-        print(f"texts {policy} {repeat}/{repeats}: {seconds[-1]:.2f} s", flush=True)
-    llm.llm_engine.engine_core.shutdown()
-    return tokens, seconds[1:]
+def rate_one(repeats: int) -> tuple[dict[str, list[list[int]]], dict[str, list[float]]]:
+    """Greedy tokens of 32 mixed prompts, and seconds of each repeat: two engines that take turns."""
+    model = prepare_default_model()
+    shape = ModelShape.from_hf(json.loads((model / "config.json").read_text()))
+    config = EngineConfig(str(model), shape, "float32", 2048, seed=0, kv_bytes=2048 * MIB)
+    prompts = [prompt["prompt_token_ids"] for prompt in prompts_of([40 + 37 * i for i in range(32)], 7)]
+    tokens: dict[str, list[list[int]]] = {}
+    seconds: dict[str, list[float]] = {"none": [], "kv-compress@1 codec=dense": []}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        file = Path(folder) / "rate-one.yaml"
+        file.write_text(yaml.safe_dump(policy_content(load_policy("kv-compress@1", ["codec=dense"]))))
+        sources = zip(seconds, ("none", str(file)), strict=True)
+        engines = {name: stack.enter_context(Engine(source, config)) for name, source in sources}
+        for repeat in range(repeats + 1):
+            for name, host in engines.items():
+                found = host.call("generate", prompts=prompts, max_tokens=32)
+                tokens[name] = found.tokens
+                seconds[name].append(found.seconds)
+                print(f"rate one {repeat}/{repeats} {name}: {found.seconds:.2f} s", flush=True)
+    return tokens, {name: times[1:] for name, times in seconds.items()}
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
@@ -156,12 +164,11 @@ def measure_compression(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def measure_rate_one(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    expected, none_seconds = texts("none", None, repeats)
-    found, seconds = texts("kv-compress@1", "dense", repeats)
+    tokens, seconds = rate_one(repeats)
+    (none, expected), (rate, found) = tokens.items()
     same = sum(a == b for a, b in zip(expected, found, strict=True))
-    raw = {"none": none_seconds, "kv-compress@1 codec=dense": seconds, "equal_texts": same}
-    every_pair = [a / b for a in seconds for b in none_seconds]  # one engine after the other
-    return raw, {f"rate 1 with dense pages ({same} of 32 texts equal), seconds over none's": spread(every_pair)}
+    title = f"rate 1 with dense pages ({same} of 32 texts equal), seconds over none's"
+    return {**seconds, "equal_texts": same}, {title: ratios(seconds[rate], seconds[none])}
 
 
 PARTS = {"decode": measure_decode, "compression": measure_compression, "rate-one": measure_rate_one}

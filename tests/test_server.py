@@ -6,14 +6,9 @@ The server's pool is so small that a handful of concurrent requests preempt each
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -21,79 +16,23 @@ from dashboard import wanted_series
 from engine_cases import STORY
 from greedy import Step, assert_same_texts, steps_of
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
+from server_cases import MODEL, metrics, server
 
 pytestmark = pytest.mark.server
 
-MODEL = "smollm2-135m-instruct"
 POLICY = "kivi-2bit"
-START_TIMEOUT_SECONDS = 240
 POOL_BYTES = 16_000_000  # about 60 blocks of the default model
 
 
-# Without what engine_cases sets for engines inside the test process.
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
-}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        *(sys.executable, "-m", "kvserve.cli", "--policy", POLICY, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(POOL_BYTES)),
-        *("--max-num-batched-tokens", "512", "--enforce-eager", "--shutdown-timeout", "0"),
-    ]
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url, server, log)
+def base_url() -> Iterator[str]:
+    with server(POLICY, POOL_BYTES, "--enforce-eager") as url:
         yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
 
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> OpenAI:
     return OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=300)
-
-
-def metrics(base_url: str) -> dict[tuple[str, str], float]:
-    """Every sample on /metrics by (name, value of its telling label)."""
-    samples = {}
-    for family in text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text):
-        for sample in family.samples:
-            label = next((sample.labels[key] for key in ("kind", "state", "policy") if key in sample.labels), "")
-            samples[sample.name, label] = sample.value
-    return samples
 
 
 def complete(client: OpenAI, prompt: str, max_tokens: int = 40) -> str:

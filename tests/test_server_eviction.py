@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 from dashboard import wanted_series
 from engine_cases import STORY
 from openai import OpenAI
-from test_server import ENVIRONMENT, MODEL, free_port, metrics, wait_until_ready
+from server_cases import MODEL, metrics, server
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -19,26 +17,9 @@ PROMPT = STORY * 10 + "In the morning"
 
 
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        *(sys.executable, "-m", "kvserve.cli", "--policy", POLICY, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", "64000000"),
-        *("--max-num-batched-tokens", "512", "--max-num-seqs", "8", "--shutdown-timeout", "0"),
-    ]
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    try:
-        wait_until_ready(f"http://127.0.0.1:{port}", server, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+def base_url() -> Iterator[str]:
+    with server(POLICY, 64_000_000, "--max-num-seqs", "8") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

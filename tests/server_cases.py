@@ -1,0 +1,81 @@
+"""A kvserve server on a free loopback port, and what it says about itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL = "smollm2-135m-instruct"
+START_TIMEOUT_SECONDS = 240
+
+# Without what engine_cases sets for engines inside the test process.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")
+}
+
+
+@contextmanager
+def server(policy: str, pool_bytes: int, *options: str) -> Iterator[str]:
+    """The base URL of a server with `policy` and the default model; it is shut down at the end."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "kvserve.cli", "--policy", policy, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(pool_bytes)),
+        *("--max-num-batched-tokens", "512", "--shutdown-timeout", "0", *options),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        try:
+            wait_until_ready(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+
+
+def metrics(base_url: str) -> dict[tuple[str, str], float]:
+    """Every sample on /metrics by (name, value of its telling label)."""
+    samples = {}
+    for family in text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text):
+        for sample in family.samples:
+            label = next((sample.labels[key] for key in ("kind", "state", "policy") if key in sample.labels), "")
+            samples[sample.name, label] = sample.value
+    return samples
