@@ -1,6 +1,6 @@
 """What eviction costs and saves: compression of a prompt, decode attention, and rate 1 against `none`.
 
-    python benchmarks/eviction_speed.py [--parts decode compression rate-one] [--repeats 5] [--out FILE.json]
+    python benchmarks/eviction_speed.py [--parts decode adding-up compression rate-one] [--repeats 5] [--out FILE.json]
 
 Ratios are of measurements that alternate; medians with the lowest and highest repeat. Run nothing else meanwhile.
 """
@@ -26,7 +26,7 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 import torch
 import yaml
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Batch, LayerSpec, Received
 from kvserve.attention.native import NativeAttention
 from kvserve.bench.capacity import ModelShape
 from kvserve.bench.engines import Engine, EngineConfig
@@ -82,6 +82,22 @@ def decode_attention(repeats: int) -> dict[str, Any]:
             for _ in range(20):
                 attention.forward(query, key, value, cells, batch, output)
             samples[name].append((time.perf_counter() - start) / 20 * 1e3)
+    return {name: times[1:] for name, times in samples.items()}
+
+
+def adding_up(repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of the same step for `h2o` at rate 4, with and without adding up the attention tokens receive."""
+    attention, cells, batch = decode_case("h2o")
+    query, key, value = (torch.randn(REQUESTS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    output, sums = torch.empty_like(query), {r: torch.zeros(KV_HEADS, CONTEXT) for r in range(REQUESTS)}
+    ways = {"attention alone": None, "with sums": Received(1, sums)}
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, received in ways.items():
+            start = time.perf_counter()
+            for _ in range(50):
+                attention.forward(query, key, value, cells, batch, output, received=received)
+            samples[name].append((time.perf_counter() - start) / 50 * 1e3)
     return {name: times[1:] for name, times in samples.items()}
 
 
@@ -158,6 +174,12 @@ def measure_decode(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return raw, {title.format(name): ratios(raw["none"], raw[name]) for name in names}
 
 
+def measure_adding_up(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    raw = adding_up(repeats)
+    title = "decode attention 8 x 4096, h2o at rate 4, with sums of attention over without"
+    return raw, {title: ratios(raw["with sums"], raw["attention alone"])}
+
+
 def measure_compression(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     raw = compression(repeats)
     return raw, {"prefill of 4096 tokens, evicted over whole": ratios(raw["evicted"], raw["whole"])}
@@ -171,7 +193,12 @@ def measure_rate_one(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**seconds, "equal_texts": same}, {title: ratios(seconds[rate], seconds[none])}
 
 
-PARTS = {"decode": measure_decode, "compression": measure_compression, "rate-one": measure_rate_one}
+PARTS = {
+    "decode": measure_decode,
+    "adding-up": measure_adding_up,
+    "compression": measure_compression,
+    "rate-one": measure_rate_one,
+}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engine_cases import MIB, STORY, encode, engine, generate, steps
+from engine_cases import MIB, STORY, encode, engine, generate, steps, tokens
 from greedy import Step, assert_same_texts
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -142,8 +142,8 @@ def test_the_text_is_that_of_the_benchmarks_model(policy: str, model: Path) -> N
         prompts = [encode(llm, f"{name} told this story. " + STORY * 6 + "In the morning") for name in names]
         actual = [steps(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS, logprobs=2)]
     evicted, simulated = EvictedModel(str(model)), []
-    for tokens in prompts:
-        prompt = evicted.prefill(tokens)
+    for token_ids in prompts:
+        prompt = evicted.prefill(token_ids)
         kept = evicted.kept_tokens(prompt, load_policy(f"{policy}@2"))
         (output,) = evicted.generate(prompt, kept[None], NUM_TOKENS, set())
         simulated.append([Step(str(token), 0.0) for token in output])
@@ -160,16 +160,34 @@ def test_the_last_chunk_has_the_window_however_the_prompt_is_cut(model: Path) ->
     assert_same_texts(*texts)
 
 
-def test_preemption_reaches_the_same_state(model: Path) -> None:
+@pytest.mark.slow
+def test_rate_one_gives_the_texts_of_none(model: Path) -> None:
+    texts = []
+    for policy, changes in (("none", {}), ("kv-compress", {"eviction.rate": 1, "codec": "dense"})):
+        with engine(model, policy, changes, max_model_len=2048, kv_cache_memory_bytes=256 * MIB) as llm:
+            prompts = [encode(llm, STORY * 5 + f"And {name} said:") for name in ("Anna", "Boris", "Chen", "Dalia")]
+            texts.append([tokens(output) for output in generate(llm, prompts, max_tokens=NUM_TOKENS)])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "prompts_held"),
+    [
+        ("kv-compress", {}, 3),
+        pytest.param("h2o", {"eviction.rate": None, "eviction.max_tokens": 192}, 2, marks=pytest.mark.slow),
+    ],
+    ids=["once", "again-and-again"],
+)
+def test_preemption_reaches_the_same_state(policy: str, changes: dict, prompts_held: int, model: Path) -> None:
     names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
-    with engine(model, "kv-compress", kv_cache_memory_bytes=256 * MIB) as llm:
+    with engine(model, policy, changes, kv_cache_memory_bytes=256 * MIB) as llm:
         prompts = [encode(llm, f"{name} told this story. " + STORY * 5 + f"And {name} said:") for name in names]
         expected = [steps(output) for output in generate(llm, prompts, max_tokens=150, logprobs=2)]
         (manager,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
         layout = manager.layout
     block_bytes = 30 * 3 * layout.cell_bytes
-    num_blocks = 3 * layout.blocks_for(len(prompts[0])) + 8
-    with engine(model, "kv-compress", kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
+    num_blocks = prompts_held * layout.blocks_for(len(prompts[0])) + 8
+    with engine(model, policy, changes, kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
             outputs = generate(llm, prompts, max_tokens=150, logprobs=2)
