@@ -259,6 +259,8 @@ def test_kept_rows_are_found_by_their_state_block() -> None:
     assert table.blocks[:1].tolist() == [3] and table.blocks[16:19].tolist() == [4, 5, 6]
     rows.fill({})
     assert table.ends.tolist() == [0, 0, 0]
+    rows.fill(kept | {20: Kept(320, (7,))})
+    assert table.ends.tolist() == [64, 320, 192] and table.blocks[8] == 7
 
 
 def test_kept_rows_are_filled_where_the_rows_are() -> None:
