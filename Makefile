@@ -2,6 +2,7 @@
 # make test         lint and the fast tests           make test-full    all tests
 # make bench        compare the policies              make clean        remove build products
 # make test-gpu     the Triton kernels on this GPU    make bench-gpu    check and time them (needs torch and Triton only)
+# KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
 # Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
 POLICY ?= kivi-2bit
@@ -15,10 +16,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu bench bench-gpu lint format clean clean-venv
+.PHONY: help setup serve test test-full test-gpu bench bench-gpu serve-gpu-check lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -39,6 +40,9 @@ test-gpu:
 
 bench-gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m kvserve.bench.gpu $(ARGS)
+
+serve-gpu-check: setup
+	$(BIN)/python benchmarks/gpu_serve.py $(ARGS)
 
 bench: setup
 	$(BIN)/kvserve bench $(ARGS)

@@ -18,7 +18,7 @@ DENSE_HEAD_DIMS = range(32, 257, 16)
 # --attention-backend values that do not take kvserve's backend away.
 OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 
-# Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on.
+# Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on; `auto` is its first.
 KERNELS = {"native": "cpu", "triton": "cuda"}
 
 _STOCK = "serve it with stock vLLM, without kvserve"
@@ -117,8 +117,10 @@ def choose_kernels(asked: str, device_type: str) -> str:
         raise UnsupportedError(
             f"kvserve has kernels for CPUs and NVIDIA GPUs, this vLLM runs on {device_type}; serve with stock vLLM"
         )
-    if asked in ("auto", own):
+    if asked == "auto":
         return own
+    if KERNELS[asked] == device_type:
+        return asked
     if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return asked  # on a CPU, for tests
     hint = " (TRITON_INTERPRET=1 in the environment interprets them, very slowly)" if asked == "triton" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,17 +11,22 @@ import torch
 from attention_cases import make_policy
 from kept_cases import Ask, KeptCase, build_kept_case
 from second_device import SecondDevice, back, moved
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.utils import AttentionGroup
 
 from kvserve.attention.base import Batch
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.engine import connector
+from kvserve.engine.backend import KvserveBackend
 from kvserve.engine.builder import BatchBuilder, StepMetadata, graph_support
 from kvserve.engine.connector import KvserveConnector, StepPlans
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.kept import Kept
-from kvserve.pages.plan import RowStep
+from kvserve.pages.plan import RowStep, policy_plan
 from kvserve.policies.loading import load_policy
 
 CPU = torch.device("cpu")
@@ -58,28 +64,73 @@ def receive(rows: dict[int, RowStep]) -> None:
 
 
 class Runner:
-    """The persistent tables of a model runner; rows without a request have no tokens and vLLM's null block."""
+    """The tables of Model Runner V1, and how it has metadata built; steps of one token per request, padded to ROWS.
+
+    Rows without a request have no tokens and vLLM's null block.
+    """
 
     def __init__(self, width: int) -> None:
         self.starts = torch.zeros(ROWS + 1, dtype=torch.int32)
         self.lengths = torch.zeros(ROWS, dtype=torch.int32)
         self.table = torch.zeros(ROWS, width, dtype=torch.int32)
 
-    def step(self, lengths: list[int], rows: torch.Tensor) -> CommonAttentionMetadata:
-        """A step of one token per request, padded to ROWS requests and tokens."""
+    def write(self, lengths: list[int], rows: torch.Tensor) -> None:
         n = len(lengths)
         self.starts[:] = torch.arange(ROWS + 1).clamp(max=n)
         self.lengths[:n], self.lengths[n:] = torch.tensor(lengths), 0
         self.table[:n], self.table[n:] = rows, 0
+
+    def step(self, builder: BatchBuilder, lengths: list[int], rows: torch.Tensor) -> StepMetadata:
+        """A real step."""
+        self.write(lengths, rows)
+        return builder.build(0, self._common())
+
+    def capture(self, builder: BatchBuilder) -> StepMetadata:
+        """The dummy step that a graph is captured with."""
+        self.write([1] * ROWS, torch.zeros_like(self.table))
+        return builder.build_for_cudagraph_capture(self._common())
+
+    def _common(self) -> CommonAttentionMetadata:
         return CommonAttentionMetadata(
             query_start_loc=self.starts, query_start_loc_cpu=self.starts.clone(), seq_lens=self.lengths, num_reqs=ROWS,
-            num_actual_tokens=ROWS, max_query_len=1, max_seq_len=max(lengths), block_table_tensor=self.table,
+            num_actual_tokens=ROWS, max_query_len=1, max_seq_len=1024, block_table_tensor=self.table,
             slot_mapping=torch.zeros(0, dtype=torch.int64),
         )  # fmt: skip
 
-    def dummy_step(self) -> CommonAttentionMetadata:
-        """What both runners capture a graph with."""
-        return self.step([1] * ROWS, torch.zeros_like(self.table))
+
+class RunnerV2(Runner):
+    """The same by Model Runner V2's own functions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.buffers = InputBuffers(ROWS, ROWS, CPU)
+        self.starts, self.lengths = self.buffers.query_start_loc, self.buffers.seq_lens
+
+    def step(self, builder: BatchBuilder, lengths: list[int], rows: torch.Tensor) -> StepMetadata:
+        batch = InputBatch.make_dummy(ROWS, ROWS, self.buffers, max_query_len=1)
+        self.write(lengths, rows)
+        return self._prepare(builder, batch, CUDAGraphMode.FULL, for_capture=False)
+
+    def capture(self, builder: BatchBuilder) -> StepMetadata:
+        self.table.zero_()
+        batch = InputBatch.make_dummy(ROWS, ROWS, self.buffers, max_query_len=1)
+        return self._prepare(builder, batch, CUDAGraphMode.NONE, for_capture=True)
+
+    def _prepare(self, builder: BatchBuilder, batch: InputBatch, mode: CUDAGraphMode, for_capture: bool) -> Any:
+        state: Any = SimpleNamespace(supports_mm_inputs=False, encoder_cache=None, max_model_len=1024)
+        group = AttentionGroup(
+            KvserveBackend, builder.layer_names, builder.kv_cache_spec, 0, metadata_builders=[builder]
+        )
+        cache: Any = SimpleNamespace(kv_cache_groups=[None])
+        slots = torch.zeros(1, ROWS, dtype=torch.int64)
+        tables = DefaultModelState.prepare_attn(
+            state, batch, mode, (self.table,), slots, [[group]], cache, for_capture=for_capture
+        )
+        assert tables["a"] is tables["b"]
+        return tables["a"]
+
+
+RUNNERS = pytest.mark.parametrize("make_runner", [Runner, RunnerV2], ids=["V1", "V2"])
 
 
 def plans_of(case: KeptCase) -> dict[int, RowStep]:
@@ -126,26 +177,27 @@ def addresses(metadata: StepMetadata) -> list[int]:
     return [table.data_ptr() for table in tables]
 
 
-def test_tables_keep_their_addresses_from_step_to_step(build: Any) -> None:
-    builder, runner = build(), Runner(8)
-    captured = builder.build_for_cudagraph_capture(runner.dummy_step())
+@RUNNERS
+def test_tables_keep_their_addresses_from_step_to_step(make_runner: type[Runner], build: Any) -> None:
+    builder, runner = build(), make_runner(8)
+    captured = runner.capture(builder)
     receive({5: RowStep("a", Kept(128, (7, 9)))})
-    step = builder.build(0, runner.step([130, 3], torch.tensor([[5] * 8, [6] * 8])))
+    step = runner.step(builder, [130, 3], torch.tensor([[5] * 8, [6] * 8]))
     assert len(addresses(captured)) == 6 and addresses(step) == addresses(captured)
     assert step.batch.max_query_len == captured.batch.max_query_len == 1
 
 
 def test_native_kernels_get_a_kept_table_only_where_a_row_is_cut(build: Any) -> None:
     builder, runner = build("kv-compress", "native"), Runner(8)
-    assert builder.build(0, runner.step([3], torch.tensor([[5] * 8]))).batch.kept is None
+    assert runner.step(builder, [3], torch.tensor([[5] * 8])).batch.kept is None
     receive({5: RowStep("a", Kept(128, (7, 9)))})
-    kept = builder.build(0, runner.step([130], torch.tensor([[5] * 8]))).batch.kept
+    kept = runner.step(builder, [130], torch.tensor([[5] * 8])).batch.kept
     assert kept.ends.tolist() == [128, 0, 0, 0]
 
 
-@pytest.mark.parametrize("model_runner", ["V1", "V2"])
+@RUNNERS
 def test_a_replayed_graph_follows_lengths_tables_and_kept_pages(
-    model_runner: str, build: Any, monkeypatch: pytest.MonkeyPatch
+    make_runner: type[Runner], build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launches of a capture on vLLM's dummy step, run again, give what the reference gives on the real step."""
     pytest.importorskip("triton")
@@ -153,22 +205,22 @@ def test_a_replayed_graph_follows_lengths_tables_and_kept_pages(
 
     launches = Launches(monkeypatch)
     case = build_kept_case(make_policy("kivi-2"), DECODES, group=2)
-    builder, runner, arena = build(), Runner(case.full_table.shape[1]), case.arena.clone()
+    builder, runner, arena = build(), make_runner(case.full_table.shape[1]), case.arena.clone()
     query, key, value = (torch.zeros(ROWS, *rows[0].shape[1:]) for rows in (case.query[LAYER], *[case.key[LAYER]] * 2))
     output = torch.zeros_like(query)
     attention = TritonAttention(case.layout, case.spec)
-    captured = builder.build_for_cudagraph_capture(runner.dummy_step())
+    captured = runner.capture(builder)
     attention.forward(query, key, value, arena[:, :, LAYER], captured.batch, output)
 
     arena.copy_(case.arena)
     query[:3] = torch.cat(case.query[LAYER])
     key[:3], value[:3] = case.new_rows(case.key[LAYER]), case.new_rows(case.value[LAYER])
-    real_step = runner.step([ask.computed + 1 for ask in case.asks], case.batch.block_table)
-    if model_runner == "V1":
+    real_step = [ask.computed + 1 for ask in case.asks], case.batch.block_table
+    if make_runner is Runner:
         receive(plans_of(case))
-        builder.build(0, real_step)
+        runner.step(builder, *real_step)
     else:
-        builder.build(0, real_step)
+        runner.step(builder, *real_step)
         receive(plans_of(case))
     launches.replay()
 
@@ -188,7 +240,7 @@ def test_launches_of_a_decode_step_do_not_depend_on_lengths(build: Any, monkeypa
     for lengths in ([201, 65, 71], [1, 1, 1]):
         table = case.batch.block_table if lengths[0] > 1 else torch.zeros_like(case.batch.block_table)
         receive(plans_of(case) if lengths[0] > 1 else {})
-        metadata = builder.build(0, runner.step(lengths, table))
+        metadata = runner.step(builder, lengths, table)
         rows = [torch.zeros(ROWS, heads, 64) for heads in (4, 2, 2)]
         attention = TritonAttention(case.layout, case.spec)
         with monkeypatch.context() as patch:
@@ -207,6 +259,8 @@ def test_kept_rows_are_found_by_their_state_block() -> None:
     assert table.blocks[:1].tolist() == [3] and table.blocks[16:19].tolist() == [4, 5, 6]
     rows.fill({})
     assert table.ends.tolist() == [0, 0, 0]
+    rows.fill(kept | {20: Kept(320, (7,))})
+    assert table.ends.tolist() == [64, 320, 192] and table.blocks[8] == 7
 
 
 def test_kept_rows_are_filled_where_the_rows_are() -> None:
@@ -238,19 +292,34 @@ def test_full_graphs_are_claimed_where_no_step_of_single_tokens_evicts(policy: s
     assert graph_support(settings(policy, kernels)) is AttentionCGSupport[support]
 
 
+@pytest.mark.parametrize("policy", ["kv-compress", "snapkv", "pyramidkv"])
+def test_a_step_that_cuts_has_two_tokens_at_least(policy: str) -> None:
+    """What the claim of full graphs for these policies rests on."""
+    layout = settings(policy).layout(64)
+    for prompt_len, room in itertools.product((129, 200, 201), (1, 2, 31, 128)):
+        plan = policy_plan(layout, prompt_len)
+        assert plan is not None and plan.next_cut(0).point == prompt_len
+        computed = 0
+        while computed < prompt_len:
+            before = computed
+            # A clip to nothing waits for a step with more room.
+            computed += plan.clip_step(computed, min(room, prompt_len - computed)) or prompt_len - computed
+        assert computed - before >= 2
+
+
 def test_the_evictor_is_made_when_the_first_layer_runs(build: Any) -> None:
     """Model Runner V2 builds the metadata before the worker hears of the step's plans."""
     builder, runner = build(), Runner(8)
-    metadata = builder.build(0, runner.step([130], torch.tensor([[5] * 8])))
+    metadata = runner.step(builder, [130], torch.tensor([[5] * 8]))
     receive({5: RowStep("a", Kept(), Kept(128, (7,)))})
     assert metadata.evictor is not None and metadata.evictor is metadata.evictor
-    assert builder.build(0, runner.step([130], torch.tensor([[6] * 8]))).evictor is not None
+    assert runner.step(builder, [130], torch.tensor([[6] * 8])).evictor is not None
     receive({})
-    assert builder.build(0, runner.step([130], torch.tensor([[5] * 8]))).evictor is None
+    assert runner.step(builder, [130], torch.tensor([[5] * 8])).evictor is None
 
 
 def test_padding_does_not_change_what_the_tables_say(build: Any) -> None:
     builder, runner = build("kivi-2bit"), Runner(8)
-    batch: Batch = builder.build(0, runner.step([3, 9], torch.tensor([[5] * 8, [6] * 8]))).batch
+    batch: Batch = runner.step(builder, [3, 9], torch.tensor([[5] * 8, [6] * 8])).batch
     assert batch.num_reqs == ROWS and batch.kept is None
     assert batch.query_start_loc.diff().tolist() == [1, 1, 0, 0] and batch.seq_lens.tolist() == [3, 9, 0, 0]

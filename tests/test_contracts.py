@@ -98,7 +98,15 @@ def test_block_pool_keeps_what_the_sinks_use() -> None:
 def test_builder_gets_lengths_and_rows() -> None:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    needed = {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "block_table_tensor", "causal"}
+    needed = {
+        "query_start_loc",
+        "seq_lens",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "block_table_tensor",
+        "causal",
+    }
     assert needed <= set(CommonAttentionMetadata.__dataclass_fields__)
 
 
@@ -164,7 +172,7 @@ def test_the_connector_learns_of_requests_and_of_the_block_manager() -> None:
     assert "self.connector.request_finished(" in inspect.getsource(Scheduler._connector_finished)
 
 
-def test_the_worker_hears_from_the_connector_before_it_builds_the_attention_metadata() -> None:
+def test_model_runner_v1_hears_from_the_connector_before_it_builds_the_attention_metadata() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     source = inspect.getsource(GPUModelRunner.execute_model)

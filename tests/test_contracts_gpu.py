@@ -166,6 +166,26 @@ def test_both_runners_decide_for_a_full_graph_without_asking_the_backend() -> No
     assert in_order(source, "_determine_batch_execution_and_padding(", "_build_attention_metadata(")
 
 
+def test_both_runners_have_int32_lengths_and_starts() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def squeezed(source: str) -> str:
+        return "".join(source.split())
+
+    first = squeezed(inspect.getsource(GPUModelRunner.__init__))
+    assert "self.query_start_loc=self._make_buffer(self.max_num_reqs+1,dtype=torch.int32)" in first
+    assert "self.seq_lens=torch.zeros(self.max_num_reqs,dtype=torch.int32," in first
+    second = squeezed(source_of("vllm.v1.worker.gpu.input_batch", "InputBuffers"))
+    assert "self.query_start_loc=torch.zeros(max_num_reqs+1,dtype=torch.int32," in second
+    assert "self.seq_lens=torch.zeros(max_num_reqs,dtype=torch.int32," in second
+
+
+def test_on_a_cpu_the_runners_device_tables_are_the_hosts() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    assert "v.gpu = v.cpu" in inspect.getsource(CPUModelRunner._postprocess_tensors)
+
+
 def test_a_cuda_arena_is_one_allocation_in_the_backends_layout() -> None:
     from vllm.v1.worker.utils import allocate_kv_cache
 

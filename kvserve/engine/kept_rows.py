@@ -28,6 +28,8 @@ class KeptRows:
         self.starts = torch.arange(max_reqs + 1, **options) * self.max_blocks
         self.blocks = torch.zeros(max_reqs * self.max_blocks, **options)
         self._state_blocks = self.ends[:0]
+        self._kept: Mapping[int, Kept] = {}
+        self._entries = self.ends[:0]
 
     def table(self, block_table: torch.Tensor, kept: Mapping[int, Kept]) -> KeptTable:
         """The table of a step with these rows, int32 [num_reqs, >= 1], filled."""
@@ -46,12 +48,18 @@ class KeptRows:
         self.ends[:num_reqs] = 0
         if not kept or not num_reqs:
             return
+        if kept != self._kept:  # it changes where a request comes, goes or is cut, so not in most steps
+            self._kept, self._entries = kept, self._upload(kept)
+        matches = self._state_blocks[:, None] == self._entries[:, 0]
+        found, which = matches.any(1), matches.int().argmax(1)
+        self.ends[:num_reqs] = torch.where(found, self._entries[which, 1], 0)
+        width = self._entries.shape[1] - 2
+        self.blocks.view(-1, self.max_blocks)[:num_reqs, :width] = self._entries[which, 2:]
+
+    def _upload(self, kept: Mapping[int, Kept]) -> torch.Tensor:
+        """Int32 [requests, 2 + most kept blocks] on the device: state block, end, kept blocks."""
         width = max(len(entry.blocks) for entry in kept.values())
         if width > self.max_blocks:
             raise ValueError(f"a request keeps {width} blocks, more than the {self.max_blocks} of the longest one")
         rows = [[block, entry.end, *entry.blocks] + [0] * (width - len(entry.blocks)) for block, entry in kept.items()]
-        entries = torch.tensor(rows, dtype=torch.int32).to(self.ends.device, non_blocking=True)
-        matches = self._state_blocks[:, None] == entries[:, 0]
-        found, which = matches.any(1), matches.int().argmax(1)
-        self.ends[:num_reqs] = torch.where(found, entries[which, 1], 0)
-        self.blocks.view(-1, self.max_blocks)[:num_reqs, :width] = entries[which, 2:]
+        return torch.tensor(rows, dtype=torch.int32).to(self.ends.device, non_blocking=True)
