@@ -1,0 +1,55 @@
+"""The text whose perplexity is measured: windows of a context and what follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Window:
+    """A context and its continuation, token ids."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class TextError(ValueError):
+    """A text that is too short; the message says by how much."""
+
+
+def default_text() -> tuple[str, str]:
+    """The language reference that Python carries, and its name.
+
+    The packaged sentences of the prompts repeat, so that a model would only have to copy.
+    """
+    from pydoc_data.topics import topics
+
+    return "python-language-reference", "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def windows(tokens: list[int], count: int, context: int, continuation: int) -> list[Window]:
+    """Evenly spread windows without overlap; contexts are up to a tile shorter, one less each, so that an unfinished
+    tile is no constant help.
+
+    Raises:
+        TextError: the text is too short.
+    """
+    size = context + continuation
+    if len(tokens) < count * size:
+        raise TextError(
+            f"the text has {len(tokens)} tokens and {count} windows of {size} need {count * size}: give a longer "
+            "--text, or fewer --windows"
+        )
+    stride = (len(tokens) - size) // max(count - 1, 1)
+    found = []
+    for index in range(count):
+        cut = min(_shortened(index), context - 1)
+        start = index * stride + cut
+        middle = index * stride + context
+        found.append(Window(tokens[start:middle], tokens[middle : middle + continuation]))
+    return found
+
+
+def _shortened(index: int) -> int:
+    """0 to 63, spread over the windows."""
+    return index * 37 % 64
