@@ -340,6 +340,15 @@ def test_what_is_finished_is_not_run_again(fake_engines: type[FakeEngine], tmp_p
     assert set(json.loads(out.read_text())["raw"]) == {"none", "int8", "kivi-4bit"}
 
 
+def test_dense_distributions_without_their_result_file_are_made_again(fake_engines, tmp_path: Path) -> None:
+    out, stale = tmp_path / "result.json", tmp_path / "result.dense" / "dense-0.npy"
+    stale.parent.mkdir()
+    np.save(stale, np.zeros((128, 49152), np.float32))
+    assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
+    figures = {row["metric"]: row for row in json.loads(out.read_text())["rows"]}
+    assert figures["mean KL from none"]["measured"]["value"] == 0
+
+
 def test_a_result_file_of_another_run_is_not_mixed_in(fake_engines, tmp_path: Path, capsys) -> None:
     out = tmp_path / "result.json"
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from kvserve.evals.distances import distances
-from kvserve.evals.engine import EvalHost, Request
+from kvserve.evals.engine import EvalHost, Request, until_end
 from kvserve.evals.forcing import PROCESSOR, ForcedTokens
 
-STOP_TOKEN = 7
+END_TOKEN = 2  # in the configuration of Llama
 
 
 def model_logprobs(model: torch.nn.Module, request: Request) -> np.ndarray:
@@ -60,9 +60,9 @@ def test_the_dense_policy_records_what_transformers_computes(model_folder: Path,
         recorded = [np.load(request.record) if request.record else None for request in requests]
         assert host.complete(requests) == answers
         again = [np.load(request.record) if request.record else None for request in requests]
-        (stopping,) = random_prompts([50], VOCAB_SIZE, seed=2)
-        ends = [Request(prompts[0], stopping, free=4), Request(prompts[1], [], free=4), *requests]
-        assert [len(answer) for answer in host.complete(ends)][:2] == [4, 4]
+        ending = Request(prompts[0], [5, END_TOKEN, 6, END_TOKEN], free=4, ends=False)
+        assert host.complete([ending, *requests])[1:] == answers
+        assert host._end_tokens() == {END_TOKEN}
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     for request, answer, found, same in zip(requests, answers, recorded, again, strict=True):
@@ -71,6 +71,11 @@ def test_the_dense_policy_records_what_transformers_computes(model_folder: Path,
             np.testing.assert_allclose(found, model_logprobs(model, request), atol=1e-3)
             result = distances(found, same, request.forced)
             assert set(result.kl) == {0.0} and set(result.agrees) == {1}
+
+
+def test_an_answer_is_what_comes_before_the_first_end_token() -> None:
+    assert until_end([4, 5, 2, 6, 2], {2, 3}) == [4, 5]
+    assert until_end([4, 5], {2}) == [4, 5]
 
 
 # -- the processor alone --------------------------------------------------------------------------------------------

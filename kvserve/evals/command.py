@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import signal
 import sys
 import tempfile
@@ -97,6 +96,7 @@ class Evaluation:
 
     def run(self) -> None:
         """Everything that is not finished yet."""
+        self._write()  # from here on the result file says whose the dense distributions are
         plan = {label: self._missing(label) for label in self.options.policies}
         text = next((item for item in self.items if isinstance(item, TextItem)), None)
         records_dense = text is not None and any(text in items for items in plan.values())
@@ -108,7 +108,7 @@ class Evaluation:
                     self._evaluate(label, items, text if label == DENSE and records_dense else None)
         self._write()
         if text is not None and not self.content["failed"]:
-            shutil.rmtree(text.dense, ignore_errors=True)
+            text.forget_dense()
 
     def _evaluate(self, label: str, items: list[Item], record: TextItem | None) -> None:
         """One policy; a failure ends it, and the others go on."""
@@ -159,6 +159,9 @@ class Evaluation:
         """Take over what an earlier run with the same settings finished."""
         out = self.options.out
         if out is None or not out.exists():
+            for item in self.items:
+                if isinstance(item, TextItem):
+                    item.forget_dense()  # of a run with unknown settings
             return
         try:
             earlier = json.loads(out.read_text(encoding="utf-8"))

@@ -51,8 +51,21 @@ class EvalHost(EngineHost):
             found = list(output.outputs[0].token_ids)
             if found[: len(request.forced)] != request.forced:
                 raise RuntimeError("the engine did not follow the forced tokens")
-            results.append(found[len(request.forced) :])
+            free = found[len(request.forced) :]
+            results.append(until_end(free, self._end_tokens()) if request.ends else free)
         return results
+
+    def _end_tokens(self) -> set[int]:
+        """Ids that end an answer, as the model's generation_config.json and its tokenizer name them."""
+        config = self.llm.llm_engine.vllm_config.model_config
+        named = config.try_get_generation_config().get("eos_token_id") or []
+        ids = {named} if isinstance(named, int) else set(named)
+        return ids if config.skip_tokenizer_init else ids | {self.llm.get_tokenizer().eos_token_id}
+
+
+def until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first that ends the answer."""
+    return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def sampling(request: Request) -> Any:
@@ -67,9 +80,8 @@ def sampling(request: Request) -> Any:
     return SamplingParams(
         temperature=0.0,
         max_tokens=len(request.forced) + request.free,
-        # A forced end token (of the chat template, say) ends nothing.
-        min_tokens=len(request.forced) if request.ends else 0,
-        ignore_eos=not request.ends,
+        # vLLM would also stop at a forced end token, such as the one that a chat template puts behind the question.
+        ignore_eos=bool(request.forced) or not request.ends,
         detokenize=False,
         skip_reading_prefix_cache=True,
         extra_args=extra or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +53,7 @@ class TextItem:
 
     def __init__(self, windows: Sequence[Window], num_greedy: int, dense: Path) -> None:
         self.windows, self.num_greedy, self.dense = windows, num_greedy, dense
-        self.num_requests = 2 * len(windows)
+        self.num_requests = len(windows) * (2 if num_greedy else 1)
 
     def record_dense(self, host: Host, advance: Advance) -> None:
         """Write the files that are missing, with the dense policy's engine."""
@@ -66,6 +67,13 @@ class TextItem:
             for _ in batch:
                 advance()
 
+    def forget_dense(self) -> None:
+        """Remove the files."""
+        for path in self.dense.glob("*.npy"):
+            path.unlink()
+        with suppress(OSError):  # not there, or not empty
+            self.dense.rmdir()
+
     def run(self, host: Host, advance: Advance) -> dict[str, Any]:
         found: dict[str, Any] = {"windows": [], "greedy_tokens": []}
         for batch in batches(range(len(self.windows))):
@@ -75,7 +83,7 @@ class TextItem:
                 found["windows"].append(self._compare(index, path))
                 path.unlink()
                 advance()
-        for batch in batches(self.windows):
+        for batch in batches(self.windows if self.num_greedy else []):
             requests = [Request(window.context, [], free=self.num_greedy, ends=False) for window in batch]
             found["greedy_tokens"] += host.call("complete", requests=requests)
             for _ in batch:

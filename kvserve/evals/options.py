@@ -31,7 +31,8 @@ class Sizes:
         lengths: of prompts, question included.
         depths: of what is asked for, in turn over the examples.
         examples: of each task, length and place of the question.
-        windows: of text: `context` tokens, then `continuation` forced ones, and `greedy` generated ones.
+        windows: of text: `context` tokens, then `continuation` forced ones (the first one still comes from the whole
+            prompt and is not measured), and `greedy` generated ones.
     """
 
     lengths: tuple[int, ...]
@@ -50,7 +51,7 @@ class Sizes:
 
 
 SUITES = {
-    "quick": Sizes((512,), (0.1, 0.5, 0.9), 3, windows=8, context=640, continuation=128, greedy=32),
+    "quick": Sizes((384,), (0.1, 0.5, 0.9), 3, windows=8, context=512, continuation=128, greedy=32),
     "full": Sizes((1024, 2048, 4096), (0.0, 0.25, 0.5, 0.75, 1.0), 20, windows=32, context=2048, continuation=256,
                   greedy=128),
 }  # fmt: skip
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--windows", type=int, help="of the text")
     add("--context", type=int, help="tokens of a window before what is measured")
     add("--continuation", type=int, help="measured tokens of a window")
+    add("--greedy", type=int, help="tokens generated behind each context, 0: none")
     add("--text", type=Path, help="text file; default: Python's language reference, and packaged prose in prompts")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--seed", type=int, default=0)
@@ -157,10 +159,10 @@ def _chosen(flag: str, given: str, known: Sequence[str]) -> list[str]:
 
 def _sizes(sizes: Sizes, given: argparse.Namespace) -> Sizes:
     changes: dict[str, Any] = {}
-    for name in ("examples", "windows", "context", "continuation"):
+    least_of = {"examples": 1, "windows": 1, "context": 1, "continuation": 2, "greedy": 0}
+    for name, least in least_of.items():
         value = getattr(given, name)
         if value is not None:
-            least = 2 if name == "continuation" else 1  # the first token behind a prompt is not measured
             if value < least:
                 raise UsageError(f"--{name} must be a whole number of at least {least}, got {value}")
             changes[name] = value

@@ -78,7 +78,7 @@ def _text_rows(policy: str, result: Mapping[str, Any], dense: Mapping[str, Any] 
         row("99th percentile of KL from none", "nats", bootstrap(values("kl"), quantile(0.99))),
         row("same most likely token as none", "%", bootstrap(100 * values("agrees"))),
     ]
-    if dense is not None:
+    if dense is not None and dense["greedy_tokens"]:
         pairs = list(zip(result["greedy_tokens"], dense["greedy_tokens"], strict=True))
         equal = np.array([equal_tokens(*pair) for pair in pairs], float)
         found.append(row("greedy tokens before the first that differs", f"of {len(pairs[0][1])}", bootstrap(equal)))
