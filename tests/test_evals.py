@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -133,6 +134,27 @@ def test_the_score_is_the_share_of_expected_strings() -> None:
     assert score("They are 1,234 and Lima.", ["1234", "LIMA", "5"]) == pytest.approx(2 / 3)
 
 
+class BaseModelTokenizer:
+    """Without a chat template; a text begins with token 1."""
+
+    bos_token_id, chat_template = 1, None
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True) -> SimpleNamespace:
+        if not isinstance(text, str):
+            return SimpleNamespace(input_ids=[self(one, add_special_tokens).input_ids for one in text])
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [2 + len(word) for word in text.split()])
+
+
+def test_prompts_of_a_model_without_a_chat_template_begin_with_its_first_token() -> None:
+    source = Source(BaseModelTokenizer())
+    example = TASKS["single-needle"].example(source, 300, 0.5, "0")
+    assert example.context[0] == 1 and 1 not in example.context[1:] + example.question
+    assert len(example.context) + len(example.question) == 300
+    for window in windows(source.encode("word " * 200), 2, 80, 20, source.start):
+        assert window.context[0] == 1 and 1 not in window.context[1:]
+        assert 80 - 63 <= len(window.context) <= 80
+
+
 # -- arithmetic -----------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +262,7 @@ def raw_results(scores: Sequence[float], lost_nats: float, spread: float = 0.01)
 )
 def test_a_verdict_says_what_the_interval_excludes(scores, lost_nats, spread, text, task) -> None:
     dense = raw_results([1.0] * len(scores), 0.0, 0.0)
-    found = verdicts({"none": dense, "int8": raw_results(scores, lost_nats, spread)}, ["none", "int8"])
+    found = verdicts({"none": dense, "int8": raw_results(scores, lost_nats, spread)}, ["int8"])
     assert len(found) == 2
     assert "perplexity" in found[0] and text in found[0].split(": ")[2]
     assert "after compression" in found[1] and task in found[1].split(": ")[2]
@@ -248,7 +270,15 @@ def test_a_verdict_says_what_the_interval_excludes(scores, lost_nats, spread, te
 
 def test_few_questions_decide_nothing() -> None:
     dense = raw_results([1.0] * 12, 0.0)
-    assert "not decided" in verdicts({"none": dense, "int8": dense}, ["none", "int8"])[1]
+    assert "not decided" in verdicts({"none": dense, "int8": dense}, ["int8"])[1]
+
+
+def test_a_dense_cache_that_differs_from_itself_is_reported() -> None:
+    dense = raw_results([1.0], 0.0)
+    assert "all KL figures hold this noise" in verdicts({"none": dense}, ["none"])[0]
+    for window in dense[TEXT]["windows"]:
+        window["kl"] = [0.0] * 20
+    assert verdicts({"none": dense}, ["none"]) == []
 
 
 def test_perplexity_over_none_is_that_of_the_mean_loss() -> None:
@@ -343,7 +373,7 @@ def test_what_is_finished_is_not_run_again(fake_engines: type[FakeEngine], tmp_p
 def test_dense_distributions_without_their_result_file_are_made_again(fake_engines, tmp_path: Path) -> None:
     out, stale = tmp_path / "result.json", tmp_path / "result.dense" / "dense-0.npy"
     stale.parent.mkdir()
-    np.save(stale, np.zeros((128, 49152), np.float32))
+    np.save(stale, np.zeros((8, 49152), np.float32))
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
     figures = {row["metric"]: row for row in json.loads(out.read_text())["rows"]}
     assert figures["mean KL from none"]["measured"]["value"] == 0

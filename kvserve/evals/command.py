@@ -189,7 +189,8 @@ class Evaluation:
         try:
             for name in self.options.items:
                 if name == TEXT:
-                    parts = windows(source.encode(text), sizes.windows, sizes.context, sizes.continuation)
+                    tokens = source.encode(text)
+                    parts = windows(tokens, sizes.windows, sizes.context, sizes.continuation, source.start)
                     found.append(TextItem(parts, sizes.greedy, self._dense_folder()))
                 else:
                     found.append(TaskItem(name, source, self.options))

@@ -25,6 +25,9 @@ class Source:
     Args:
         tokenizer: a transformers tokenizer.
         text: prose; None: the packaged sentences (see kvserve/bench/prose.py), shuffled with a fixed seed.
+
+    Attributes:
+        start: the token that the tokenizer puts before every text, if it does; a chat template brings its own.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
@@ -33,6 +36,8 @@ class Source:
         sentences = [" " + sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(prose.split())) if sentence]
         self._sentences: list[list[int]] = tokenizer(sentences, add_special_tokens=False, verbose=False).input_ids
         self.chat = self._chat()
+        first = tokenizer("", verbose=False).input_ids[:1]
+        self.start: list[int] = list(first) if first == [getattr(tokenizer, "bos_token_id", None)] else []
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""

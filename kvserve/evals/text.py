@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -27,9 +28,12 @@ def default_text() -> tuple[str, str]:
     return "python-language-reference", "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def windows(tokens: list[int], count: int, context: int, continuation: int) -> list[Window]:
-    """Evenly spread windows without overlap; contexts are up to a tile shorter, one less each, so that an unfinished
-    tile is no constant help.
+def windows(tokens: list[int], count: int, context: int, continuation: int, start: Sequence[int] = ()) -> list[Window]:
+    """Evenly spread windows without overlap. Contexts are up to a tile shorter, each by another number, so that an
+    unfinished tile is no constant help.
+
+    Args:
+        start: tokens that every context begins with; they count as part of it.
 
     Raises:
         TextError: the text is too short.
@@ -43,10 +47,9 @@ def windows(tokens: list[int], count: int, context: int, continuation: int) -> l
     stride = (len(tokens) - size) // max(count - 1, 1)
     found = []
     for index in range(count):
-        cut = min(_shortened(index), context - 1)
-        start = index * stride + cut
         middle = index * stride + context
-        found.append(Window(tokens[start:middle], tokens[middle : middle + continuation]))
+        first = index * stride + min(_shortened(index) + len(start), context - 1)
+        found.append(Window([*start, *tokens[first:middle]], tokens[middle : middle + continuation]))
     return found
 
 

@@ -112,7 +112,8 @@ class Room:
 
     def _frame(self, intro: str, question: str, answer_start: str) -> tuple[list[int], list[int]]:
         chat, encode = self.source.chat, self.source.encode
-        return encode(f"{chat.head}{intro}\n\n"), encode(f"\n\n{question}{chat.tail}{answer_start}")
+        start = [] if chat.head else self.source.start
+        return [*start, *encode(f"{chat.head}{intro}\n\n")], encode(f"\n\n{question}{chat.tail}{answer_start}")
 
 
 def spread(rng: random.Random, sentences: list[list[int]], parts: Sequence[list[int]]) -> list[int]:
