@@ -271,6 +271,28 @@ def test_a_verdict_says_what_the_interval_excludes(scores, lost_nats, spread, te
 def test_few_questions_decide_nothing() -> None:
     dense = raw_results([1.0] * 12, 0.0)
     assert "not decided" in verdicts({"none": dense, "int8": dense}, ["int8"])[1]
+    worse = raw_results([0.0] * 7, 0.5)
+    for result in (worse[TEXT]["windows"], worse[TEXT]["greedy_tokens"]):
+        del result[7:]
+    found = verdicts({"none": raw_results([1.0] * 7, 0.0), "int8": worse}, ["int8"])
+    assert len(found) == 2 and all("not decided by 7 samples" in sentence for sentence in found)
+
+
+def test_scores_are_given_by_question_length_and_depth_where_they_vary() -> None:
+    def cells(lengths: Sequence[int], depths: Sequence[float | None]) -> list[dict[str, Any]]:
+        results = [
+            {"length": length, "depth": depth, "question": "inside", "score": depth or 0.25}
+            for length in lengths for depth in depths
+        ]  # fmt: skip
+        return [dict(row.cell) | {"value": row.measured.value} for row in rows({"p": {"task": results}}, ["p"])]
+
+    assert cells([512], [None, None]) == [{"question": "inside", "value": 25}]
+    assert cells([512], [0.5, 1.0])[1:] == [
+        {"question": "inside", "depth": 0.5, "value": 50}, {"question": "inside", "depth": 1.0, "value": 100},
+    ]  # fmt: skip
+    assert [set(cell) - {"question", "value"} for cell in cells([64, 128], [0.5, 1.0])] == [
+        set(), *[{"length"}] * 2, *[{"length", "depth"}] * 4,
+    ]  # fmt: skip
 
 
 def test_a_dense_cache_that_differs_from_itself_is_reported() -> None:

@@ -14,6 +14,7 @@ from kvserve.evals.statistics import Estimate, bootstrap, quantile, share_interv
 
 PERPLEXITY_MARGIN_PERCENT = 1.0  # "no worse" means: by less than this
 SCORE_MARGIN_POINTS = 5.0
+FEWEST_SAMPLES = 8  # of fewer an interval is much too narrow to decide anything
 
 Raw = Mapping[str, Mapping[str, Any]]  # policy, item: what the item returned
 
@@ -103,11 +104,11 @@ def equal_tokens(found: Sequence[int], expected: Sequence[int]) -> int:
 def _task_rows(policy: str, item: str, result: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The score by the question's place, then by length, then by depth."""
     found = []
-    for keys in (("question",), ("question", "length"), ("question", "length", "depth")):
-        if keys[-1] == "length" and len({one["length"] for one in result}) == 1:
-            continue
-        if keys[-1] == "depth" and result[0]["depth"] is None:
-            continue
+    length = ("length",) if len({one["length"] for one in result}) > 1 else ()
+    groups = [("question",), ("question", *length)]
+    if result[0]["depth"] is not None:
+        groups.append(("question", *length, "depth"))
+    for keys in dict.fromkeys(groups):
         for cell in dict.fromkeys(tuple((key, one[key]) for key in keys) for one in result):
             scores = [100 * one["score"] for one in result if all(one[key] == value for key, value in cell)]
             measured = share_interval(np.array(scores), 0, 100)
@@ -127,14 +128,14 @@ def verdicts(raw: Raw, policies: Iterable[str]) -> list[str]:
             found += _dense_differs(results.get(TEXT))
             continue
         if TEXT in results:
-            increase = perplexity_increase(results[TEXT])
-            found.append(_sentence(policy, "perplexity over none", "%", increase, PERPLEXITY_MARGIN_PERCENT))
+            increase, samples = perplexity_increase(results[TEXT]), len(results[TEXT]["windows"])
+            found.append(_sentence(policy, "perplexity over none", "%", increase, samples, PERPLEXITY_MARGIN_PERCENT))
         for place in ("inside", "after"):
             differences = score_differences(results, raw.get(DENSE, {}), place)
             if len(differences):
                 lost = share_interval(-differences, -100, 100)
                 what = f"score lost to none, question {_WHERE[place]}"
-                found.append(_sentence(policy, what, " points", lost, SCORE_MARGIN_POINTS))
+                found.append(_sentence(policy, what, " points", lost, len(differences), SCORE_MARGIN_POINTS))
     return found
 
 
@@ -160,16 +161,18 @@ def score_differences(found: Mapping[str, Any], dense: Mapping[str, Any], place:
     ])  # fmt: skip
 
 
-def _sentence(policy: str, what: str, unit: str, lost: Estimate, margin: float) -> str:
+def _sentence(policy: str, what: str, unit: str, lost: Estimate, samples: int, margin: float) -> str:
     """`lost` is how much worse the policy is."""
-    text = f"{policy}: {what} {lost.value:+.1f}{unit} ({lost.low:+.1f} to {lost.high:+.1f})"
+    text = f"{policy}: {what} {format_estimate(lost, lambda number: f'{number:+.1f}{unit}')}"
+    if samples < FEWEST_SAMPLES:
+        return f"{text}: not decided by {samples} samples"
     if lost.low > 0:
         return f"{text}: worse than none"
     if lost.high < 0:
         return f"{text}: better than none"
     if lost.high < margin:
         return f"{text}: at most {margin:g}{unit} worse than none"
-    return f"{text}: not decided by this many samples"
+    return f"{text}: not decided by {samples} samples"
 
 
 def format_estimate(measured: Estimate, form: Callable[[float], str]) -> str:

@@ -20,7 +20,7 @@ def print_tables(rows: Sequence[Row], verdicts: Sequence[str], policies: Sequenc
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
     text = [row for row in rows if row.suite == TEXT]
-    tasks = [row for row in rows if row.suite != TEXT]
+    tasks = [row for row in rows if row.suite != TEXT and (row.samples > 1 or "depth" not in dict(row.cell))]
     for title, found in (("text", text), ("tasks: % of the expected answers that were given", tasks)):
         if found:
             console.print(table(title, found, policies))
