@@ -21,6 +21,7 @@ from kvserve.default_model import prepare_default_model
 from kvserve.evals import command
 from kvserve.evals.distances import distances
 from kvserve.evals.engine import Request
+from kvserve.evals.items import TaskItem
 from kvserve.evals.options import SUITES, TEXT, parse
 from kvserve.evals.report import equal_tokens, rows, verdicts
 from kvserve.evals.source import Source
@@ -399,6 +400,24 @@ def test_dense_distributions_without_their_result_file_are_made_again(fake_engin
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
     figures = {row["metric"]: row for row in json.loads(out.read_text())["rows"]}
     assert figures["mean KL from none"]["measured"]["value"] == 0
+
+
+def test_a_question_is_in_the_prompt_or_forced_behind_the_compressed_context(source: Source) -> None:
+    class Host:
+        def call(self, method: str, requests: Sequence[Request]) -> list[list[int]]:
+            self.requests = requests
+            return [source.encode(answer) for answer in ("It is 1,234.", "nothing")]
+
+    host, counted = Host(), []
+    item = TaskItem("single-needle", source, parse(["--examples", "1"]))
+    inside, after = item.run(host, lambda: counted.append(1))
+    whole, split = host.requests
+    assert whole.prompt == split.prompt + split.forced and not whole.forced
+    assert split.forced == item.questions[0].example.question
+    assert (inside["question"], inside["answer"]) == ("inside", "It is 1,234.")
+    assert (after["question"], after["answer"]) == ("after", "nothing")
+    assert inside["expected"] == after["expected"] and inside["score"] == after["score"] == 0
+    assert len(counted) == item.num_requests == 2
 
 
 def test_a_result_file_of_another_run_is_not_mixed_in(fake_engines, tmp_path: Path, capsys) -> None:
