@@ -393,6 +393,13 @@ def test_what_is_finished_is_not_run_again(fake_engines: type[FakeEngine], tmp_p
     assert set(json.loads(out.read_text())["raw"]) == {"none", "int8", "kivi-4bit"}
 
 
+def test_without_the_dense_cache_nothing_else_is_measured(fake_engines: type[FakeEngine], capsys) -> None:
+    fake_engines.failing = {"none"}
+    assert main(["eval", *ARGUMENTS]) == 1
+    assert fake_engines.started == ["none"]
+    assert "none: failed: the process died" in capsys.readouterr().err
+
+
 def test_dense_distributions_without_their_result_file_are_made_again(fake_engines, tmp_path: Path) -> None:
     out, stale = tmp_path / "result.json", tmp_path / "result.dense" / "dense-0.npy"
     stale.parent.mkdir()
@@ -424,7 +431,7 @@ def test_a_result_file_of_another_run_is_not_mixed_in(fake_engines, tmp_path: Pa
     out = tmp_path / "result.json"
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
     assert main(["eval", *ARGUMENTS, "--seed", "1", "--out", str(out)]) == 2
-    assert "holds results with another settings" in capsys.readouterr().err
+    assert "holds results made with other settings" in capsys.readouterr().err
     out.write_text("[]")
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 2
     assert "is no result of kvserve eval" in capsys.readouterr().err

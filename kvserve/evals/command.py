@@ -106,6 +106,8 @@ class Evaluation:
             for label, items in plan.items():
                 if items or (label == DENSE and records_dense):
                     self._evaluate(label, items, text if label == DENSE and records_dense else None)
+                if DENSE in self.content["failed"]:
+                    break  # nothing to compare the others with
         self._write()
         if text is not None and not self.content["failed"]:
             text.forget_dense()
@@ -244,7 +246,7 @@ def _tokenizer(model: str) -> Any:
 
 def _require_equal(out: Path, what: str, earlier: Any, now: Any) -> None:
     if earlier != now:
-        raise UsageError(f"--out {out} holds results with another {what}; remove it, or name another file")
+        raise UsageError(f"--out {out} holds results made with other {what}; remove it, or name another file")
 
 
 def _progress(total: int) -> Progress:
