@@ -261,3 +261,25 @@ def test_a_models_rotary_embeddings_are_kept_by_vllm() -> None:
     assert issubclass(Llama3RotaryEmbedding, RotaryEmbedding)
     assert parameters(RotaryEmbedding._compute_inv_freq) == ["self", "base"]
     assert {"base", "is_neox_style"} <= set(parameters(RotaryEmbedding.__init__))
+
+
+def test_logits_processors_see_every_change_of_the_batch_and_growing_outputs() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+
+    assert "logits_processors" in parameters(LLM.__init__)
+    assert "extra_args" in parameters(SamplingParams)
+    assert parameters(process_dict_updates) == ["req_entries", "batch_update", "new_state"]
+    assert LogitsProcessor.__abstractmethods__ == {"__init__", "apply", "is_argmax_invariant", "update_state"}
+    assert list(BatchUpdate.__dataclass_fields__) == ["batch_size", "removed", "added", "moved"]
+
+
+def test_custom_logits_processors_run_after_the_built_in_ones_and_before_penalties() -> None:
+    from vllm.v1.sample import logits_processor
+    from vllm.v1.sample.sampler import Sampler
+
+    assert "itertools.chain(\n            BUILTIN_LOGITS_PROCESSORS, custom" in inspect.getsource(
+        logits_processor.build_logitsprocs
+    )
+    source = inspect.getsource(Sampler.apply_logits_processors)
+    assert source.index("non_argmax_invariant") < source.index("apply_penalties")

@@ -190,7 +190,7 @@ class Bench:
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _config(self, max_model_len: int, **pool: int) -> EngineConfig:
+    def _config(self, max_model_len: int, **pool: Any) -> EngineConfig:
         return EngineConfig(
             str(self.model), self.shape, self.options.dtype, max_model_len, self.options.seed,
             enforce_eager=not self.options.compile, **pool,

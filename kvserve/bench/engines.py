@@ -6,7 +6,8 @@ Seams: `vllm.LLM`, `LLM.llm_engine.add_request/step`, `SamplingParams.skip_readi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvserve.bench.capacity import ModelShape
@@ -33,6 +34,7 @@ class EngineConfig:
         enforce_eager: no torch.compile, as `kvserve serve` runs on CPUs unless told otherwise.
         kv_bytes: size of the KV pool; None: what `num_requests` of the longest requests need, each engine in its own
             format, so that several engines fit into memory together.
+        scheduler_options: max_num_seqs, max_num_batched_tokens; vLLM's defaults where not given.
     """
 
     model: str
@@ -43,6 +45,7 @@ class EngineConfig:
     enforce_eager: bool = True
     kv_bytes: int | None = None
     num_requests: int = 1
+    scheduler_options: dict[str, int] = field(default_factory=dict)
 
 
 class Generated(NamedTuple):
@@ -53,16 +56,21 @@ class Generated(NamedTuple):
 
 
 class Engine(Child):
-    """The parent's side of an engine."""
+    """The parent's side of an engine.
+
+    Args:
+        name: "stock", a policy, or the path of one.
+        host: what to create in the child, an EngineHost.
+    """
 
     _last_used: tuple[str, float] = ("", 0.0)
 
-    def __init__(self, name: str, config: EngineConfig) -> None:
+    def __init__(self, name: str, config: EngineConfig, host: str = "kvserve.bench.engines:EngineHost") -> None:
         kwargs = {"name": name, "config": config}
         # Without its plugins vLLM is what a user without kvserve has.
         env = {**ENVIRONMENT, "VLLM_PLUGINS": "" if name == STOCK else "kvserve"}
         start = time.perf_counter()
-        super().__init__(name, "kvserve.bench.engines:EngineHost", kwargs, env)
+        super().__init__(Path(name).name, host, kwargs, env)
         self.start_seconds = time.perf_counter() - start
 
     def call(self, method: str, **kwargs: Any) -> Any:
@@ -77,9 +85,9 @@ class Engine(Child):
 
 
 class EngineHost:
-    """The child's side: holds a vllm.LLM."""
+    """The child's side: holds a vllm.LLM, with further `options` of it."""
 
-    def __init__(self, name: str, config: EngineConfig) -> None:
+    def __init__(self, name: str, config: EngineConfig, **options: Any) -> None:
         from vllm import LLM
 
         from kvserve.engine.device import backend_options
@@ -105,7 +113,9 @@ class EngineHost:
             enable_prefix_caching=True,
             seed=config.seed,
             enforce_eager=config.enforce_eager,
+            **config.scheduler_options,
             **extra,
+            **options,
         )
         self._request_count = 0
 

@@ -13,6 +13,7 @@ HELP = """\
 usage: kvserve [serve] --policy POLICY [--policy-set KEY=VALUE]... [--model MODEL | MODEL] [any vLLM serve option]
        kvserve policies [NAME | FILE] [--policy-set KEY=VALUE]... [--head-dim N]
        kvserve inspect --policy POLICY (TEXT | --prompt-file FILE) [options]
+       kvserve eval [--policies NAME,NAME@RATE,...] [options]
        kvserve prepare-model
        kvserve bench [options]
        kvserve --version
@@ -65,6 +66,10 @@ def _dispatch(arguments: list[str]) -> int:
         from kvserve.inspect.command import run as run_inspect
 
         return run_inspect(arguments[1:])
+    if command == "eval":
+        from kvserve.evals.command import run as run_eval
+
+        return run_eval(arguments[1:])
     if command == "prepare-model":
         return _prepare_model(arguments[1:])
     if command == "bench":
