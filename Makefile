@@ -1,7 +1,8 @@
 # make serve        set everything up (the first time takes minutes), then serve the default model on port 8000
 # make test         lint and the fast tests           make test-full    all tests
 # make bench        compare the policies              make clean        remove build products
-# make test-gpu     the Triton kernels on this GPU    make bench-gpu    check and time them (needs torch and Triton only)
+# make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
+# make cuda         compile the CUDA kernels (needs nvcc, no GPU)
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
 # Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
@@ -16,10 +17,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu bench bench-gpu serve-gpu-check lint format clean clean-venv
+.PHONY: help setup serve test test-full test-gpu bench bench-gpu serve-gpu-check cuda lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -34,15 +35,19 @@ test: setup lint
 test-full: setup lint
 	$(BIN)/python -m pytest $(ARGS)
 
-# Both run without setup, on a machine that has torch and Triton; the tests also need pytest and pydantic.
+# These run without setup, on a machine that has torch and Triton; the tests also need pytest and pydantic. Without
+# `make cuda` before them, the CUDA tests fail and the benchmark leaves the CUDA kernels out.
 test-gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py -k "not compiles" $(ARGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py -k "not compiles" $(ARGS)
 
 bench-gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m kvserve.bench.gpu $(ARGS)
 
 serve-gpu-check: setup
 	$(BIN)/python benchmarks/gpu_serve.py $(ARGS)
+
+cuda:
+	python3 scripts/build_cuda.py $(ARGS)
 
 bench: setup
 	$(BIN)/kvserve bench $(ARGS)

@@ -1,5 +1,5 @@
 // C interface of the kvserve CPU kernels. No libtorch: plain pointers, byte strides and the structs below.
-// kvserve/attention/native.py mirrors every struct with ctypes; keep both in the same order.
+// kvserve/attention/structs.py mirrors every struct with ctypes; keep both in the same order.
 //
 // One step of one layer is four calls, in this order (T = tile_tokens):
 //   kvs_stage        new K/V rows -> `staged`, float32, rounded to the dense dtype, V rotated where the policy rotates

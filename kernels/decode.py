@@ -200,8 +200,7 @@ def decode(
     """
     batch = tables.batch
     check_device(cells=tables.cells, query=query, staged=staged, output=output, lse=lse, block_table=batch.block_table)
-    processors = _processors(query.device)
-    splits = splits or num_splits(geometry, batch.num_reqs, batch.block_table.shape[1], processors)
+    splits = splits or num_splits(geometry, batch.num_reqs, batch.block_table.shape[1], processors(query.device))
     shape = (batch.num_reqs, geometry.num_kv_heads, splits, geometry.group_rows)
     partial = torch.empty(*shape, geometry.block_dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -215,5 +214,6 @@ def decode(
     )  # fmt: skip
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

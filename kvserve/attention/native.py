@@ -24,7 +24,19 @@ from kvserve.attention.base import (
     check_batch,
     check_cells,
     check_lse,
-    check_rows,
+)
+from kvserve.attention.structs import (
+    KvsArena,
+    KvsBatch,
+    KvsKept,
+    KvsLayout,
+    KvsReceived,
+    KvsRows,
+    kvs_arena,
+    kvs_batch,
+    kvs_layout,
+    kvs_received,
+    kvs_rows,
 )
 from kvserve.pages.kept import (
     NOT_KEPT,
@@ -32,7 +44,6 @@ from kvserve.pages.kept import (
     Kept,
     held_tokens,
     make_headers,
-    num_layers_of,
     read_headers,
 )
 from kvserve.pages.layout import PageLayout
@@ -45,53 +56,8 @@ ISA_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set(),
 }
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = [
-        *((name, _int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
-        *((name, _int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
-        *((name, _int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "key_bits", "key_group")),
-        ("boost_channels", _int32),
-        *((name, _int32) for name in ("value_bits", "value_group", "value_rotated", "sliding_window")),
-        ("scale", ctypes.c_float),
-        *((name, _int64) for name in ("page_bytes", "key_codes", "key_boost_codes", "value_codes")),
-        *((name, _int64) for name in ("key_scales", "value_scales", "key_boost_index")),
-    ]
-
-
-class _Arena(ctypes.Structure):
-    _fields_ = [
-        ("base", _pointer),
-        *((name, _int64) for name in ("block_stride", "head_stride", "layer_stride")),
-        *((name, _int32) for name in ("layer", "num_layers")),
-    ]
-
-
-class _Kept(ctypes.Structure):
-    _fields_ = [(name, _int32) for name in ("end", "first_page", "num_pages", "num_tokens")]
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("num_reqs", _int32),
-        ("query_start_loc", _pointer),
-        ("seq_lens", _pointer),
-        ("block_table", _pointer),
-        ("block_table_stride", _int64),
-        *((name, _pointer) for name in ("kept_ends", "kept_starts", "kept_blocks")),
-    ]
-
-
-class _Received(ctypes.Structure):
-    _fields_ = [("power", _int32), ("sums", _pointer), ("columns", _pointer)]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", _pointer), ("token_stride", _int64), ("head_stride", _int64), ("dtype", _int32)]
 
 
 class NativeAttention(PagedAttention):
@@ -104,8 +70,8 @@ class NativeAttention(PagedAttention):
     def __init__(self, layout: PageLayout, spec: LayerSpec, isa: str | None = None):
         super().__init__(layout, spec)
         self._library = load_library(isa or choose_isa())
-        self._layout = _layout_struct(layout, spec)
-        self._arena_struct = _Arena()
+        self._layout = kvs_layout(layout, spec)
+        self._arena_struct = KvsArena()
 
     @property
     def isa(self) -> str:
@@ -170,7 +136,7 @@ class NativeAttention(PagedAttention):
             self._query_rows("query", query),
             self._query_rows("output", output),
             _lse_pointer(lse),
-            _received(received, batch.num_reqs, self.spec) if received else None,
+            kvs_received(received, batch.num_reqs, self.spec) if received else None,
         )
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
@@ -241,23 +207,25 @@ class NativeAttention(PagedAttention):
         self._library.kvs_attention_sums(*stored, rows, query.shape[0], *how, sums.data_ptr(), columns)
         return sums
 
-    def _batch(self, batch: Batch) -> _Batch:
+    def _batch(self, batch: Batch) -> KvsBatch:
         self.check_kept(batch)
-        return _batch(batch)
+        if batch.native is None:  # once for all layers of a step
+            check_batch(batch)
+            batch.native = kvs_batch(batch)
+        native: KvsBatch = batch.native
+        return native
 
-    def _kv_rows(self, name: str, rows: torch.Tensor) -> _Rows:
-        return _rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
+    def _kv_rows(self, name: str, rows: torch.Tensor) -> KvsRows:
+        return kvs_rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)
 
-    def _query_rows(self, name: str, rows: torch.Tensor) -> _Rows:
-        return _rows(name, rows, self.spec.num_heads, self.layout.head_dim)
+    def _query_rows(self, name: str, rows: torch.Tensor) -> KvsRows:
+        return kvs_rows(name, rows, self.spec.num_heads, self.layout.head_dim)
 
-    def _arena(self, cells: torch.Tensor) -> _Arena:
+    def _arena(self, cells: torch.Tensor) -> KvsArena:
         known, base = self._arena_struct, cells.data_ptr()
         if known.base != base or (known.block_stride, known.head_stride) != cells.stride()[:2]:
             check_cells(cells, self.layout, self.spec.num_kv_heads)
-            num_layers, layer = num_layers_of(cells, self.layout)
-            strides = (cells.stride(0), cells.stride(1), self.layout.cell_bytes)
-            self._arena_struct = _Arena(base, *strides, layer, num_layers)
+            self._arena_struct = kvs_arena(cells, self.layout)
         return self._arena_struct
 
 
@@ -323,7 +291,8 @@ def load_library(isa: str) -> ctypes.CDLL:
     if not path.exists():
         raise RuntimeError(f"kernel library {path} is not built; run `python setup.py build_ext --inplace`")
     library = ctypes.CDLL(str(path))
-    layout, batch, arena, rows, received = map(ctypes.POINTER, (_Layout, _Batch, _Arena, _Rows, _Received))
+    structs = (KvsLayout, KvsBatch, KvsArena, KvsRows, KvsReceived)
+    layout, batch, arena, rows, received = map(ctypes.POINTER, structs)
     for name, arguments in {
         "kvs_stage": [layout, rows, rows, _int32, _pointer],
         "kvs_store_sealed": [layout, batch, arena, _pointer],
@@ -355,75 +324,13 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _layout_struct(layout: PageLayout, spec: LayerSpec) -> _Layout:
-    struct = _Layout(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=layout.head_dim,
-        block_size=layout.block_size,
-        dense_dtype=DTYPE_CODES[layout.dense_dtype],
-        sliding_window=spec.sliding_window or 0,
-        scale=spec.scale,
-    )
-    sections, policy = layout.sections, layout.policy
-    if sections is None:
-        return struct
-    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
-        setattr(struct, name, getattr(layout, name))
-    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
-    if policy.key is None or policy.value is None:
-        return struct
-    for name in ("key_group", "boost_channels", "value_group"):
-        setattr(struct, name, getattr(layout, name))
-    for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
-        setattr(struct, name, getattr(sections, name))
-    struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
-    struct.value_rotated = policy.value.rotate
-    return struct
-
-
-def _batch(batch: Batch) -> _Batch:
-    """The kernels' view of a batch, checked and made once for all layers of a step."""
-    if batch.native is None:
-        check_batch(batch)
-        batch.native = _Batch(
-            batch.num_reqs,
-            batch.query_start_loc.data_ptr(),
-            batch.seq_lens.data_ptr(),
-            batch.block_table.data_ptr(),
-            batch.block_table.stride(0),
-            *((None,) * 3 if batch.kept is None else (table.data_ptr() for table in batch.kept)),
-        )
-    return batch.native
-
-
 def _kept_arguments(kept: Kept, headers: Sequence[Header]) -> tuple[Any, Any, Any]:
     """The kernels' block ids, headers and row offsets of what one layer keeps."""
-    table = (_Kept * len(headers))(*(_Kept(*header) for header in headers))
+    table = (KvsKept * len(headers))(*(KvsKept(*header) for header in headers))
     offsets = (_int64 * (len(headers) + 1))(0, *accumulate(header.num_tokens for header in headers))
     return (_int32 * len(kept.blocks))(*kept.blocks), table, offsets
-
-
-def _received(received: Received, num_reqs: int, spec: LayerSpec) -> _Received:
-    """Raises ValueError where sums cannot be added to."""
-    sums, columns = (_pointer * num_reqs)(), (_int64 * num_reqs)()
-    for request, table in received.sums.items():
-        if table.dtype != torch.float32 or table.shape[0] != spec.num_kv_heads or not table.is_contiguous():
-            raise ValueError(
-                f"received.sums must be contiguous float32 [{spec.num_kv_heads}, columns], "
-                f"got {table.dtype} {list(table.shape)}"
-            )
-        sums[request], columns[request] = table.data_ptr(), table.shape[1]
-    struct = _Received(received.power, ctypes.addressof(sums), ctypes.addressof(columns))
-    struct.arrays = (sums, columns)  # type: ignore[attr-defined]  # they live as long
-    return struct
 
 
 def _lse_pointer(lse: torch.Tensor | None) -> int | None:
     check_lse(lse)
     return None if lse is None else lse.data_ptr()
-
-
-def _rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> _Rows:
-    check_rows(name, rows, num_heads, head_dim)
-    return _Rows(rows.data_ptr(), rows.stride(0), rows.stride(1), DTYPE_CODES[rows.dtype])

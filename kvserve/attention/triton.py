@@ -32,6 +32,8 @@ class TritonAttention(PagedAttention):
     graph as long as its tensors keep their addresses.
     """
 
+    decode_kernels = "triton"  # which ones attend in steps of one token
+
     def __init__(self, layout: PageLayout, spec: LayerSpec):
         super().__init__(layout, spec)
         self.geometry = geometry_of(layout, spec)
@@ -57,10 +59,21 @@ class TritonAttention(PagedAttention):
         check_rows("output", output, self.spec.num_heads, self.layout.head_dim)
         check_lse(lse)
         tables = self._tables(cells, batch)
-        arguments = (self.geometry, tables, query, staged, output, lse, self.spec.scale)
-        decode.decode(*arguments)
+        self.decode(query, tables, staged, output, lse)
         if tables.max_query_len > 1:
-            extend.extend(*arguments)
+            extend.extend(self.geometry, tables, query, staged, output, lse, self.spec.scale)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        tables: Tables,
+        staged: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        **launch: int,
+    ) -> None:
+        """Attention of the requests that bring exactly one token; `launch`: parameters of kernels/decode.py."""
+        decode.decode(self.geometry, tables, query, staged, output, lse, self.spec.scale, **launch)
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
         store.store_tail(self.geometry, self._tables(cells, batch), staged)

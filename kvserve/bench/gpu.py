@@ -1,11 +1,12 @@
-"""`make bench-gpu`: checks the Triton kernels on this GPU, times them, prints one table and writes one JSON file.
+"""`make bench-gpu`: checks the GPU kernels on this GPU, times them, prints one table and writes one JSON file.
 
     python -m kvserve.bench.gpu [--output FILE] [--time-limit-s 480] [--dry-run]
 
-Needs torch and Triton, nothing else. Every timing is the median of CUDA-graph replays with a cold L2 cache (compaction:
-of plain calls that read, choose and write). The share of the copy bandwidth is the bytes that attention must read, over
-time, over the bandwidth that a large device copy reaches in the same run (bytes read plus bytes written). `--dry-run`
-runs tiny sizes in Triton's interpreter: it shows that the script works, and its times mean nothing.
+Needs torch and Triton, nothing else; the CUDA kernels take part where `make cuda` has built them. Every timing is the
+median of CUDA-graph replays with a cold L2 cache (compaction: of plain calls that read, choose and write). The share of
+the copy bandwidth is the bytes that attention must read, over time, over the bandwidth that a large device copy reaches
+in the same run (bytes read plus bytes written). `--dry-run` runs tiny sizes in Triton's interpreter: it shows that the
+script works, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -148,28 +149,32 @@ def run_checks(run: Run) -> list[dict[str, Any]]:
 
     Most of the time goes into compiling, which the processes share through Triton's cache.
     """
-    from kvserve.bench.gpu_cases import FORMATS
+    from kvserve.bench.gpu_cases import FORMATS, kernels_for
 
     if run.dry:
-        return [check_one(name, 64, 2, True) for name in FORMATS]
+        return [check_one(name, 64, 2, "triton", True) for name in FORMATS]
     sizes = [*itertools.product((64, 128), (1, 4, 8)), (256, 4)]
-    cases = list(itertools.product(FORMATS, sizes))
+    cases = [
+        (name, *size, kernels)
+        for name, size in itertools.product(FORMATS, sizes)
+        for kernels in kernels_for(name, size[0], run.device)
+    ]
     workers = min(len(cases), CHECK_PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        results = [pool.submit(check_one, name, head_dim, group, False) for name, (head_dim, group) in cases]
+        results = [pool.submit(check_one, *case, False) for case in cases]
         return [result.result() for result in results]
 
 
-def check_one(name: str, head_dim: int, group: int, dry: bool) -> dict[str, Any]:
+def check_one(name: str, head_dim: int, group: int, kernels: str, dry: bool) -> dict[str, Any]:
     """One format and shape against the reference."""
     from kvserve.bench import gpu_cases
 
     work = gpu_cases.Workload(70 if dry else 333, 1, head_dim, group, 1 if dry else 8)
     device, dtype = ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
-    error, differing = gpu_cases.check(name, work, dtype, torch.device(device))
+    error, differing = gpu_cases.check(name, work, dtype, torch.device(device), kernels)
     passed = error <= ERROR_LIMIT and differing <= DIFFERING_BYTES_LIMIT
-    result = {"format": name, "head_dim": head_dim, "group": group, "error": error, "differing_bytes": differing}
-    return result | {"passed": passed}
+    result = {"format": name, "kernels": kernels, "head_dim": head_dim, "group": group, "error": error}
+    return result | {"differing_bytes": differing, "passed": passed}
 
 
 def copy_bandwidth(run: Run) -> float:
@@ -203,24 +208,42 @@ def time_decode(run: Run, work: Any) -> None:
     for name, time_us in dense.items():
         run.add("decode", name, work, time_us, work.dense_bytes, dense_us)
     for name in gpu_cases.FORMATS:
-        step = gpu_cases.decode_step(name, work, dtype, run.device)
-        run.add("decode", name, work, run.time_us(step.attend), step.moved_bytes, dense_us)
-        del step
+        for kernels in gpu_cases.kernels_for(name, work.head_dim, run.device):
+            step = gpu_cases.decode_step(name, work, dtype, run.device, kernels=kernels)
+            run.add("decode", variant(name, kernels), work, run.time_us(step.attend), step.moved_bytes, dense_us)
+            del step
     run.save()
+
+
+def variant(name: str, kernels: str) -> str:
+    """What a row of the table calls a format; Triton's kernels go without saying."""
+    return name if kernels == "triton" else f"{name}, {kernels}"
 
 
 def time_launch_parameters(run: Run, work: Any) -> None:
-    """Decode attention of the low-bit formats by number of splits and warps, to choose the kernel's own from."""
+    """Decode attention of the low-bit formats by launch parameters, to choose the kernels' own from."""
     from kvserve.bench import gpu_cases
 
     dtype = torch.bfloat16 if not run.dry else torch.float16
-    for name in ("kivi-2bit", "boost-2bit", "kivi-4bit"):
-        step = gpu_cases.decode_step(name, work, dtype, run.device)
-        for splits, warps in ((1, 4),) if run.dry else itertools.product((1, 2, 4, 8, 16, 32), (2, 4, 8)):
-            time_us = run.time_us(lambda step=step, s=splits, w=warps: step.attend_with(s, w))  # type: ignore[misc]
-            run.add(f"decode, {splits} splits, {warps} warps", name, work, time_us, step.moved_bytes, None)
-        del step
+    for name in gpu_cases.CUDA_FORMATS:
+        for kernels in gpu_cases.kernels_for(name, work.head_dim, run.device):
+            step = gpu_cases.decode_step(name, work, dtype, run.device, kernels=kernels)
+            for launch in launches(kernels, run.dry):
+                time_us = run.time_us(lambda step=step, launch=launch: step.attend_with(**launch))  # type: ignore[misc]
+                what = "decode, " + ", ".join(f"{count} {name}" for name, count in launch.items())
+                run.add(what, variant(name, kernels), work, time_us, step.moved_bytes, None)
+            del step
     run.save()
+
+
+def launches(kernels: str, dry: bool) -> list[dict[str, int]]:
+    """Launch parameters to try."""
+    if dry:
+        return [{"splits": 1, "warps": 4}]
+    if kernels == "triton":
+        return [{"splits": s, "warps": w} for s, w in itertools.product((1, 2, 4, 8, 16, 32), (2, 4, 8))]
+    tried = itertools.product((1, 2, 4, 8, 16), (2, 4), (2, 3))
+    return [{"splits": splits, "warps": warps, "stages": stages} for splits, warps, stages in tried]
 
 
 def time_others(run: Run) -> None:
@@ -240,10 +263,12 @@ def time_others(run: Run) -> None:
         launch, _ = gpu_cases.compaction(name, work, dtype, run.device)
         run.add("compaction to half, 1 request", name, work, run.time_us(launch, graph=False), None, None)
         sizes = gpu_cases.Workload(work.context // 4, work.batch, work.head_dim, work.group, work.num_kv_heads)
-        for ragged in (False, True):
-            step = gpu_cases.kept_step(name, sizes, dtype, run.device, ragged)
+        for kernels, ragged in itertools.product(
+            gpu_cases.kernels_for(name, sizes.head_dim, run.device), (False, True)
+        ):
+            step = gpu_cases.kept_step(name, sizes, dtype, run.device, ragged, kernels)
             what = "decode, kept pages, " + ("ragged" if ragged else "uniform")
-            run.add(what, name, sizes, run.time_us(step.attend), step.moved_bytes, None)
+            run.add(what, variant(name, kernels), sizes, run.time_us(step.attend), step.moved_bytes, None)
     run.save()
 
 
@@ -251,13 +276,13 @@ def print_table(run: Run) -> None:
     """The rows, in aligned columns."""
     print(f"copy bandwidth {run.copy_bytes_per_s / 1e9:.0f} GB/s{' (interpreted: no measurement)' if run.dry else ''}")
     head = ("what", "variant", "context", "batch", "head_dim", "group", "us", "MB", "of copy", "vs sdpa")
-    print("{:30} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>9} {:>8} {:>8}".format(*head))
+    print("{:36} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>9} {:>8} {:>8}".format(*head))
     for row in run.rows:
         moved = "" if row.moved_bytes is None else f"{row.moved_bytes / 1e6:.1f}"
         share = "" if row.copy_share is None else f"{row.copy_share:.0%}"
         speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
         sizes = f"{row.context:>8} {row.batch:>6} {row.head_dim:>8} {row.group:>6}"
-        print(f"{row.what:30} {row.variant:24} {sizes} {row.time_us:>10.1f} {moved:>9} {share:>8} {speedup:>8}")
+        print(f"{row.what:36} {row.variant:24} {sizes} {row.time_us:>10.1f} {moved:>9} {share:>8} {speedup:>8}")
     for line in run.left_out:
         print("left out:", line)
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.cuda import LIBRARY, CudaAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
-from kvserve.kernels import decode
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import Header, Kept, KeptTable, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
@@ -31,6 +31,19 @@ FORMATS: dict[str, tuple[int, int, float, int, int, bool, int] | None] = {
     "int8": (8, 64, 0, 8, 0, False, 0),
     "none": None,
 }
+CUDA_FORMATS = ("kivi-2bit", "boost-2bit", "kivi-4bit")
+CUDA_HEAD_DIMS = (64, 128)
+
+
+def kernels_for(name: str, head_dim: int, device: torch.device) -> list[str]:
+    """The decode kernels that can serve a format here: triton, and cuda where it is built and covers it."""
+    covered = name in CUDA_FORMATS and head_dim in CUDA_HEAD_DIMS
+    return ["triton", "cuda"] if covered and device.type == "cuda" and LIBRARY.exists() else ["triton"]
+
+
+def attention_of(kernels: str, layout: PageLayout, spec: LayerSpec) -> TritonAttention:
+    """Attention with the named decode kernels."""
+    return CudaAttention(layout, spec) if kernels == "cuda" else TritonAttention(layout, spec)
 
 
 @dataclass(frozen=True)
@@ -91,18 +104,19 @@ class Step:
     def attend(self) -> None:
         self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output)
 
-    def attend_with(self, splits: int, warps: int) -> None:
+    def attend_with(self, **launch: int) -> None:
         """`attend` with other launch parameters than the kernel's own."""
         tables = Tables.of(self.attention.layout, self.cells, self.batch, 1)
-        arguments = (tables, self.query, self.staged, self.output, None, self.attention.spec.scale)
-        decode.decode(self.attention.geometry, *arguments, splits, warps)
+        self.attention.decode(self.query, tables, self.staged, self.output, None, **launch)
 
     def store(self) -> None:
         self.attention.store_sealed(self.cells, self.batch, self.staged)
         self.attention.store_tail(self.cells, self.batch, self.staged)
 
 
-def decode_step(name: str, work: Workload, dtype: torch.dtype, device: torch.device, state_blocks: int = 0) -> Step:
+def decode_step(
+    name: str, work: Workload, dtype: torch.dtype, device: torch.device, state_blocks: int = 0, kernels: str = "triton"
+) -> Step:
     """A decode step over an arena whose blocks lie in random order."""
     layout = layout_of(name, work.head_dim, dtype, state_blocks)
     per_request = layout.blocks_for(work.context)
@@ -119,7 +133,7 @@ def decode_step(name: str, work: Workload, dtype: torch.dtype, device: torch.dev
     batch = Batch(starts, lengths, table, max_query_len=1)
     query = torch.randn(work.batch, work.spec.num_heads, work.head_dim, device=device).to(dtype)
     new = torch.randn(2, work.batch, work.num_kv_heads, work.head_dim, device=device).to(dtype)
-    attention = TritonAttention(layout, work.spec)
+    attention = attention_of(kernels, layout, work.spec)
     staged = attention.stage(new[0], new[1])
     return Step(attention, cells, batch, query, staged, torch.empty_like(query), moved_bytes(layout, work))
 
@@ -134,7 +148,9 @@ def moved_bytes(layout: PageLayout, work: Workload) -> int:
     return work.batch * work.num_kv_heads * per_head
 
 
-def kept_step(name: str, work: Workload, dtype: torch.dtype, device: torch.device, ragged: bool) -> Step:
+def kept_step(
+    name: str, work: Workload, dtype: torch.dtype, device: torch.device, ragged: bool, kernels: str = "triton"
+) -> Step:
     """A decode step right after eviction: `context` kept tokens per head, or as many in all but ragged.
 
     Ragged heads keep between a quarter and seven quarters of it.
@@ -164,7 +180,7 @@ def kept_step(name: str, work: Workload, dtype: torch.dtype, device: torch.devic
     batch = Batch(starts, lengths, table, kept, max_query_len=1)
     query = torch.randn(work.batch, work.spec.num_heads, work.head_dim, device=device).to(dtype)
     new = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
-    attention = TritonAttention(layout, work.spec)
+    attention = attention_of(kernels, layout, work.spec)
     staged = attention.stage(new[0], new[1])
     assert layout.sections is not None
     moved = work.batch * int(pages.sum()) * layout.sections.size_bytes
@@ -205,14 +221,16 @@ def dense_attention(work: Workload, dtype: torch.dtype, device: torch.device) ->
     }
 
 
-def check(name: str, work: Workload, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+def check(
+    name: str, work: Workload, dtype: torch.dtype, device: torch.device, kernels: str = "triton"
+) -> tuple[float, float]:
     """Largest output error and share of differing arena bytes of a prefill and a decode step against the reference."""
     layout = layout_of(name, work.head_dim, dtype)
     table = torch.randperm(layout.blocks_for(work.context)).int()[None]
     generator = torch.Generator().manual_seed(1)
-    kernels = {"cpu": ReferenceAttention(layout, work.spec), device: TritonAttention(layout, work.spec)}
+    sides = {"cpu": ReferenceAttention(layout, work.spec), device: attention_of(kernels, layout, work.spec)}
     shape = (table.shape[1], work.num_kv_heads, layout.cell_bytes)
-    arenas = {where: torch.full(shape, 0xFF, dtype=torch.uint8, device=where) for where in kernels}
+    arenas = {where: torch.full(shape, 0xFF, dtype=torch.uint8, device=where) for where in sides}
     error = 0.0
     for first, last in ((0, work.context - 1), (work.context - 1, work.context)):
         query, key, value = (
@@ -220,7 +238,7 @@ def check(name: str, work: Workload, dtype: torch.dtype, device: torch.device) -
             for heads in (work.spec.num_heads, work.num_kv_heads, work.num_kv_heads)
         )
         outputs = []
-        for where, kernel in kernels.items():
+        for where, kernel in sides.items():
             starts = torch.tensor([0, last - first], dtype=torch.int32, device=where)
             batch = Batch(starts, torch.tensor([last], dtype=torch.int32, device=where), table.to(where))
             output = torch.empty_like(query, device=where)

@@ -1,0 +1,126 @@
+"""The structs of csrc/kvserve.h, and how they are filled: the arguments of every kernel called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from kvserve.attention.base import Batch, LayerSpec, Received, check_rows
+from kvserve.pages.kept import num_layers_of
+from kvserve.pages.layout import PageLayout
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class KvsLayout(ctypes.Structure):
+    _fields_ = [
+        *((name, int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
+        *((name, int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
+        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "key_bits", "key_group")),
+        ("boost_channels", int32),
+        *((name, int32) for name in ("value_bits", "value_group", "value_rotated", "sliding_window")),
+        ("scale", ctypes.c_float),
+        *((name, int64) for name in ("page_bytes", "key_codes", "key_boost_codes", "value_codes")),
+        *((name, int64) for name in ("key_scales", "value_scales", "key_boost_index")),
+    ]
+
+
+class KvsArena(ctypes.Structure):
+    _fields_ = [
+        ("base", pointer),
+        *((name, int64) for name in ("block_stride", "head_stride", "layer_stride")),
+        *((name, int32) for name in ("layer", "num_layers")),
+    ]
+
+
+class KvsKept(ctypes.Structure):
+    _fields_ = [(name, int32) for name in ("end", "first_page", "num_pages", "num_tokens")]
+
+
+class KvsBatch(ctypes.Structure):
+    _fields_ = [
+        ("num_reqs", int32),
+        ("query_start_loc", pointer),
+        ("seq_lens", pointer),
+        ("block_table", pointer),
+        ("block_table_stride", int64),
+        *((name, pointer) for name in ("kept_ends", "kept_starts", "kept_blocks")),
+    ]
+
+
+class KvsRows(ctypes.Structure):
+    _fields_ = [("data", pointer), ("token_stride", int64), ("head_stride", int64), ("dtype", int32)]
+
+
+class KvsReceived(ctypes.Structure):
+    _fields_ = [("power", int32), ("sums", pointer), ("columns", pointer)]
+
+
+def kvs_layout(layout: PageLayout, spec: LayerSpec) -> KvsLayout:
+    """A pool's geometry and a layer's attention; fields that the policy does not have are 0."""
+    struct = KvsLayout(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dense_dtype=DTYPE_CODES[layout.dense_dtype],
+        sliding_window=spec.sliding_window or 0,
+        scale=spec.scale,
+    )
+    sections, policy = layout.sections, layout.policy
+    if sections is None:
+        return struct
+    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
+        setattr(struct, name, getattr(layout, name))
+    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
+    if policy.key is None or policy.value is None:
+        return struct
+    for name in ("key_group", "boost_channels", "value_group"):
+        setattr(struct, name, getattr(layout, name))
+    for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
+        setattr(struct, name, getattr(sections, name))
+    struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
+    struct.value_rotated = policy.value.rotate
+    return struct
+
+
+def kvs_batch(batch: Batch) -> KvsBatch:
+    """`batch` must have passed `check_batch`, and must outlive what is returned."""
+    return KvsBatch(
+        batch.num_reqs,
+        batch.query_start_loc.data_ptr(),
+        batch.seq_lens.data_ptr(),
+        batch.block_table.data_ptr(),
+        batch.block_table.stride(0),
+        *((None,) * 3 if batch.kept is None else (table.data_ptr() for table in batch.kept)),
+    )
+
+
+def kvs_arena(cells: torch.Tensor, layout: PageLayout) -> KvsArena:
+    """`cells` must have passed `check_cells`."""
+    num_layers, layer = num_layers_of(cells, layout)
+    return KvsArena(cells.data_ptr(), cells.stride(0), cells.stride(1), layout.cell_bytes, layer, num_layers)
+
+
+def kvs_received(received: Received, num_reqs: int, spec: LayerSpec) -> KvsReceived:
+    """Raises ValueError where sums cannot be added to."""
+    sums, columns = (pointer * num_reqs)(), (int64 * num_reqs)()
+    for request, table in received.sums.items():
+        if table.dtype != torch.float32 or table.shape[0] != spec.num_kv_heads or not table.is_contiguous():
+            raise ValueError(
+                f"received.sums must be contiguous float32 [{spec.num_kv_heads}, columns], "
+                f"got {table.dtype} {list(table.shape)}"
+            )
+        sums[request], columns[request] = table.data_ptr(), table.shape[1]
+    struct = KvsReceived(received.power, ctypes.addressof(sums), ctypes.addressof(columns))
+    struct.arrays = (sums, columns)  # type: ignore[attr-defined]  # they live as long
+    return struct
+
+
+def kvs_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> KvsRows:
+    """Rows [tokens, num_heads, head_dim], checked; they must outlive what is returned."""
+    check_rows(name, rows, num_heads, head_dim)
+    return KvsRows(rows.data_ptr(), rows.stride(0), rows.stride(1), DTYPE_CODES[rows.dtype])

@@ -1,0 +1,119 @@
+"""`make cuda`: compiles csrc/cuda/ for every target into kvserve/native/_cuda.so and prints what each kernel uses.
+
+    python scripts/build_cuda.py [--targets 80 89 90a 100] [--output FILE]
+
+Needs nvcc 12.8 or newer, tried with 13.0 ($NVCC, else the one on PATH or in /usr/local/cuda/bin), no GPU and no torch.
+A kernel that
+spills registers is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "decode.cu"
+OUTPUT = ROOT / "kvserve" / "native" / "_cuda.so"
+TARGETS = ("80", "89", "90a", "100")  # A100; L40, RTX 4090; H100, H200; B200
+FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "2"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Xptxas", "-v"),
+)
+DTYPES = {"Half": "float16", "Bfloat": "bfloat16"}
+USAGE = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<target>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+KERNEL = re.compile(r"(?P<kernel>decode|combine)_kernelI.*?\d(?P<dtype>Half|Bfloat)E(?P<numbers>(?:Li\d+E)+)")
+
+
+class Usage(NamedTuple):
+    """What the assembler says of one kernel for one target."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    key_bits: int
+    value_bits: int
+    target: str
+    registers: int
+    spilled_bytes: int
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, or None."""
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def build(nvcc: str, targets: tuple[str, ...], output: Path) -> list[Usage]:
+    """Compile one library for all targets.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    done = subprocess.run([nvcc, *FLAGS, *codes, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{nvcc} failed:\n{done.stdout}{done.stderr}")
+    return sorted(parse_usage(done.stdout + done.stderr))
+
+
+def parse_usage(log: str) -> list[Usage]:
+    """The kernels in the output of `ptxas -v`."""
+    usages = []
+    for match in USAGE.finditer(log):
+        kernel = KERNEL.search(match["name"])
+        if kernel is None:
+            raise RuntimeError(f"cannot read the kernel name {match['name']}")
+        sizes = map(int, re.findall(r"Li(\d+)E", kernel["numbers"]))
+        spilled = int(match["stores"]) + int(match["loads"])
+        usages.append(
+            Usage(kernel["kernel"], DTYPES[kernel["dtype"]], *sizes, match["target"], int(match["registers"]), spilled)
+        )
+    return usages
+
+
+def print_table(usages: list[Usage], targets: tuple[str, ...]) -> None:
+    """Registers of every kernel by target; spilled bytes where there are any."""
+    names = f"{'kernel':8} {'dtype':9} {'head_dim':>8} {'K bits':>6} {'V bits':>6}"
+    print(names, *(f"{'sm_' + target:>9}" for target in targets))
+    for key in sorted({usage[:5] for usage in usages}):
+        cells = {usage.target: usage for usage in usages if usage[:5] == key}
+        spills = {t: f" +{usage.spilled_bytes}B" if usage.spilled_bytes else "" for t, usage in cells.items()}
+        row = [f"{cells[target].registers}{spills[target]}" for target in targets]
+        print(f"{key[0]:8} {key[1]:9} {key[2]:>8} {key[3]:>6} {key[4]:>6}", *(f"{cell:>9}" for cell in row))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="compute capabilities (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda: error: nvcc not found; install the CUDA toolkit or set NVCC to its path", file=sys.stderr)
+        return 2
+    try:
+        usages = build(nvcc, tuple(options.targets), options.output)
+    except RuntimeError as error:
+        print(f"cuda: error: {error}", file=sys.stderr)
+        return 1
+    print_table(usages, tuple(options.targets))
+    if any(usage.spilled_bytes for usage in usages):
+        print("cuda: error: a kernel spills registers (see the table)", file=sys.stderr)
+        return 1
+    print("wrote", options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
