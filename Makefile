@@ -29,8 +29,9 @@ setup:
 serve: setup
 	$(BIN)/kvserve serve --policy $(POLICY) $(if $(MODEL),--model $(MODEL)) --port $(PORT) $(ARGS)
 
+# Two processes at a time; threads that wait for each other sleep, since both processes use all cores.
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile=ci $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --hypothesis-profile=ci -n 2 --dist loadfile $(ARGS)
 
 test-full: setup lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -3,8 +3,7 @@
     python scripts/build_cuda.py [--targets 80 89 90a 100] [--output FILE]
 
 Needs nvcc 12.8 or newer, tried with 13.0 ($NVCC, else the one on PATH or in /usr/local/cuda/bin), no GPU and no torch.
-A kernel that
-spills registers is an error.
+A kernel that spills registers is an error.
 """
 
 from __future__ import annotations
