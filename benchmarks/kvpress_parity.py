@@ -155,9 +155,15 @@ def observed_attention(layer: PromptLayer, scale: float) -> torch.Tensor:
 
 
 def run(
-    presses: Presses, content: dict[str, Any], names: list[str], decode: Any, record: dict[str, Any], save: Any
+    presses: Presses,
+    content: dict[str, Any],
+    names: list[str],
+    decode: Any,
+    record: dict[str, Any],
+    save: Any,
+    part: str,
 ) -> None:
-    """Fill the tables of the record: press, rate, one entry a prompt."""
+    """Fill the tables of the record, from where they end: press, rate, one entry a prompt."""
     prompts, kept_counts = PromptSet.from_json(content["prompts"]), content["kept_tokens"]
     rates, model = list(kept_counts["questions"]), presses.evicted
 
@@ -166,19 +172,33 @@ def run(
             record[table].setdefault(name, {}).setdefault(rate, []).append(value)
 
     def compressed(tokens: list[int], counts: dict[str, list[int]], index: int) -> tuple[Prompt, torch.Tensor]:
+        torch.manual_seed(index)  # RandomPress
         made = {name: [make_press(name, len(tokens), counts[rate][index]) for rate in rates] for name in names}
         return presses.prefill(tokens, made)
 
-    for index, question in enumerate(prompts.questions):
+    def left(table: str, found: list[Any]) -> list[tuple[int, Any]]:
+        done = len(record[table][names[-1]][rates[-1]]) if record[table] else 0
+        return list(enumerate(found))[done:]
+
+    for index, question in left("answers", prompts.questions) if part != "texts" else []:
         prompt, kept = compressed(question.tokens, kept_counts["questions"], index)
         outputs = model.generate(prompt, kept, content["max_tokens"], set(prompts.end_tokens))
         add("answers", [decode(output) for output in outputs])
         add("kept_tokens", (kept.sum((1, 2, 3)) / kept[0, ..., 0].numel()).tolist())
         save(f"needle {index + 1}/{len(prompts.questions)}")
-    for index, text in enumerate(prompts.texts):
+    for index, text in left("log_likelihoods_nats", prompts.texts) if part != "needles" else []:
         prompt, kept = compressed(text.tokens, kept_counts["texts"], index)
         add("log_likelihoods_nats", model.log_likelihoods(prompt, kept, text.continuation))
         save(f"text {index + 1}/{len(prompts.texts)}")
+
+
+def resume(record: dict[str, Any], before: dict[str, Any], names: list[str]) -> None:
+    """Take over the tables of a run that was stopped."""
+    tables = ("answers", "log_likelihoods_nats", "kept_tokens")
+    of_names = all(set(before[table]) in (set(), set(names)) for table in tables)
+    if before["prompts_sha256"] != record["prompts_sha256"] or not of_names:
+        raise SystemExit("--out is of other prompts or presses: remove it or choose another file")
+    record |= {table: before[table] for table in tables}
 
 
 @torch.no_grad()
@@ -221,10 +241,10 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--prompts", type=Path, required=True, help="from kvserve.bench.eviction_quality --prompts-out")
     parser.add_argument("--presses", default=",".join(PRESSES), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--part", choices=("all", "needles", "texts"), default="all", help="of the same prompts")
+    parser.add_argument("--out", type=Path, help="result file; a run that was stopped goes on with its file")
     parser.add_argument("--check", action="store_true", help="compare with runs of one press each, on one prompt")
     options = parser.parse_args()
-    torch.manual_seed(0)  # RandomPress
     presses, tokenizer = Presses(options.model), AutoTokenizer.from_pretrained(options.model)
     content, names = json.loads(options.prompts.read_text()), options.presses.split(",")
     if options.check:
@@ -235,7 +255,6 @@ def main() -> int:
         "command": ["python", "benchmarks/kvpress_parity.py", *(Path(word).name for word in sys.argv[1:])],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "prompts_sha256": content["sha256"],
-        "seed": 0,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "answers": {}, "log_likelihoods_nats": {}, "kept_tokens": {},
     }  # fmt: skip
@@ -245,7 +264,9 @@ def main() -> int:
         if options.out:
             options.out.write_text(json.dumps(record, indent=1) + "\n")
 
-    run(presses, content, names, tokenizer.decode, record, save)
+    if options.out and options.out.exists():
+        resume(record, json.loads(options.out.read_text()), names)
+    run(presses, content, names, tokenizer.decode, record, save, options.part)
     return 0
 
 

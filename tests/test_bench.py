@@ -277,6 +277,17 @@ def test_slices_have_the_length_asked_for_and_differ() -> None:
     assert len({tuple(prose.slice(3)) for _ in range(20)}) > 1
 
 
+def test_disjoint_slices_share_no_place_and_fewer_are_the_first_of_more() -> None:
+    prose = Prose(WordTokenizer(), " ".join(f"word{number}" for number in range(100)), seed=4)
+    slices = prose.disjoint(9, 11)
+    assert [len(found) for found in slices] == [9] * 11
+    assert len({token for found in slices for token in found}) == 99  # every word is a token of its own
+    assert prose.disjoint(9, 3) == slices[:3]
+    assert prose.disjoint(9, 11) != Prose(WordTokenizer(), "a " * 100, seed=5).disjoint(9, 11)
+    with pytest.raises(ValueError, match="12 disjoint slices of 9 tokens need a longer text: it has 11"):
+        prose.disjoint(9, 12)
+
+
 # -- simulation -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvserve.bench.evicted_model import EvictedModel, Prompt
 from kvserve.bench.eviction_prompts import Continued, PromptSet, Question
-from kvserve.bench.eviction_quality import kept_counts
+from kvserve.bench.eviction_quality import Measurement, kept_counts
 from kvserve.policies.loading import load_policy
 
 PROMPT_TOKENS, HEAD_DIM = 300, 64
@@ -93,3 +95,30 @@ def test_an_answer_ends_with_its_end_token(model: EvictedModel, prompt: Prompt) 
 def test_prompts_survive_a_file() -> None:
     prompts = PromptSet(3, [7], [Question([1, 2], "1234567")], [Continued([3], [4, 5])])
     assert PromptSet.from_json(prompts.to_json()) == prompts
+
+
+def test_a_stopped_measurement_goes_on_where_it_ended_and_only_on_the_same_prompts(
+    model: EvictedModel, tokens: list[int], tmp_path: Path
+) -> None:
+    prompts = PromptSet(0, [0], [Question(tokens, "1")], [Continued(tokens, [3, 4]), Continued(tokens[:280], [5, 6])])
+    content: dict[str, Any] = {"prompts_sha256": prompts.digests(), "policies": {}, "rates": ["2"], "model": {}}
+
+    def measurement() -> Measurement:
+        return Measurement(model, [("knorm", "2", load_policy("knorm@2"))], str)
+
+    at_once = measurement()
+    for index in range(2):
+        at_once.read(prompts, index)
+    stopped, out = measurement(), tmp_path / "out.json"
+    stopped.resume(content, out)
+    stopped.read(prompts, 0)
+    tables = {"answers": {}, "kept_tokens": {}, "log_likelihoods_nats": stopped.log_likelihoods}
+    out.write_text(json.dumps({**content, **tables}), encoding="utf-8")
+    resumed = measurement()
+    resumed.resume(content, out)
+    resumed.read(prompts, 1)
+    assert resumed.log_likelihoods == at_once.log_likelihoods
+    assert len(resumed.log_likelihoods["knorm"]["2"]) == 2
+    other = PromptSet(0, [0], [Question(tokens, "1")], [Continued(tokens, [3, 5])]).digests()
+    with pytest.raises(ValueError, match="another prompts_sha256: remove it or choose another --out"):
+        measurement().resume({**content, "prompts_sha256": other}, out)

@@ -203,17 +203,46 @@ class _Continuation:
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
         self.added[layer] = key, value
         old = self.prompt.layers[layer]
+        if key.shape[0] == 1:
+            return self._attend_without(old, self.kept[0, layer], query, key, value, scale)
+        return self._attend_masked(old, self.kept[:, layer], query, key, value, scale)
+
+    @staticmethod
+    def _attend_masked(
+        old: PromptLayer, kept: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Many variants at once; `kept` is [variants, kv_heads, n]."""
         variants, kv_heads, length, width = key.shape
-        rows = query.shape[2]
+        rows, n = query.shape[2], old.keys.shape[1]
         query = query.view(variants, kv_heads, -1, rows, width)
         of_prompt = torch.einsum("vhgtd,hnd->vhgtn", query, old.keys) * scale
-        of_prompt.masked_fill_(~self.kept[:, layer, :, None, None], -torch.inf)
+        of_prompt.masked_fill_(~kept[:, :, None, None], -torch.inf)
         of_new = query @ key[:, :, None].mT * scale
-        of_new.masked_fill_(torch.ones(rows, length, dtype=torch.bool).triu(length - rows + 1), -torch.inf)
+        of_new.masked_fill_(_later(rows, length), -torch.inf)
         weights = torch.cat([of_prompt, of_new], -1).softmax(-1)
-        n = old.keys.shape[1]
         output = torch.einsum("vhgtn,hnd->vhgtd", weights[..., :n], old.values) + weights[..., n:] @ value[:, :, None]
         return output.reshape(variants, -1, rows, width)
+
+    @staticmethod
+    def _attend_without(
+        old: PromptLayer, kept: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One variant, head by head over its kept tokens, which is faster for many rows; `kept` is [kv_heads, n]."""
+        rows, length, groups = query.shape[2], key.shape[2], query.chunk(len(kept), 1)
+        outputs = []
+        for head, stays in enumerate(kept):
+            keys = torch.cat([old.keys[head, stays], key[0, head]]).expand(1, groups[head].shape[1], -1, -1)
+            values = torch.cat([old.values[head, stays], value[0, head]]).expand_as(keys)
+            mask = query.new_zeros(rows, keys.shape[2])
+            mask[:, -length:].masked_fill_(_later(rows, length), -torch.inf)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            outputs.append(attend(groups[head], keys, values, attn_mask=mask, scale=scale))
+        return torch.cat(outputs, 1)
+
+
+def _later(rows: int, length: int) -> torch.Tensor:
+    """Of `length` new tokens, which ones come after the query of each row; the rows are the last ones."""
+    return torch.ones(rows, length, dtype=torch.bool).triu(length - rows + 1)
 
 
 def accumulated_attention(layer: PromptLayer, scale: float, exponent: int) -> torch.Tensor:

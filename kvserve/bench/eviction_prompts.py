@@ -5,6 +5,8 @@ They are plain token ids, so that another implementation can be measured on the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,17 +50,19 @@ class PromptSet:
     def draw(
         cls, tokenizer: Any, text: str | None, seed: int, longest: int, needles: int, windows: int, continuation: int
     ) -> PromptSet:
-        """Needles at even depths and windows at random places, each of `longest` tokens or up to 63 fewer."""
+        """Needles at even depths and disjoint windows, each of `longest` tokens or up to 63 fewer.
+
+        More windows begin with the ones of fewer.
+        """
         rng, prose = random.Random(seed), Prose(tokenizer, text, seed)
         questions = []
         for index in range(needles):
             needle = prose.needle(longest - rng.randrange(TILE_TOKENS), (index + 0.5) / needles)
             questions.append(Question(needle.tokens, needle.answer))
         texts = []
-        for _ in range(windows):
+        for tokens in prose.disjoint(longest + continuation, windows):
             length = longest - rng.randrange(TILE_TOKENS)
-            tokens = prose.slice(length + continuation)
-            texts.append(Continued(tokens[:length], tokens[length:]))
+            texts.append(Continued(tokens[:length], tokens[length : length + continuation]))
         return cls(seed, [tokenizer.eos_token_id], questions, texts)
 
     @classmethod
@@ -66,6 +70,11 @@ class PromptSet:
         """The inverse of `to_json`."""
         questions = [Question(**question) for question in content["questions"]]
         return cls(content["seed"], content["end_tokens"], questions, [Continued(**text) for text in content["texts"]])
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the questions and of the texts: what ties records of other implementations to ours."""
+        content = self.to_json()
+        return {kind: hashlib.sha256(json.dumps(content[kind]).encode()).hexdigest() for kind in ("questions", "texts")}
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for a file."""

@@ -65,6 +65,21 @@ class Measurement:
         kept = self._kept(prompt, f"text-{index}")
         self._add(self.log_likelihoods, self.model.log_likelihoods(prompt, kept, text.continuation))
 
+    def resume(self, content: dict[str, Any], out: Path) -> None:
+        """Take over what a run of the same kind has left in the file `out`.
+
+        Raises:
+            ValueError: the file is of other prompts, policies or rates.
+        """
+        if not out.exists():
+            return
+        before = json.loads(out.read_text(encoding="utf-8"))
+        for key in ("prompts_sha256", "policies", "rates", "model"):
+            if before.get(key) != content[key]:
+                raise ValueError(f"{out} has another {key}: remove it or choose another --out")
+        self.answers, self.kept = before["answers"], before["kept_tokens"]
+        self.log_likelihoods = before["log_likelihoods_nats"]
+
     def _kept(self, prompt: Prompt, request_id: str) -> torch.Tensor:
         """The dense variant first."""
         kept = [self.model.kept_tokens(prompt, policy, request_id) for _, _, policy in self.policies]
@@ -74,6 +89,11 @@ class Measurement:
         names = [(DENSE, DENSE_RATE), *((name, rate) for name, rate, _ in self.policies)]
         for (name, rate), value in zip(names, values, strict=True):
             table.setdefault(name, {}).setdefault(rate, []).append(value)
+
+
+def done(table: Table) -> int:
+    """Prompts in a table."""
+    return len(table[DENSE][DENSE_RATE]) if table else 0
 
 
 def kept_counts(prompts: PromptSet, rates: Sequence[str], head_dim: int) -> dict[str, dict[str, list[int]]]:
@@ -124,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Measure and write the result file, after each prompt."""
+    """Measure and write the result file, after each prompt; goes on with the file of a run that was stopped."""
     from transformers import AutoTokenizer
 
     options = build_parser().parse_args(argv)
@@ -156,12 +176,21 @@ def main(argv: list[str]) -> int:
         "expected": [question.answer for question in prompts.questions],
         "policies": {name: _eviction_content(policy) for name, _, policy in policies},
     }
-    content["prompts_sha256"] = _write_prompts(prompts, rates, model.head_dim, options.prompts_out)
+    if options.prompts_out:
+        _write_prompts(prompts, rates, model.head_dim, options.prompts_out)
+    content["prompts_sha256"] = prompts.digests()
     measurement = Measurement(model, policies, tokenizer.decode)
+    measurement.resume(content, options.out)
     steps: list[Step] = [
-        (measurement.ask, index, "needle") for index in range(options.needles) if options.part != "texts"
+        (measurement.ask, index, "needle")
+        for index in range(done(measurement.answers), options.needles)
+        if options.part != "texts"
     ]
-    steps += [(measurement.read, index, "text") for index in range(options.windows) if options.part != "needles"]
+    steps += [
+        (measurement.read, index, "text")
+        for index in range(done(measurement.log_likelihoods), options.windows)
+        if options.part != "needles"
+    ]
     _measure(measurement, steps, prompts, content, options.out)
     return 0
 
@@ -177,24 +206,18 @@ def _measure(
         write_json(out, content)
 
 
-def _write_prompts(prompts: PromptSet, rates: list[str], head_dim: int, path: Path | None) -> str:
-    """Write the file for other implementations; returns the hash that ties their records to ours."""
-    content = prompts.to_json()
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    if path is not None:
-        kept = kept_counts(prompts, rates, head_dim)
-        record = {"sha256": digest, "max_tokens": MAX_ANSWER_TOKENS, "kept_tokens": kept, "prompts": content}
-        path.write_text(json.dumps(record), encoding="utf-8")
-    return digest
+def _write_prompts(prompts: PromptSet, rates: list[str], head_dim: int, path: Path) -> None:
+    """Write the file for other implementations."""
+    kept = kept_counts(prompts, rates, head_dim)
+    record = {
+        "sha256": prompts.digests(), "max_tokens": MAX_ANSWER_TOKENS, "kept_tokens": kept, "prompts": prompts.to_json()
+    }  # fmt: skip
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def _eviction_content(policy: Policy) -> dict[str, Any]:
     assert policy.eviction is not None
     return policy.eviction.model_dump(mode="json", include={"scorer", "budget"})
-
-
-def _label(name: str) -> str:
-    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
 def _default_model() -> Path:

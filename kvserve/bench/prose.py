@@ -81,7 +81,7 @@ class Prose:
     def __init__(self, tokenizer: Any, text: str | None, seed: int) -> None:
         self.tokenizer = tokenizer
         self._tokens = self.encode(shuffled_prose(seed, 2000) if text is None else clean(text))
-        self._random = random.Random(seed)
+        self._seed, self._random = seed, random.Random(seed)
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -94,6 +94,18 @@ class Prose:
         while len(found) < num_tokens:
             found += self._tokens[: num_tokens - len(found)]
         return found
+
+    def disjoint(self, num_tokens: int, count: int) -> list[list[int]]:
+        """`count` slices of `num_tokens` tokens, no two of which overlap; fewer of them are the first of more.
+
+        Raises:
+            ValueError: the text is too short.
+        """
+        places = len(self._tokens) // num_tokens
+        if count > places:
+            raise ValueError(f"{count} disjoint slices of {num_tokens} tokens need a longer text: it has {places}")
+        starts = [place * num_tokens for place in random.Random(self._seed).sample(range(places), places)]
+        return [self._tokens[start : start + num_tokens] for start in starts[:count]]
 
     def needle(self, num_tokens: int, depth: float) -> NeedlePrompt:
         """A chat prompt of `num_tokens` tokens with one sentence to be found at `depth` (0: start, 1: end)."""
