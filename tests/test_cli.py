@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -309,6 +310,8 @@ def parsed(**changes) -> argparse.Namespace:
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
         data_parallel_size=1,
+        kv_transfer_config=None,
+        scheduler_cls=None,
     )
     return argparse.Namespace(**{**defaults, **changes})
 
@@ -317,6 +320,18 @@ def parsed(**changes) -> argparse.Namespace:
 def default_model(monkeypatch):
     monkeypatch.setattr(launch, "prepare_default_model", lambda: Path("/cache/default"))
     monkeypatch.setattr(serve, "read_model_config", lambda model: LLAMA)
+
+
+@pytest.mark.parametrize(("policy", "set_by_user", "cores"), [
+    ("kivi-2bit", None, None), ("snapkv", None, "2"), ("snapkv", "0", "0"),
+])  # fmt: skip
+def test_workers_of_policies_that_evict_keep_their_cores(default_model, monkeypatch, policy, set_by_user, cores):
+    """vLLM would take one from each for moving KV, which kvserve's connector does not."""
+    monkeypatch.setenv(launch.RESERVED_CORES, set_by_user or "")
+    if set_by_user is None:
+        monkeypatch.delenv(launch.RESERVED_CORES)
+    launch.configure(parsed(tensor_parallel_size=2), load_policy(policy))
+    assert os.environ.get(launch.RESERVED_CORES) == cores
 
 
 def test_the_policy_travels_with_its_content(default_model):

@@ -283,3 +283,10 @@ def test_custom_logits_processors_run_after_the_built_in_ones_and_before_penalti
     )
     source = inspect.getsource(Sampler.apply_logits_processors)
     assert source.index("non_argmax_invariant") < source.index("apply_penalties")
+
+
+def test_a_connector_takes_a_core_from_each_worker_unless_told_otherwise():
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    source = inspect.getsource(OMPProcessManager.__init__)
+    assert "if config.kv_transfer_config:" in source and "envs.VLLM_CPU_NUM_OF_RESERVED_CPU" in source

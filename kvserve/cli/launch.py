@@ -29,6 +29,7 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
+RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 # Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
@@ -125,6 +126,9 @@ def _configure_cpu(args: argparse.Namespace) -> None:
         # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
+    if args.kv_transfer_config and RESERVED_CORES not in os.environ:
+        # vLLM takes a second core from each worker that has a KV connector; this one moves no KV.
+        os.environ[RESERVED_CORES] = str(args.tensor_parallel_size * args.pipeline_parallel_size)
     _size_the_pool(args)
 
 
