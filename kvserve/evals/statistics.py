@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import bootstrap as scipy_bootstrap
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -48,12 +49,11 @@ def bootstrap(samples: np.ndarray, statistic: Statistic = mean, seed: int = 0) -
     value = float(statistic(samples[None])[0])
     if len(samples) == 1:
         return Estimate(value, float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    found = np.concatenate([
-        statistic(samples[rng.integers(len(samples), size=(NUM_RESAMPLES // 20, len(samples)))]) for _ in range(20)
-    ])  # fmt: skip
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+    found = scipy_bootstrap(
+        (np.arange(len(samples)),), lambda index, axis: statistic(samples[index]), n_resamples=NUM_RESAMPLES,
+        batch=NUM_RESAMPLES // 20, vectorized=True, confidence_level=LEVEL, method="percentile", rng=seed,
+    )  # fmt: skip
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def share_interval(samples: np.ndarray, low: float, high: float, seed: int = 0) -> Estimate:
