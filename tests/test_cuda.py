@@ -136,6 +136,15 @@ def test_any_bits_and_groups_match_the_reference(library: Path, key_bits: int, v
     assert_close(decode(library, case), expected_of(case))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boosted_channels_match_the_reference_in_small_groups(library: Path, dtype: torch.dtype):
+    policy = make_policy("boosted")
+    key = policy.key.model_copy(update={"boost_fraction": 0.5, "group_size": 32})
+    policy = policy.model_copy(update={"key": key})
+    case = build_case(policy, computed=[200], new_tokens=[1], head_dim=128, model_dtype=dtype, **SMALL)
+    assert_close(decode(library, case), expected_of(case))
+
+
 @pytest.mark.parametrize("window", [1, 70, pytest.param(64, marks=slow), pytest.param(130, marks=slow)])
 def test_a_sliding_window_hides_older_tokens(library: Path, window: int):
     case = decode_case("kivi-2", [3, 128, 300], sliding_window=window, model_dtype=torch.float16)
