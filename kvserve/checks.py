@@ -19,7 +19,7 @@ DENSE_HEAD_DIMS = range(32, 257, 16)
 OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 
 # Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on; `auto` is its first.
-KERNELS = {"native": "cpu", "triton": "cuda"}
+KERNELS = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 _STOCK = "serve it with stock vLLM, without kvserve"
 

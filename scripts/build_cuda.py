@@ -3,7 +3,7 @@
     python scripts/build_cuda.py [--targets 80 89 90a 100] [--output FILE]
 
 Needs nvcc 12.8 or newer, tried with 13.0 ($NVCC, else the one on PATH or in /usr/local/cuda/bin), no GPU and no torch.
-A kernel that spills registers is an error.
+A kernel that spills registers or has a stack is an error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Usage(NamedTuple):
     value_bits: int
     target: str
     registers: int
-    spilled_bytes: int
+    spilled_bytes: int  # stores and loads of registers, and the stack
 
 
 def find_nvcc() -> str | None:
@@ -73,11 +73,10 @@ def parse_usage(log: str) -> list[Usage]:
         kernel = KERNEL.search(match["name"])
         if kernel is None:
             raise RuntimeError(f"cannot read the kernel name {match['name']}")
+        spilled = int(match["stack"]) + int(match["stores"]) + int(match["loads"])
         sizes = map(int, re.findall(r"Li(\d+)E", kernel["numbers"]))
-        spilled = int(match["stores"]) + int(match["loads"])
-        usages.append(
-            Usage(kernel["kernel"], DTYPES[kernel["dtype"]], *sizes, match["target"], int(match["registers"]), spilled)
-        )
+        place = (kernel["kernel"], DTYPES[kernel["dtype"]], *sizes, match["target"])
+        usages.append(Usage(*place, int(match["registers"]), spilled))
     return usages
 
 

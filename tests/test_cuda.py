@@ -26,7 +26,7 @@ from triton_cases import DEVICE, batch_on, cells_on, run
 
 from kvserve.attention import gpu
 from kvserve.attention.base import Batch, LayerSpec
-from kvserve.attention.cuda import LIBRARY, CudaAttention, load_library
+from kvserve.attention.cuda import CudaAttention, load_library
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import arena_of, kept_page
@@ -45,7 +45,7 @@ slow = pytest.mark.slow
 def library() -> Path:
     """The kernels for this machine: for its GPU, or emulated; built once for each state of the sources."""
     if DEVICE.type == "cuda":
-        return LIBRARY
+        return gpu.CUDA_LIBRARY
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -133,6 +133,15 @@ def test_any_bits_and_groups_match_the_reference(library: Path, key_bits: int, v
     )
     how = {"head_dim": 128, "model_dtype": torch.float16}
     case = build_case(policy, computed=[300], new_tokens=[1], **SMALL, **how)
+    assert_close(decode(library, case), expected_of(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_boosted_channels_match_the_reference_in_small_groups(library: Path, dtype: torch.dtype):
+    policy = make_policy("boosted")
+    key = policy.key.model_copy(update={"boost_fraction": 0.5, "group_size": 32})
+    policy = policy.model_copy(update={"key": key})
+    case = build_case(policy, computed=[200], new_tokens=[1], head_dim=128, model_dtype=dtype, **SMALL)
     assert_close(decode(library, case), expected_of(case))
 
 
@@ -254,43 +263,29 @@ def test_splits_fill_the_device_and_leave_each_warp_a_page(library: Path):
 # The choice between the kernels (kvserve/attention/gpu.py)
 
 
-def choose(library: Path, monkeypatch: pytest.MonkeyPatch, wanted: str | None, *, family: str = "kivi-2",
-           dtype: torch.dtype = torch.float16, faster: frozenset[gpu.Format] | None = None) -> str:  # fmt: skip
-    case = decode_case(family, [0], model_dtype=dtype)
-    monkeypatch.setattr(gpu, "LIBRARY", library)
-    monkeypatch.delenv(gpu.KERNELS_VARIABLE, raising=False)
-    if wanted is not None:
-        monkeypatch.setenv(gpu.KERNELS_VARIABLE, wanted)
-    if faster is not None:
-        monkeypatch.setattr(gpu, "CUDA_IS_FASTER", faster)
-    return gpu.gpu_attention(case.layout, case.spec, dtype, (9, 0)).decode_kernels
+def choose(library: Path, monkeypatch: pytest.MonkeyPatch, faster: set[gpu.Format], family: str = "kivi-2",
+           dtype: torch.dtype = torch.float16) -> str:  # fmt: skip
+    monkeypatch.setattr(gpu, "CUDA_LIBRARY", library)
+    monkeypatch.setattr(gpu, "CUDA_IS_FASTER", faster)
+    return gpu.measured_kernels(decode_case(family, [0], model_dtype=dtype).layout, dtype, (9, 0))
 
 
 def test_the_table_of_measurements_chooses_the_kernels(library: Path, monkeypatch: pytest.MonkeyPatch):
-    measured = frozenset({gpu.Format((9, 0), 64, 2, 2)})
-    assert choose(library, monkeypatch, None, faster=measured) == "cuda"
-    assert choose(library, monkeypatch, None, faster=measured, family="kivi-4") == "triton"
-    assert choose(library, monkeypatch, None, faster=measured, family="dense") == "triton"
-    assert choose(library, monkeypatch, None, faster=measured, dtype=torch.float32) == "triton"
-    assert choose(library.with_name("none.so"), monkeypatch, None, faster=measured) == "triton"
+    measured = {gpu.Format((9, 0), 64, 2, 2)}
+    assert choose(library, monkeypatch, measured) == "cuda"
+    assert choose(library, monkeypatch, measured, "kivi-4") == "triton"
+    assert choose(library, monkeypatch, measured, "dense") == "triton"
+    assert choose(library, monkeypatch, measured, dtype=torch.float32) == "triton"
+    assert choose(library.with_name("none.so"), monkeypatch, measured) == "triton"
+    assert choose(library, monkeypatch, set()) == "triton", "what was not measured"
 
 
-def test_what_was_not_measured_is_tritons(library: Path, monkeypatch: pytest.MonkeyPatch):
-    assert choose(library, monkeypatch, None, faster=frozenset()) == "triton"
-
-
-def test_the_environment_overrides_the_table_and_is_never_ignored(library: Path, monkeypatch: pytest.MonkeyPatch):
-    measured = frozenset({gpu.Format((9, 0), 64, 2, 2)})
-    assert choose(library, monkeypatch, "triton", faster=measured) == "triton"
-    assert choose(library, monkeypatch, "cuda", faster=frozenset()) == "cuda"
+def test_named_kernels_that_cannot_serve_a_layer_are_refused(library: Path):
+    int8 = decode_case("int8", [0], model_dtype=torch.float16)
     with pytest.raises(ValueError, match="use Triton"):
-        choose(library, monkeypatch, "cuda", family="int8")
-    with pytest.raises(ValueError, match="float16 or bfloat16"):
-        choose(library, monkeypatch, "cuda", dtype=torch.float32)
-    with pytest.raises(ValueError, match="KVSERVE_GPU_KERNELS is 'rocm', it must be cuda or triton"):
-        choose(library, monkeypatch, "rocm")
+        CudaAttention(int8.layout, int8.spec, library)
     with pytest.raises(RuntimeError, match="make cuda"):
-        choose(library.with_name("none.so"), monkeypatch, "cuda")
+        CudaAttention(int8.layout, int8.spec, library.with_name("none.so"))
 
 
 # The build (scripts/build_cuda.py)

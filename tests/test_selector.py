@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 import kvserve.engine.settings
+from kvserve.attention import gpu as measured
 from kvserve.checks import UnsupportedError
 from kvserve.engine import plugin, selector
 from kvserve.engine.backend import KvserveBackend, backend_for
@@ -111,6 +113,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
     """A configuration as on a GPU; nothing runs there."""
     for module in ("kvserve.engine.device", "kvserve.engine.settings"):
         monkeypatch.setattr(f"{module}.device_type", lambda: "cuda")
+    monkeypatch.setattr("kvserve.engine.settings.gpu_capability", lambda: (9, 0))
     plugin.register()
     config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
     config.cache_config.block_size = 64
@@ -131,6 +134,9 @@ class ModelStub:
     def get_num_kv_heads(self, parallel: Any) -> int:
         return 2
 
+    def get_head_size(self) -> int:
+        return 64
+
 
 def test_a_gpu_gets_the_triton_kernels_under_the_name_custom(gpu: VllmConfig) -> None:
     found = EngineSettings.from_vllm_config(gpu)
@@ -139,6 +145,25 @@ def test_a_gpu_gets_the_triton_kernels_under_the_name_custom(gpu: VllmConfig) ->
         backend = AttentionBackendEnum.CUSTOM.get_class()
         assert backend is backend_for(found) and AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
         assert resolve_obj_by_qualname(".".join(backend.full_cls_name())) is backend
+
+
+def test_a_gpu_decodes_with_the_kernels_measured_fastest_unless_others_are_named(
+    gpu: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def kernels_for(**section: str) -> str:
+        gpu.additional_config = {"kvserve": {"policy": "kivi-2bit", **section}}
+        found = EngineSettings.from_vllm_config(gpu)
+        assert found is not None
+        return found.kernels
+
+    monkeypatch.setattr(measured, "CUDA_IS_FASTER", {measured.Format((9, 0), 64, 2, 2)})
+    assert kernels_for() == "triton", "not built"
+    monkeypatch.setattr(measured, "CUDA_LIBRARY", tmp_path)
+    assert (kernels_for(), kernels_for(kernels="triton"), kernels_for(kernels="cuda")) == ("cuda", "triton", "cuda")
+    monkeypatch.setattr(ModelStub, "dtype", torch.float32)
+    assert kernels_for() == "triton"
+    with pytest.raises(UnsupportedError, match="--kernels cuda needs a model in float16 or bfloat16"):
+        kernels_for(kernels="cuda")
 
 
 @pytest.mark.parametrize(

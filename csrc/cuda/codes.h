@@ -25,16 +25,21 @@ struct alignas(8) Words {
   uint32_t first, second;
 };
 
-// Byte offset of a page in shared memory. Rows of 64 bytes whose number differs by two would meet in the same banks;
-// half of them trade their two halves. Offsets stay aligned to what they were, up to 16 bytes.
+// Where the byte `offset` of a page's codes lies in shared memory. Row quads whose number differs by two would meet in
+// the same banks: half of them trade their two halves. Multiples of 256 may be added before or after.
 KVS_LANE int placed(int offset) { return offset ^ (offset >> 2 & 32); }
 
-KVS_LANE Words load_words(const uint8_t* page, int offset) {
-  return *reinterpret_cast<const Words*>(page + placed(offset));
-}
-KVS_LANE uint32_t load_word(const uint8_t* page, int offset) {
-  return *reinterpret_cast<const uint32_t*>(page + placed(offset));
-}
+KVS_LANE Words load_words(const uint8_t* at) { return *reinterpret_cast<const Words*>(at); }
+KVS_LANE uint32_t load_word(const uint8_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
+
+// An A fragment of one number, to sum the rows of B.
+template <class Number>
+struct Constant {
+  uint32_t a[4];
+  explicit KVS_LANE Constant(float x) {
+    for (uint32_t& pair : a) pair = Number::pack(x, x);
+  }
+};
 
 // A b-bit code in the mantissa bits [p, p + b) of a power of two 2^(M - p), M the bits of the mantissa, is the number
 // 2^(M - p) + code, exactly. The sum over rows of the first term is taken off again in float32.
@@ -59,7 +64,7 @@ struct Codes {
     const uint32_t mask = ((1u << BITS) - 1) << at;
     const uint32_t power = uint32_t(Number::BIAS + Number::MANTISSA - at + log_unit) << Number::MANTISSA;
     const uint32_t moved = shift >= 0 ? word >> shift : word << -shift;
-    return (moved & mask * 0x10001u) | power * 0x10001u;
+    return and_or(moved, mask * 0x10001u, power * 0x10001u);
   }
   static KVS_LANE void fragment(uint32_t (&a)[4], Words words, int plane, int log_unit = 0) {
     a[0] = pair(words.first, plane, false, log_unit);

@@ -34,9 +34,9 @@ struct ScaledQuery {
 
 // The largest scale of a group of tokens: 16-bit floats have no room for a query times a scale.
 template <class Number, int DIM>
-KVS_LANE float peak_of_scales(const uint8_t* page, int scales, int lane) {
+KVS_LANE float peak_of_scales(const uint8_t* scales, int lane) {
   if (!Number::NARROW) return 1.0f;
-  const Words scale = load_words(page, scales + 8 * lane % (2 * DIM));
+  const Words scale = load_words(scales + 8 * lane % (2 * DIM));
   float peak = max_of(LEAST_PEAK, max_of(Half::low(scale.first), Half::high(scale.first)));
   peak = max_of(peak, max_of(Half::low(scale.second), Half::high(scale.second)));
   for (int mask = 1; mask < 32; mask *= 2) peak = max_of(peak, shuffle_xor(peak, mask));
@@ -62,32 +62,25 @@ KVS_LANE void scale_channels(uint32_t (&scaled)[2], Words query, Words scale, Wo
   scaled[1] = Number::pack(y[1], y[3]);
 }
 
-// Sum of the four numbers of a B fragment, as they were rounded.
-template <class Number>
-KVS_LANE float sum_of(const uint32_t (&b)[2]) {
-  return (Number::low(b[0]) + Number::high(b[0])) + (Number::low(b[1]) + Number::high(b[1]));
-}
-
-// The boosted channels' B fragments; returns this lane's share of their sum.
+// The boosted channels' B fragments; `sums` gains four times their sum.
 template <class Number, int DIM>
-KVS_LANE float scale_boosted(ScaledQuery<DIM>& scaled, const Query& query, const KvsLayout& layout,
-                             const uint8_t* page, int scales, float inverse, int t) {
-  float sum = 0.0f;
+KVS_LANE void scale_boosted(ScaledQuery<DIM>& scaled, float (&sums)[4], const Query& query, const KvsLayout& layout,
+                            const uint8_t* page, const uint8_t* scales, float inverse, int t) {
+  const Constant<Number> fours(4.0f);
 #pragma unroll
   for (int s = 0; s < DIM / 32; ++s) {
     if (s * TILE >= layout.boost_channels) break;
-    const uint32_t channels = load_word(page, int(layout.key_boost_index) + TILE * s + 4 * t);
+    const uint32_t channels = load_word(page + layout.key_boost_index + TILE * s + 4 * t);
     float x[4];
     for (int i = 0; i < 4; ++i) {
-      const int channel = channels >> 8 * i & 0xFF, at = placed(scales + 2 * channel);
-      const float scale = Half::low(*reinterpret_cast<const uint16_t*>(page + at));
+      const int channel = channels >> 8 * i & 0xFF;
+      const float scale = Half::low(reinterpret_cast<const uint16_t*>(scales)[channel]);
       x[i] = Number::low(query.row[query_place(channel)]) * (scale * inverse);
     }
     scaled.boost_values[s][0] = Number::pack(x[0], x[2]);
     scaled.boost_values[s][1] = Number::pack(x[1], x[3]);
-    sum += sum_of<Number>(scaled.boost_values[s]);
+    Number::mma(sums, fours.a, scaled.boost_values[s]);
   }
-  return sum;
 }
 
 // From this lane's share for head g to the sums of heads 2t and 2t + 1.
@@ -98,44 +91,45 @@ KVS_LANE void sum_for_heads(float (&sums)[2], float share, int t) {
   sums[1] = shuffle(share, 8 * t + 4);
 }
 
-// Folds the scales of the group of tokens that starts at byte `scales` of the page into the query.
+// Folds the scales of one group of tokens into the query.
 template <class Number, int DIM, int BITS>
-KVS_LANE void scale_query(ScaledQuery<DIM>& scaled, const Query& query, const KvsLayout& layout,
-                          const uint8_t* page, int scales, int lane) {
+KVS_LANE void scale_query(ScaledQuery<DIM>& scaled, const Query& query, const KvsLayout& layout, const uint8_t* page,
+                          const uint8_t* scales, int lane) {
   constexpr float MIDDLE = Codes<Number, BITS>::MIDDLE;
   const int t = lane % 4;
-  scaled.peak = peak_of_scales<Number, DIM>(page, scales, lane);
+  scaled.peak = peak_of_scales<Number, DIM>(scales, lane);
   const float inverse = 1.0f / scaled.peak;
-  float centre = 0.0f, sum = 0.0f;
+  const Constant<Number> ones(1.0f);
+  float centre = 0.0f, sums[4] = {};
 #pragma unroll
   for (int s = 0; s < DIM / TILE; ++s) {
-    const int at = scales + 2 * TILE * s + 8 * t;
-    const Words scale = load_words(page, at), low = load_words(page, at + 2 * DIM);
+    const uint8_t* const at = scales + 2 * TILE * s + 8 * t;
+    const Words scale = load_words(at), low = load_words(at + 2 * DIM);
     scale_channels<Number>(scaled.values[s], query_fragment(query, s, t), scale, low, MIDDLE, inverse, centre);
-    sum += sum_of<Number>(scaled.values[s]);
+    Number::mma(sums, ones.a, scaled.values[s]);
   }
-  centre -= scaled.peak * MIDDLE * sum;
-  if (BITS == BOOST_BITS && layout.boost_channels)
-    sum += 4.0f * scale_boosted<Number>(scaled, query, layout, page, scales, inverse, t);
   sum_for_heads(scaled.centre, centre, t);
-  sum_for_heads(scaled.sum, scaled.peak * sum, t);
+  for (int i = 0; i < 2; ++i) scaled.centre[i] -= scaled.peak * MIDDLE * sums[i];
+  if (BITS == BOOST_BITS && layout.boost_channels)
+    scale_boosted<Number>(scaled, sums, query, layout, page, scales, inverse, t);
+  for (int i = 0; i < 2; ++i) scaled.sum[i] = scaled.peak * sums[i];
 }
 
-// Byte offset of this lane's words of 32 columns that start at `column`: row quad t of `rows` rows.
+// This lane's words in shared memory of the 32 columns from `column` on: row quad t from `first_row` on, of all `rows`.
 template <class Number, int BITS>
-KVS_LANE int words_at(int section, int rows, int column, int lane) {
+KVS_LANE const uint8_t* words_at(const uint8_t* page, int64_t section, int rows, int first_row, int column, int lane) {
   const int block = column / Codes<Number, BITS>::BLOCK_COLUMNS;
-  return section + (block * rows / 4 + lane % 4) * QUAD_BYTES + lane / 4 * 8;
+  return page + placed(int(section) + (block * rows / 4 + first_row / 4 + lane % 4) * QUAD_BYTES + lane / 4 * 8);
 }
 
 // Products of a query with two tiles of keys, from token `column` of the page on.
 template <class Number, int DIM, int BITS>
 KVS_LANE void key_products(float (&products)[2][4], const ScaledQuery<DIM>& scaled, const KvsLayout& layout,
                            const uint8_t* page, int column, int first_plane, int lane) {
-  const int codes = words_at<Number, BITS>(int(layout.key_codes), DIM, column, lane);
+  const uint8_t* const codes = words_at<Number, BITS>(page, layout.key_codes, DIM, 0, column, lane);
 #pragma unroll
   for (int s = 0; s < DIM / TILE; ++s) {
-    const Words words = load_words(page, codes + 4 * s * QUAD_BYTES);
+    const Words words = load_words(codes + 4 * s * QUAD_BYTES);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       uint32_t a[4];
@@ -144,11 +138,12 @@ KVS_LANE void key_products(float (&products)[2][4], const ScaledQuery<DIM>& scal
     }
   }
   if (BITS != BOOST_BITS || !layout.boost_channels) return;
-  const int boost = words_at<Number, BOOST_BITS>(int(layout.key_boost_codes), layout.boost_channels, column, lane);
+  const uint8_t* const boost =
+      words_at<Number, BOOST_BITS>(page, layout.key_boost_codes, layout.boost_channels, 0, column, lane);
 #pragma unroll
   for (int s = 0; s < DIM / 32; ++s) {
     if (s * TILE >= layout.boost_channels) break;
-    const Words words = load_words(page, boost + 4 * s * QUAD_BYTES);
+    const Words words = load_words(boost + 4 * s * QUAD_BYTES);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       uint32_t a[4];
@@ -168,7 +163,7 @@ KVS_LANE void key_scores(float (&scores)[TILES][4], const Query& query, const Kv
   for (int unit = 0; unit < 2; ++unit) {
     if (unit == 0 || layout.key_group == 32) {
       const int group = (column + 32 * unit) / layout.key_group;
-      scale_query<Number, DIM, BITS>(scaled, query, layout, page, int(layout.key_scales) + group * 4 * DIM, lane);
+      scale_query<Number, DIM, BITS>(scaled, query, layout, page, page + layout.key_scales + group * 4 * DIM, lane);
     }
     const int first_plane = 2 * unit % Coded::PLANES;
     float products[2][4] = {};

@@ -60,6 +60,12 @@ KVS_LANE uint32_t transpose(uint32_t x) {
 }
 // Bytes of x (0 to 3) and y (4 to 7), one chosen by each digit of `selector`, lowest first.
 KVS_LANE uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) { return __byte_perm(x, y, selector); }
+// (x & mask) | bits in one instruction, which the compiler makes two of where both are constants.
+KVS_LANE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
 KVS_LANE float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

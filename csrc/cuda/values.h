@@ -44,15 +44,15 @@ KVS_LANE void scale_weights(ScaledWeights& scaled, const float (&weights)[TILES]
   uint32_t scales[TILES], lows[TILES];  // of tokens 2g and 2g + 1
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
-    const int token = column + TILE * n + 2 * g, at = int(layout.value_scales) + 2 * (group * 2 * tokens + token);
+    const int token = column + TILE * n + 2 * g;
+    const uint8_t* const at = page + layout.value_scales + 2 * (group * 2 * tokens + token);
     const uint32_t used = visible_pair(visible, token);
-    scales[n] = load_word(page, at) & used;
-    lows[n] = layout.value_rotated ? 0u : load_word(page, at + 2 * tokens) & used;
+    scales[n] = load_word(at) & used;
+    lows[n] = layout.value_rotated ? 0u : load_word(at + 2 * tokens) & used;
   }
   scaled.peak = peak_of_scales<Number>(scales);
   const float inverse = 1.0f / scaled.peak, middle = layout.value_rotated ? 0.0f : Codes<Number, BITS>::MIDDLE;
-  constexpr uint32_t one = (uint32_t(Number::BIAS) << Number::MANTISSA) * 0x10001u;
-  const uint32_t ones[4] = {one, one, one, one};
+  const Constant<Number> ones(1.0f);
   float sums[4] = {}, centre[2] = {};
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
@@ -64,7 +64,7 @@ KVS_LANE void scale_weights(ScaledWeights& scaled, const float (&weights)[TILES]
       centre[i & 1] += weights[n][i] * (low + middle * scale);
     }
     pack_weights<Number>(scaled.values[n], product);
-    Number::mma(sums, ones, scaled.values[n]);
+    Number::mma(sums, ones.a, scaled.values[n]);
   }
   for (int i = 0; i < 2; ++i) scaled.centre[i] = centre[i], scaled.sum[i] = sums[i];
 }
@@ -74,15 +74,16 @@ template <class Number, int DIM, int BITS>
 KVS_LANE void add_unit(State<DIM>& state, const ScaledWeights& scaled, const KvsLayout& layout, const uint8_t* page,
                        int column, int unit, int lane) {
   using Coded = Codes<Number, BITS>;
-  const int tokens = layout.tile_tokens, first_plane = 2 * unit % Coded::PLANES;
-  const int codes = words_at<Number, BITS>(int(layout.value_codes), tokens, 32 * unit, lane) + column / 4 * QUAD_BYTES;
+  const int first_plane = 2 * unit % Coded::PLANES;
+  const uint8_t* const codes =
+      words_at<Number, BITS>(page, layout.value_codes, layout.tile_tokens, column, 32 * unit, lane);
   float products[2][4];
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i)
       products[n][i] = -(Coded::base(first_plane + n) + Coded::MIDDLE) * scaled.sum[i & 1];
 #pragma unroll
   for (int s = 0; s < TILES; ++s) {
-    const Words words = load_words(page, codes + 4 * s * QUAD_BYTES);
+    const Words words = load_words(codes + 4 * s * QUAD_BYTES);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       uint32_t a[4];

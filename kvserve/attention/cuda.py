@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kvserve.attention.base import LayerSpec
+from kvserve.attention.gpu import CUDA_LIBRARY
 from kvserve.attention.structs import (
     KvsArena,
     KvsBatch,
@@ -26,7 +27,6 @@ from kvserve.kernels.decode import MAX_SPLITS, processors
 from kvserve.kernels.geometry import Tables, check_device
 from kvserve.pages.layout import PageLayout
 
-LIBRARY = Path(__file__).resolve().parent.parent / "native" / "_cuda.so"
 HEADS_PER_BLOCK = 8
 WARPS_PER_BLOCK = 4
 BLOCKS_PER_PROCESSOR = 4  # what the number of splits aims at
@@ -52,7 +52,7 @@ class CudaAttention(TritonAttention):
 
     decode_kernels = "cuda"
 
-    def __init__(self, layout: PageLayout, spec: LayerSpec, library: Path = LIBRARY):
+    def __init__(self, layout: PageLayout, spec: LayerSpec, library: Path = CUDA_LIBRARY):
         super().__init__(layout, spec)
         self._library, self._layout = load_library(library), kvs_layout(layout, spec)
         reason = self._library.kvs_cuda_unsupported(self._layout)

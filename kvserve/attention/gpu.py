@@ -1,18 +1,15 @@
-"""Which kernels attend on a GPU: a table of what was measured, and one variable that overrides it."""
+"""Which kernels decode on a GPU where nobody names them: a table of what was measured."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from kvserve.attention.base import LayerSpec
-from kvserve.attention.cuda import LIBRARY, CudaAttention
-from kvserve.attention.triton import TritonAttention
 from kvserve.pages.layout import PageLayout
 
-KERNELS_VARIABLE = "KVSERVE_GPU_KERNELS"
+CUDA_LIBRARY = Path(__file__).resolve().parent.parent / "native" / "_cuda.so"
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -29,31 +26,14 @@ class Format(NamedTuple):
 CUDA_IS_FASTER: frozenset[Format] = frozenset()
 
 
-def gpu_attention(
-    layout: PageLayout, spec: LayerSpec, model_dtype: torch.dtype, capability: tuple[int, int]
-) -> TritonAttention:
-    """The attention of a layer: CUDA where measured faster and built, else Triton; `decode_kernels` says which.
+def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """cuda where they were measured faster and are built, else triton.
 
     Args:
         model_dtype: of queries and outputs.
         capability: compute capability of the device.
-
-    Raises:
-        ValueError: $KVSERVE_GPU_KERNELS is neither cuda nor triton, or cuda and the kernels do not cover the layer.
-        RuntimeError: it is cuda, and the kernels are not built.
     """
-    wanted = os.environ.get(KERNELS_VARIABLE, "")
-    if wanted not in ("", "cuda", "triton"):
-        raise ValueError(f"{KERNELS_VARIABLE} is {wanted!r}, it must be cuda or triton")
-    if wanted == "cuda" and model_dtype not in CUDA_DTYPES:
-        raise ValueError(f"{KERNELS_VARIABLE}=cuda needs a model in float16 or bfloat16, not {model_dtype}")
-    if wanted == "cuda" or (not wanted and _is_measured(layout, model_dtype, capability)):
-        return CudaAttention(layout, spec, LIBRARY)
-    return TritonAttention(layout, spec)
-
-
-def _is_measured(layout: PageLayout, model_dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     key, value = layout.policy.key, layout.policy.value
-    if key is None or value is None or model_dtype not in CUDA_DTYPES or not LIBRARY.exists():
-        return False
-    return Format(capability, layout.head_dim, key.bits, value.bits) in CUDA_IS_FASTER
+    if key is None or value is None or model_dtype not in CUDA_DTYPES or not CUDA_LIBRARY.exists():
+        return "triton"
+    return "cuda" if Format(capability, layout.head_dim, key.bits, value.bits) in CUDA_IS_FASTER else "triton"

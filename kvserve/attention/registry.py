@@ -11,6 +11,7 @@ def make_attention(kernels: str, layout: PageLayout, spec: LayerSpec) -> PagedAt
 
     Raises:
         KeyError: there are no such kernels.
+        ValueError, RuntimeError: they do not cover the layer, or are not built.
     """
     if kernels == "native":
         from kvserve.attention.native import NativeAttention
@@ -20,4 +21,8 @@ def make_attention(kernels: str, layout: PageLayout, spec: LayerSpec) -> PagedAt
         from kvserve.attention.triton import TritonAttention
 
         return TritonAttention(layout, spec)
+    if kernels == "cuda":
+        from kvserve.attention.cuda import CudaAttention
+
+        return CudaAttention(layout, spec)
     raise KeyError(kernels)

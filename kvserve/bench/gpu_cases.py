@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from kvserve.attention.base import Batch, LayerSpec
-from kvserve.attention.cuda import LIBRARY, CudaAttention
+from kvserve.attention.cuda import CudaAttention
+from kvserve.attention.gpu import CUDA_LIBRARY
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels.geometry import Tables
@@ -38,7 +39,7 @@ CUDA_HEAD_DIMS = (64, 128)
 def kernels_for(name: str, head_dim: int, device: torch.device) -> list[str]:
     """The decode kernels that can serve a format here: triton, and cuda where it is built and covers it."""
     covered = name in CUDA_FORMATS and head_dim in CUDA_HEAD_DIMS
-    return ["triton", "cuda"] if covered and device.type == "cuda" and LIBRARY.exists() else ["triton"]
+    return ["triton", "cuda"] if covered and device.type == "cuda" and CUDA_LIBRARY.exists() else ["triton"]
 
 
 def attention_of(kernels: str, layout: PageLayout, spec: LayerSpec) -> TritonAttention:

@@ -23,7 +23,7 @@ Serve a model with vLLM's OpenAI-compatible server and a compressed KV cache.
   --policy POLICY          how the KV cache is kept: {names},
                            or the path of a YAML file; `none` keeps it uncompressed
   --policy-set KEY=VALUE   change one value of the policy, for example sink_tokens=0 or key.bits=4
-  --kernels NAME           attention kernels: auto (the device's own), native (CPU) or triton (GPU)
+  --kernels NAME           attention kernels: auto, native (CPU), triton or cuda (GPU)
   --model MODEL            a Hugging Face folder or name; without it, a small model that needs no download
 
 Every other option goes to vLLM unchanged: `kvserve serve --help=all` lists them.

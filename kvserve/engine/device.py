@@ -23,6 +23,15 @@ def device_type() -> str:
     return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
 
 
+def gpu_capability() -> tuple[int, int]:
+    """Compute capability of the GPU."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    assert capability is not None
+    return capability.major, capability.minor
+
+
 def backend_name() -> str:
     """The registered name that vLLM looks up again (`AttentionBackendEnum`)."""
     return "CPU_ATTN" if device_type() == "cpu" else "CUSTOM"

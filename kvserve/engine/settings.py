@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options, choose_kernels
 from kvserve.compat import check_vllm_version
-from kvserve.engine.device import check_gpu, device_type
+from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_from_config
@@ -61,7 +61,25 @@ class EngineSettings:
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        return cls(policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels)
+        settings = cls(policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels)
+        return settings.with_gpu_kernels(model.get_head_size()) if device_type() == "cuda" else settings
+
+    def with_gpu_kernels(self, head_dim: int) -> EngineSettings:
+        """With what was measured fastest, where nobody named the kernels.
+
+        Raises:
+            UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype.
+        """
+        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels
+
+        if self.kernels == "cuda" and self.model_dtype not in CUDA_DTYPES:
+            raise UnsupportedError(
+                f"--kernels cuda needs a model in float16 or bfloat16, this one is {self.model_dtype}; set --dtype, or "
+                "use --kernels triton"
+            )
+        if self.kernels_asked != "auto":
+            return self
+        return replace(self, kernels=measured_kernels(self.layout(head_dim), self.model_dtype, gpu_capability()))
 
     def layout(self, head_dim: int) -> PageLayout:
         """The pages of attention layers with this head_dim."""
