@@ -174,7 +174,7 @@ def test_rate_one_gives_the_texts_of_none(model: Path) -> None:
     ("policy", "changes", "prompts_held"),
     [
         ("kv-compress", {}, 3),
-        pytest.param("h2o", {"eviction.rate": None, "eviction.max_tokens": 192}, 2, marks=pytest.mark.slow),
+        pytest.param("h2o", {"eviction.rate": 2, "eviction.schedule": "every-n"}, 2, marks=pytest.mark.slow),
     ],
     ids=["once", "again-and-again"],
 )

@@ -35,7 +35,7 @@ SCRIPT = textwrap.dedent(
         model, workers, policy, changes, text = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
         eviction = load_policy(policy).eviction
         llm = LLM(
-            model, dtype="float32", enforce_eager=True, max_model_len=1024, kv_cache_memory_bytes=64 << 20,
+            model, dtype="float32", enforce_eager=True, max_model_len=1024, kv_cache_memory_bytes=96 << 20,
             tensor_parallel_size=workers, max_num_batched_tokens=128, block_size=64,
             additional_config={"kvserve": {"policy": policy, "set": json.loads(changes)}},
             **(scheduler_options() if eviction else {}),
