@@ -291,7 +291,6 @@ def test_named_kernels_that_cannot_serve_a_layer_are_refused(library: Path):
 # The build (scripts/build_cuda.py)
 
 
-@slow
 def test_every_target_compiles_without_spills(tmp_path: Path):
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
