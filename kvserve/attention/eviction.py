@@ -194,7 +194,7 @@ class StepEvictor:
         for i, layer in enumerate(layers):
             self._pack(i, layer, request, first_page[i], tokens[i], held[i])
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
-        if self.eviction.schedule.repeats:
+        if request.step.collects and self.eviction.schedule.repeats:
             self._keep_collected(request, tokens, held, layout.policy.sink_tokens)
         self.observer.evicted(request.step.request_id, request.num_tokens, held - counts, counts + always)
 

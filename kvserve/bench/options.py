@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kvserve.bench.engines import STOCK
+from kvserve.cli.main import UsageError
 from kvserve.policies.loading import PolicyError, load_policy
 from kvserve.policies.registry import policy_names
 
@@ -16,7 +17,7 @@ SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "qual
 DEFAULT_POLICIES = "stock,none,kivi-4bit,kivi-2bit,boost-2bit"
 
 
-class OptionError(ValueError):
+class OptionError(UsageError):
     """A command line that cannot be followed, in one sentence."""
 
 
@@ -119,7 +120,7 @@ def parse(argv: Sequence[str]) -> Options:
         simulations=_count("--simulations", given.simulations, 1 if quick else 3),
         needles=_count("--needles", given.needles, 2 if quick else 10),
         quick=quick, model=given.model, dtype=given.dtype, compile=given.compile, seed=given.seed,
-        text=_read(given.text),
+        text=read_text(given.text),
         text_name=given.text.name if given.text else None, out=given.out,
     )  # fmt: skip
     return options
@@ -175,7 +176,12 @@ def _count(flag: str, given: Any, default: int) -> int:
     return count
 
 
-def _read(path: Path | None) -> str | None:
+def read_text(path: Path | None) -> str | None:
+    """The content of --text; None where it was not given.
+
+    Raises:
+        OptionError: it cannot be read, or is empty.
+    """
     if path is None:
         return None
     try:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvserve.bench.options import read_text
 from kvserve.cli.main import UsageError
 from kvserve.evals.tasks.registry import TASKS
 from kvserve.policies.base import Policy
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str]) -> Options:
         items=_chosen("--tasks", given.tasks, (TEXT, *TASKS)),
         questions=_chosen("--questions", given.questions, QUESTIONS),
         sizes=_sizes(SUITES[given.suite], given), suite=given.suite, model=given.model, dtype=given.dtype,
-        seed=given.seed, text=_read(given.text), text_name=given.text.name if given.text else None, out=given.out,
+        seed=given.seed, text=read_text(given.text), text_name=given.text.name if given.text else None, out=given.out,
     )  # fmt: skip
 
 
@@ -185,15 +186,3 @@ def _numbers(flag: str, given: str, low: float, high: float, whole: bool = False
             raise UsageError(f"{flag} takes {kind} from {low} to {high}, comma separated; got {word!r}")
         numbers.append(number)
     return numbers
-
-
-def _read(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --text {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    if not text.strip():
-        raise UsageError(f"--text {path} is empty")
-    return text
