@@ -1,6 +1,7 @@
 # make serve        set everything up (the first time takes minutes), then serve the default model on port 8000
 # make test         lint and the fast tests           make test-full    all tests
 # make bench        compare the policies              make clean        remove build products
+# make atlas        every policy and its peers, measured and drawn (about two hours): docs/atlas.md
 # make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
 # make cuda         compile the CUDA kernels (needs nvcc, no GPU)
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
@@ -14,13 +15,13 @@ ARGS ?=
 VENV := $(or $(KVSERVE_VENV),.venv)
 BIN := $(VENV)/bin
 GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
-PYTHON_FILES := kvserve kernels tests scripts setup.py
+PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu bench bench-gpu serve-gpu-check cuda lint format clean clean-venv
+.PHONY: help setup serve test test-full test-gpu bench atlas bench-gpu serve-gpu-check cuda lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -52,6 +53,9 @@ cuda:
 
 bench: setup
 	$(BIN)/kvserve bench $(ARGS)
+
+atlas: setup
+	$(BIN)/python benchmarks/atlas.py $(ARGS)
 
 lint:
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from documents import fill
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "results"
 DOCUMENT, PICTURE = ROOT / "docs" / "eviction.md", ROOT / "docs" / "quality-vs-memory.png"
@@ -383,16 +385,6 @@ def plot(
     values = [by * e.value for e in estimates]
     errors = [[by * max(e.value - e.low, 0) for e in estimates], [by * max(e.high - e.value, 0) for e in estimates]]
     axes.errorbar(at, values, errors, label=label, linewidth=1.3, elinewidth=0.6, **look)
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the markers of `name`."""
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    before, _, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_end:
-        raise SystemExit(f"{DOCUMENT} has no {begin} ... {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def filled(text: str, report: Report) -> str:

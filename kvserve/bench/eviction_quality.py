@@ -99,12 +99,12 @@ def done(table: Table) -> int:
 def kept_counts(prompts: PromptSet, rates: Sequence[str], head_dim: int) -> dict[str, dict[str, list[int]]]:
     """Tokens that a KV head keeps on average, for each rate and prompt, whatever the policy."""
     return {
-        kind: {rate: [_kept_count(len(prompt.tokens), rate, head_dim) for prompt in found] for rate in rates}
+        kind: {rate: [kept_count(len(prompt.tokens), rate, head_dim) for prompt in found] for rate in rates}
         for kind, found in (("questions", prompts.questions), ("texts", prompts.texts))
     }
 
 
-def _kept_count(num_tokens: int, rate: str, head_dim: int) -> int:
+def kept_count(num_tokens: int, rate: str, head_dim: int) -> int:
     policy = load_policy(f"random@{rate}")
     plan = policy_plan(PageLayout.build(policy, head_dim, policy.tile_tokens, torch.float32), num_tokens)
     if plan is None:
