@@ -2,6 +2,7 @@
 # make test         lint and the fast tests           make test-full    all tests
 # make bench        compare the policies              make clean        remove build products
 # make atlas        every policy and its peers, measured and drawn (about two hours): docs/atlas.md
+# make matrix       every policy with every feature: docs/compatibility.md
 # make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
 # make cuda         compile the CUDA kernels (needs nvcc, no GPU)
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
@@ -18,10 +19,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu bench atlas bench-gpu serve-gpu-check cuda lint format clean clean-venv
+.PHONY: help setup serve test test-full test-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -53,6 +54,10 @@ cuda:
 
 bench: setup
 	$(BIN)/kvserve bench $(ARGS)
+
+matrix: setup
+	KVSERVE_MATRIX=$(CURDIR)/benchmarks/results/compatibility.json $(BIN)/python -m pytest tests/test_compatibility.py $(ARGS)
+	$(BIN)/python scripts/compatibility_table.py
 
 atlas: setup
 	$(BIN)/python benchmarks/atlas.py $(ARGS)

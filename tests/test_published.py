@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import compatibility_table
 import measured_table
 import pytest
+
+from kvserve.policies.registry import policy_names
 
 
 @pytest.fixture
@@ -67,3 +70,13 @@ def test_a_figure_that_no_record_has_is_refused(records: Path, file: str, metric
     write_record(records, "speed", [row("int8", "speed", 1, 1, 1)])
     with pytest.raises(SystemExit, match=message):
         measured_table.Figure.find(file, "int8", metric)
+
+
+def test_the_compatibility_page_is_made_from_its_result_file():
+    assert compatibility_table.DOCUMENT.read_text(encoding="utf-8") == compatibility_table.document()
+
+
+def test_the_compatibility_matrix_has_every_policy_and_no_hole():
+    matrix = json.loads(compatibility_table.RECORD.read_text(encoding="utf-8"))["matrix"]
+    assert set(matrix) == set(policy_names()), "run `make matrix`"
+    assert len({frozenset(cells) for cells in matrix.values()}) == 1
