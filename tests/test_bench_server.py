@@ -59,7 +59,7 @@ def silent(line: str) -> None:
         (["--requests", "1.5"], "--requests: must be a whole number of at least 1"),
         (["--output-tokens", "3"], "--output-tokens: must be a whole number of at least 4"),
         (["--max-concurrency", "33"], "--max-concurrency 33 needs at least as many --requests, there are 32"),
-        (["--kv-bytes", "1000000"], "--kv-bytes 1000000 is too small: a request of 992 tokens under stock needs"),
+        (["--kv-bytes", "1000000"], "--kv-bytes 1000000 is too small: a request of 512 tokens under stock needs"),
     ],
 )
 def test_options_that_cannot_be_followed_are_refused_in_one_sentence(

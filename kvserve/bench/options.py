@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--policies", default=DEFAULT_POLICIES, help="comma separated, NAME@RATE sets a rate; default: %(default)s"
     )
     parser.add_argument("--context", type=int, help="tokens of long prompts; default: 4096, with --quick 512")
-    parser.add_argument("--suite", default="all", help=f"all but server, or some of {','.join(SUITES)}")
+    parser.add_argument("--suite", default="all", help=f"all, which leaves out server, or some of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
     parser.add_argument(
         "--throughput-repeats", type=int,

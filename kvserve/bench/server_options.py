@@ -39,12 +39,12 @@ class ServerSizes:
     """
 
     requests: int = 32
-    input_tokens: int = 512
-    output_tokens: int = 128
+    input_tokens: int = 256
+    output_tokens: int = 64
     length_spread: float = 0.5
-    request_rate: float = 0.25
+    request_rate: float = 0.3
     max_concurrency: int = 16
-    kv_bytes: int = 64 * 2**20
+    kv_bytes: int = 48 * 2**20
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     goodput_ttft_ms: float = 10_000.0
