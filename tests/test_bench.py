@@ -71,7 +71,7 @@ def test_a_wrong_command_line_exits_2_with_one_sentence(
 
 def test_suites_that_cannot_run_are_named_as_left_out() -> None:
     options = parse(["--policies", "stock,kivi-2bit"])
-    assert set(options.left_out) == {"identity", "quality"}
+    assert set(options.left_out) == {"identity", "quality", "server"}
     assert not set(options.left_out) & set(options.suites)
 
 

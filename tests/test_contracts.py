@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import math
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -290,3 +293,45 @@ def test_a_connector_takes_a_core_from_each_worker_unless_told_otherwise():
 
     source = inspect.getsource(OMPProcessManager.__init__)
     assert "if config.kv_transfer_config:" in source and "envs.VLLM_CPU_NUM_OF_RESERVED_CPU" in source
+
+
+def test_vllm_bench_serve_takes_the_options_and_writes_the_fields_of_the_server_suite(tmp_path: Path) -> None:
+    from vllm.benchmarks import serve
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kvserve.bench.load import RESULT_FIELDS, client_command
+    from kvserve.bench.server_options import ServerSizes
+
+    parser = FlexibleArgumentParser()
+    serve.add_cli_args(parser)
+    sizes = ServerSizes()
+    for load in sizes.loads():
+        command = client_command("http://127.0.0.1:1", load, sizes, "model", 3, tmp_path / "result.json")
+        given = parser.parse_args(command[3:])
+        assert (given.request_rate, given.max_concurrency) == (load.request_rate or math.inf, load.max_concurrency)
+        assert (given.seed, given.num_prompts, given.random_range_ratio) == (3, 32, "0.5")
+        assert serve.check_goodput_args(given) == {"ttft": 10_000.0, "tpot": 200.0}
+    source = inspect.getsource(serve.benchmark)
+    statistics = {f"{kind}_{name}_ms" for kind in ("median", "p99") for name in ("ttft", "tpot")}
+    assert statistics <= set(RESULT_FIELDS)
+    assert 'result[f"median_{metric_attribute_name}_ms"]' in source
+    assert 'result[f"p{p_word}_{metric_attribute_name}_ms"]' in source
+    assert all(f'"{field}": ' in source for field in set(RESULT_FIELDS) - statistics)
+    assert parameters(serve.main) == ["args"]
+    assert "np.random.seed(args.seed)" in inspect.getsource(serve.main_async), "the same arrivals for all servers"
+
+
+def test_servers_publish_the_metrics_that_the_server_suite_reads() -> None:
+    from vllm.v1.metrics import loggers
+
+    from kvserve.bench.server import INFO_METRIC, STATE_METRICS
+
+    source = inspect.getsource(loggers.PrometheusStatLogger)
+    assert all(f'"{name.removesuffix("_total")}"' in source for name in (*STATE_METRICS.values(), INFO_METRIC))
+
+
+def test_the_module_that_serves_stock_vllm_runs_as_a_program() -> None:
+    spec = importlib.util.find_spec("vllm.entrypoints.openai.api_server")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text()
+    assert '__name__ == "__main__"' in source and source.rstrip().endswith("main()")

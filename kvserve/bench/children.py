@@ -79,20 +79,14 @@ class Child:
         return result
 
     def _death(self) -> str:
-        self._log.flush()
-        lines = [line for line in Path(self._log.name).read_text(errors="replace").splitlines() if line.strip()]
-        return f"{self.name}: the process died; its last lines were:\n" + "\n".join(lines[-15:])
+        return f"{self.name}: the process died; its last lines were:\n" + last_lines(Path(self._log.name))
 
     def close(self, timeout: float = CLOSE_TIMEOUT_SECONDS) -> None:
         """End the process and everything it started, by force after `timeout` seconds."""
         self._pipe.close()  # the worker's loop ends at EOF
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout)
+            end_group(self._process, timeout)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
             self._log.close()
 
     def __enter__(self) -> Self:
@@ -102,3 +96,20 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def end_group(process: subprocess.Popen[Any], timeout: float) -> None:
+    """Wait up to `timeout` seconds for a process that leads its own group, then kill all that is left of the group."""
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The last lines of a log that are not empty."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(lines[-count:])

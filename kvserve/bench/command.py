@@ -16,14 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench import capacity, suites
+from kvserve.bench import capacity, load, server_suite, suites
 from kvserve.bench.capacity import ModelShape
 from kvserve.bench.children import Child, ChildError
-from kvserve.bench.engines import Engine, EngineConfig
+from kvserve.bench.engines import Engine, EngineConfig, least_pool_bytes
 from kvserve.bench.machine import machine, versions
 from kvserve.bench.options import OptionError, Options, parse, public_argv
 from kvserve.bench.prose import Prose
 from kvserve.bench.results import SCHEMA_VERSION, Row, SuiteResult, print_table, row_content, write_json
+from kvserve.bench.server import Server
+from kvserve.bench.server_options import Load
 
 ENGINE_SUITES = ("step", "prefill", "identity", "needle", "quality")
 
@@ -64,6 +66,8 @@ class Bench:
         self.options, self.sizes = options, options.sizes
         self.model = _model_folder(options.model)
         self.shape = ModelShape.from_hf(json.loads((self.model / "config.json").read_text()))
+        if "server" in options.suites:
+            self._check_server_pool()
         self.rows: list[Row] = []
         self.content: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
@@ -77,6 +81,7 @@ class Bench:
                 "quick": options.quick, "dtype": options.dtype, "compile": options.compile,
                 "seed": options.seed, "repeats": options.repeats,
                 "throughput_repeats": options.throughput_repeats, "names": options.names, **asdict(self.sizes),
+                "server": asdict(options.server),
             },
             "left_out": dict(options.left_out), "failed": {}, "seconds": {}, "engines": {}, "rows": [], "raw": {},
         }  # fmt: skip
@@ -95,6 +100,8 @@ class Bench:
             sizes = self.sizes
             longest = sizes.throughput_prompt + sizes.throughput_outputs
             self._in_engines("throughput", ["throughput"], self._config(longest, kv_bytes=sizes.throughput_kv_bytes))
+        if "server" in chosen:
+            self._measure("server", self._server)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,23 @@ class Bench:
         prompts = [prose.slice(sizes.throughput_prompt) for _ in range(sizes.throughput_requests)]
         return suites.throughput(engines, prompts, sizes.throughput_outputs, self.options.throughput_repeats, say)
 
+    def _server(self) -> SuiteResult:
+        sizes, tokenizer = self.options.server, str(self.model)
+        with ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for name in self.options.names:
+                say(f"starting the server of {name}")
+                server = servers[name] = stack.enter_context(Server.start(name, self._server_config()))
+                server.warm_up(sizes.input_tokens)
+                info = {"kv_bytes": sizes.kv_bytes, **server.info(), "start_seconds": round(server.start_seconds, 1)}
+                self.content["engines"].setdefault("server", {})[name] = info
+
+            def measure(name: str, arrivals: Load, seed: int) -> load.Measured:
+                return load.measure(servers[name], arrivals, sizes, tokenizer, seed)
+
+            repeats, seed = self.options.throughput_repeats, self.options.seed
+            return server_suite.server(measure, list(servers), sizes.loads(), repeats, seed, say)
+
     # -- set-up ----------------------------------------------------------------------------------------------------
 
     def _config(self, max_model_len: int, **pool: Any) -> EngineConfig:
@@ -195,6 +219,23 @@ class Bench:
             str(self.model), self.shape, self.options.dtype, max_model_len, self.options.seed,
             enforce_eager=not self.options.compile, **pool,
         )  # fmt: skip
+
+    def _server_config(self) -> EngineConfig:
+        sizes = self.options.server
+        return self._config(
+            sizes.longest_tokens, kv_bytes=sizes.kv_bytes, scheduler_options=sizes.scheduler_options
+        )  # fmt: skip
+
+    def _check_server_pool(self) -> None:
+        """Refuse a pool that does not hold the longest request of every name."""
+        sizes = self.options.server
+        for name in self.options.names:
+            least = least_pool_bytes(name, self._server_config())
+            if sizes.kv_bytes < least:
+                raise OptionError(
+                    f"--kv-bytes {sizes.kv_bytes} is too small: a request of {sizes.longest_tokens} tokens under "
+                    f"{name} needs {least}; give more, or fewer --input-tokens or --output-tokens"
+                )
 
     def _main_config(self) -> EngineConfig:
         """Engines whose pools hold the requests of the step suite."""

@@ -202,6 +202,18 @@ class EngineHost:
 
 def pool_bytes(name: str, config: EngineConfig) -> int:
     """KV bytes that hold `num_requests` requests of max_model_len tokens and a tenth more, for prefix hits."""
+    blocks, block_bytes = _longest_request(name, config)
+    return int(1.1 * config.num_requests * (blocks + 1) + 2) * block_bytes
+
+
+def least_pool_bytes(name: str, config: EngineConfig) -> int:
+    """KV bytes that hold one request of max_model_len tokens, and vLLM's null block."""
+    blocks, block_bytes = _longest_request(name, config)
+    return (blocks + 1) * block_bytes
+
+
+def _longest_request(name: str, config: EngineConfig) -> tuple[int, int]:
+    """Blocks of a request of max_model_len tokens at its widest, and bytes of a block."""
     import torch
 
     from kvserve.pages.layout import PageLayout
@@ -211,8 +223,8 @@ def pool_bytes(name: str, config: EngineConfig) -> int:
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
     layout = PageLayout.build(policy, shape.head_dim, block_size, dtype, query_group=shape.query_group)
-    blocks = 1.1 * config.num_requests * (widest_request(layout, config.max_model_len) + 1) + 2
-    return int(blocks) * layout.cell_bytes * shape.num_layers * shape.num_kv_heads
+    blocks = widest_request(layout, config.max_model_len)
+    return blocks, layout.cell_bytes * shape.num_layers * shape.num_kv_heads
 
 
 def worker_threads(worker: Any) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kvserve.bench.engines import STOCK
+from kvserve.bench.server_options import ServerSizes, add_options, server_sizes
 from kvserve.cli.main import UsageError
 from kvserve.policies.loading import PolicyError, load_policy
 from kvserve.policies.registry import policy_names
 
-SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "quality", "throughput")
+SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "quality", "throughput", "server")
 DEFAULT_POLICIES = "stock,none,kivi-4bit,kivi-2bit,boost-2bit"
 
 
@@ -59,6 +60,7 @@ class Options:
     suites: list[str]
     left_out: dict[str, str]
     sizes: Sizes
+    server: ServerSizes
     repeats: int
     throughput_repeats: int
     windows: int | None
@@ -87,9 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--policies", default=DEFAULT_POLICIES, help="comma separated, NAME@RATE sets a rate; default: %(default)s"
     )
     parser.add_argument("--context", type=int, help="tokens of long prompts; default: 4096, with --quick 512")
-    parser.add_argument("--suite", default="all", help=f"all, or some of {','.join(SUITES)}")
+    parser.add_argument("--suite", default="all", help=f"all, which leaves out server, or some of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
-    parser.add_argument("--throughput-repeats", type=int, help="default: 2, with --quick 1 (a repeat takes minutes)")
+    parser.add_argument(
+        "--throughput-repeats", type=int,
+        help="of the suites throughput and server, whose repeats take minutes; default: 2, with --quick 1",
+    )  # fmt: skip
     parser.add_argument("--windows", default="", help="perplexity windows, or all; default: 8, with --quick 1")
     parser.add_argument("--simulations", type=int, help="simulated runs of each policy; default: 3, with --quick 1")
     parser.add_argument("--needles", type=int, help="needle prompts; default: 10, with --quick 2")
@@ -99,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
     parser.add_argument("--out", type=Path, help="result file, for example benchmarks/results/NAME.json")
+    add_options(parser)
     return parser
 
 
@@ -114,6 +120,7 @@ def parse(argv: Sequence[str]) -> Options:
     quick = given.quick
     options = Options(
         names=names, suites=suites, left_out=left_out, sizes=_sizes(quick, given.context),
+        server=_server_sizes(given),
         repeats=_count("--repeats", given.repeats, 1 if quick else 5),
         throughput_repeats=_count("--throughput-repeats", given.throughput_repeats, 1 if quick else 2),
         windows=None if given.windows == "all" else _count("--windows", given.windows, 1 if quick else 8),
@@ -129,6 +136,13 @@ def parse(argv: Sequence[str]) -> Options:
 def _sizes(quick: bool, context: int | None) -> Sizes:
     sizes = QUICK if quick else Sizes()
     return replace(sizes, context=_count("--context", context, sizes.context))
+
+
+def _server_sizes(given: argparse.Namespace) -> ServerSizes:
+    try:
+        return server_sizes(given, given.quick)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def _names(policies: str) -> list[str]:
@@ -154,7 +168,8 @@ def _suites(wanted: str, names: Sequence[str], has_text: bool) -> tuple[list[str
     if "none" not in names:
         impossible["identity"] = "it needs none among --policies"
     if wanted == "all":
-        return [suite for suite in SUITES if suite not in impossible], impossible
+        left_out = {**impossible, "server": "it takes longest; --suite server runs it"}
+        return [suite for suite in SUITES if suite not in left_out], left_out
     chosen = wanted.split(",")
     for suite in chosen:
         if suite not in SUITES:

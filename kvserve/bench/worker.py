@@ -18,23 +18,25 @@ def create(target: str, kwargs: dict[str, Any]) -> Any:
 def serve(pipe: Connection) -> None:
     """Create the object, then answer calls until the parent closes the pipe."""
     host: Any = None
-    while True:
-        try:
-            name, kwargs = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            break
-        try:
-            if host is None:
-                host, result = create(name, kwargs), None
-            else:
-                result = getattr(host, name)(**kwargs)
-            reply = (True, result)
-        except Exception as error:  # every failure belongs to the caller in the parent process
-            traceback.print_exc()
-            reply = (False, f"{type(error).__name__}: {error}")
-        pipe.send(reply)
-    if hasattr(host, "close"):
-        host.close()
+    try:
+        while True:
+            try:
+                name, kwargs = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                break
+            try:
+                if host is None:
+                    host, result = create(name, kwargs), None
+                else:
+                    result = getattr(host, name)(**kwargs)
+                reply = (True, result)
+            except Exception as error:  # every failure belongs to the caller in the parent process
+                traceback.print_exc()
+                reply = (False, f"{type(error).__name__}: {error}")
+            pipe.send(reply)
+    finally:  # also when the parent died during a call
+        if hasattr(host, "close"):
+            host.close()
 
 
 if __name__ == "__main__":
