@@ -39,7 +39,7 @@ test-full: setup lint
 # These run without setup, on a machine that has torch and Triton; the tests also need pytest and pydantic. Without
 # `make cuda` before them, the CUDA tests fail and the benchmark leaves the CUDA kernels out.
 test-gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py -k "not compiles" $(ARGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py tests/test_choice_on_device.py -k "not compiles" $(ARGS)
 
 bench-gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m kvserve.bench.gpu $(ARGS)
