@@ -5,6 +5,7 @@
 # make matrix       every policy with every feature: docs/compatibility.md
 # make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
 # make cuda         compile the CUDA kernels (needs nvcc, no GPU)
+# make sanitize-gpu some GPU tests under compute-sanitizer
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
 # Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
@@ -19,10 +20,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
+.PHONY: help setup serve test test-full test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -41,7 +42,10 @@ test-full: setup lint
 # These run without setup, on a machine that has torch and Triton; the tests also need pytest and pydantic. Without
 # `make cuda` before them, the CUDA tests fail and the benchmark leaves the CUDA kernels out.
 test-gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py -k "not compiles" $(ARGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py tests/test_choice_on_device.py -k "not compiles" $(ARGS)
+
+sanitize-gpu:
+	$(GPU_PYTHON) scripts/sanitize_gpu.py $(ARGS)
 
 bench-gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m kvserve.bench.gpu $(ARGS)

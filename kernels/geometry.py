@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,6 +177,11 @@ def check_alignment(cells: torch.Tensor) -> None:
             f"cells must start at multiples of {ALIGNMENT_BYTES} bytes, got address {cells.data_ptr():#x} and strides "
             f"{cells.stride()[:2]}; allocate the arena as its own tensor"
         )
+
+
+def on_device(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Numbers of the host as an int32 tensor, without waiting for what the device is doing."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def interpreted() -> bool:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.encode import encode_page
-from kvserve.kernels.geometry import Geometry, check_alignment, check_device, storage_geometry
+from kvserve.kernels.geometry import Geometry, check_alignment, check_device, on_device, storage_geometry
 from kvserve.kernels.pages import dense_row, kept_page_at, slot_of, tile_page_at
 from kvserve.pages.kept import Header
 
@@ -223,5 +223,5 @@ def _kept_arguments(
         first_row += header.num_tokens
     num_layers = cells.stride(1) // geometry.cell_bytes
     layer = cells.storage_offset() % cells.stride(1) // geometry.cell_bytes
-    block_ids, heads = (torch.tensor(x, dtype=torch.int32).to(cells.device) for x in (blocks, rows))
+    block_ids, heads = (on_device(numbers, cells.device) for numbers in (blocks, rows))
     return cells, cells.stride(0), cells.stride(1), layer, num_layers, block_ids, heads

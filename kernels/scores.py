@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.decode import LOG2_E
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device
+from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device
 from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, sealed_scores, slot_of
 
 SCORE_ROWS = 32
@@ -145,7 +145,7 @@ def attention_sums(
     chunks = triton.cdiv(columns, CHUNK_TOKENS) + (2 if end else 0)
     partial = torch.empty(num_heads, chunks, rows, dtype=torch.float32, device=query.device)
     sums = torch.zeros(num_heads, columns, dtype=torch.float32, device=query.device)
-    block_ids = torch.tensor(blocks, dtype=torch.int32).to(cells.device) if end else None
+    block_ids = on_device(blocks, cells.device) if end else None
 
     def launch(denominators: torch.Tensor | None) -> None:
         scores_kernel[(chunks, num_heads)](

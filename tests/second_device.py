@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from kvserve.attention.base import PagedAttention
 
 COPIES = ("aten._to_copy.default", "aten.copy_.default")
+# What makes a GPU's caller wait: a number of the device, or how many there are of something, is needed to go on.
+READS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "equal")
 
 
 class Moved(torch.Tensor):
@@ -51,12 +53,25 @@ def back(x: Any) -> Any:
     return tree_map_only(Moved, lambda t: t.inner, x)
 
 
+def by_mask(function: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether an operator selects by a mask, and so must know how much it selects."""
+    masks = any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    return masks and function.overloadpacket.__name__ in ("index", "index_put_", "_index_put_impl_")
+
+
 class SecondDevice(TorchDispatchMode):
     """Runs operators where their tensors are.
+
+    Attributes:
+        waits: operators so far that read something of the second device back.
 
     Raises:
         RuntimeError: an operator that would fail on a GPU, since its tensors are on two devices.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = dict(options or {})
@@ -68,6 +83,8 @@ class SecondDevice(TorchDispatchMode):
             raise RuntimeError(f"{function} got tensors on two devices")
         device = options.get("device")
         to_there = bool(there) if device is None else torch.device(device).type == "meta"
+        if there and (not to_there or function.overloadpacket.__name__ in READS or by_mask(function, there)):
+            self.waits.append(str(function))
         if device is not None:
             options["device"] = torch.device("cpu")
         result = function(*back(arguments), **back(options))

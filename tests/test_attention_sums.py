@@ -255,7 +255,7 @@ def test_a_window_over_pages_pays_what_a_window_over_tensors_pays(rows: int):
     assert paged.num_rows == plain.num_rows == 150
     for how in HOW:
         assert_equal(paged.attention(rows, *how), plain.attention(rows, *how))
-    for head, window in enumerate(paged.by_head()):
+    for head, window in enumerate(paged.by_head([150, 150])):
         assert torch.equal(window.attention(rows), paged.attention(rows)[3 * head : 3 * head + 3])
 
 
@@ -273,8 +273,8 @@ def test_the_windows_of_an_evicted_requests_heads_end_with_their_tokens():
     native, _ = kernels(case, ISAS[0])
     place = case.arena[:, :, 0], case.batch.block_table[0], 200, query_rows(9, case.spec, 64), case.kept_of(0)
     sums = PagedWindow(native, *place).attention(9, 2)
-    for head, window in enumerate(PagedWindow(native, *place).by_head()):
-        tokens = 4 + (70, 3)[head] + 72  # sinks, kept, from kept.end on
+    held = [4 + kept + 72 for kept in (70, 3)]  # sinks, kept, from kept.end on
+    for head, (tokens, window) in enumerate(zip(held, PagedWindow(native, *place).by_head(held), strict=True)):
         assert window.num_rows == 9
         assert torch.equal(window.attention(9, 2), sums[3 * head : 3 * head + 3, :tokens])
 

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.budgets.base import Bounds, Budget, filled_pages, select, spread
+from kvserve.budgets.base import (
+    Bounds,
+    Budget,
+    filled_pages,
+    held_counts,
+    search_lowest,
+    select,
+    sort_lowest,
+    spread,
+)
 from kvserve.budgets.global_pages import GlobalPages
 from kvserve.budgets.heads_in_layer import HeadsInLayer
 from kvserve.budgets.pyramid import Pyramid
@@ -119,7 +128,7 @@ def test_uniform_gives_what_short_heads_cannot_use_to_the_others():
 @settings(max_examples=200, deadline=None)
 def test_spread_moves_no_head_against_the_gap(case, data):
     scores, page_tokens, total, minimum = case
-    high = filled_pages(scores, page_tokens)
+    high = filled_pages(held_counts(scores), page_tokens)
     low = high.clamp(max=minimum)
     bounds = Bounds(low, high, min(total, int(high.sum())))
     numbers = data.draw(st.lists(st.integers(-3, 45), min_size=low.numel(), max_size=low.numel()))
@@ -306,7 +315,8 @@ def test_protected_tokens_win_their_pages():
 )
 def test_select_keeps_exactly_the_best_and_the_lower_index_of_equals(heads, data):
     kept = data.draw(st.lists(st.integers(0, 7), min_size=len(heads), max_size=len(heads)))
-    chosen = select(torch.tensor(heads, dtype=torch.float32), torch.tensor(kept))
+    scores = torch.tensor(heads, dtype=torch.float32)
+    chosen = select(scores, torch.tensor(kept), held_counts(scores))
     for head, count, indices in zip(heads, kept, chosen, strict=True):
         ranked = sorted(range(7), key=lambda index: (-head[index], index))
         assert indices.dtype == torch.int64
@@ -315,10 +325,33 @@ def test_select_keeps_exactly_the_best_and_the_lower_index_of_equals(heads, data
 
 def test_select_refuses_more_than_there_is():
     scores = torch.tensor([[1.0, INF, -INF]])
-    assert [index.tolist() for index in select(scores, torch.tensor([2]))] == [[0, 1]]
+    held = held_counts(scores)
+    assert [index.tolist() for index in select(scores, torch.tensor([2]), held)] == [[0, 1]]
     for count in (3, -1):
-        with pytest.raises(ValueError, match="cannot keep"):
-            select(scores, torch.tensor([count]))
+        with pytest.raises(ValueError, match=rf"heads with \[2\] tokens cannot keep \[{count}\]"):
+            select(scores, torch.tensor([count]), held)
+
+
+@given(case=cases(), data=st.data())
+def test_a_gpu_finds_the_lowest_kept_score_that_a_cpu_finds(case, data):
+    scores = case[0].flatten(0, 1)
+    counts = [data.draw(st.integers(0, int(held))) for held in held_counts(scores)]
+    assert torch.equal(sort_lowest(scores, torch.tensor(counts)[:, None]), search_lowest(scores, counts))
+
+
+@pytest.mark.parametrize("budget", VARIANTS, ids=repr)
+@given(case=cases())
+@settings(max_examples=50, deadline=None)
+def test_a_choice_fills_each_heads_pages_with_its_best_tokens(budget, case):
+    scores, page_tokens, total, _ = case
+    held = held_counts(scores)
+    total = max(total, held.numel())  # a page for each
+    pages, counts, tokens = budget.choose(scores, page_tokens, total)
+    assert torch.equal(pages, budget.allocate(scores, page_tokens, total, 1))
+    for place in itertools.product(*map(range, pages.shape)):
+        ranked = sorted(range(int(held[place])), key=lambda index, head=scores[place]: (-head[index], index))
+        best = sorted(ranked[: int(pages[place]) * page_tokens])
+        assert tokens[place[0]][place[1]].tolist() == best and counts[place] == len(best)
 
 
 def test_budgets_are_made_by_name():

@@ -12,7 +12,7 @@ from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.budgets.base import select
+from kvserve.budgets.base import held_counts, select
 from kvserve.pages.kept import Kept, KeptTable
 from kvserve.pages.plan import EvictionPlan, RowStep, policy_plan
 from kvserve.policies.base import Eviction, Policy
@@ -60,7 +60,7 @@ def plain_choice(case: Case, policy: Policy) -> list[torch.Tensor]:
         query_window=PlainWindow(queries, keys, positions, case.spec.scale),
     )  # fmt: skip
     scores = policy.eviction.scorer.score(view)[:, case.layout.policy.sink_tokens : 256]
-    return select(scores, torch.tensor([128, 128]))
+    return select(scores, torch.tensor([128, 128]), held_counts(scores))
 
 
 def evict(case: Case, policy: Policy, cells: torch.Tensor, step: RowStep) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from attention_cases import build_case, copy_cells, make_policy
 
 pytest.importorskip("triton")
-from triton_cases import DEVICE, batch_on, cells_on, run_case, with_wide_lengths
+from triton_cases import DEVICE, batch_on, cells_on, run_case, run_python, with_wide_lengths
 
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.reference import ReferenceAttention
@@ -219,16 +217,6 @@ def test_wrong_tensors_are_refused_by_name():
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'pydantic', 'yaml', 'rich'])); "
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    """Standard output of a Python process that imports the tests' helpers and kvserve as this one does."""
-    path = ":".join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, *arguments], env={"PYTHONPATH": path, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_the_kernels_import_with_torch_and_triton_alone():
     out = run_python("-c", BLOCKED + "import kvserve.attention.triton, kvserve.bench.gpu_cases; print('imported')")
     assert out.strip() == "imported"
@@ -243,7 +231,8 @@ def test_the_gpu_benchmark_runs_dry_with_torch_and_triton_alone(tmp_path: Path):
     assert "5 checks against the reference passed" in out and len(content["checks"]) == 5
     timed = {(row["what"], row["variant"]) for row in content["rows"]}
     assert {("decode", name) for name in FORMATS} <= timed
-    assert all(row["time_us"] > 0 for row in content["rows"]) and content["left_out"] == []
+    assert all(row["time_us"] > 0 for row in content["rows"])
+    assert all(line.startswith("baseline ") and line.endswith(": needs a GPU") for line in content["left_out"])
     assert f"wrote {path}" in out and "kivi-2bit" in out
 
 
@@ -259,21 +248,6 @@ def test_the_benchmark_times_the_formats_of_the_policies():
         layout = layout_of(name, 128, torch.bfloat16)
         assert layout.sections == PageLayout.build(load_policy(name), 128, 64, torch.bfloat16).sections
         assert layout.policy.sink_tokens == load_policy(name).sink_tokens
-
-
-@slow
-@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
-def test_every_kernel_compiles_without_a_gpu(architecture: int, tmp_path: Path):
-    cases = ("boosted:128:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16", "dense-pages:128:4:bfloat16")
-    more = ("kivi-2:128:4:bfloat16", "int8:128:1:float16", "boosted:256:1:bfloat16", "kivi-4:128:4:float32")
-    more = more if architecture == 90 else ()
-    script = str(Path(__file__).with_name("triton_compile.py"))
-    out = run_python(script, str(architecture), *cases, *more, TRITON_CACHE_DIR=str(tmp_path), PATH="/usr/bin")
-    for case in (*cases, *more):
-        compiled = {line.split()[4].rstrip(":") for line in out.splitlines() if f" {case} " in line}
-        every = {"stage_kernel", "slots_kernel", "decode_kernel", "combine_kernel", "extend_kernel", "scores_kernel"}
-        paged = {"seal_kernel", "read_kernel", "read_kept_kernel", "write_kept_kernel"}
-        assert compiled == (every if case.startswith("dense:") else every | paged)
 
 
 # On a GPU: `make test-gpu`

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from attention_cases import Case
@@ -56,3 +59,13 @@ def run_case(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def with_wide_lengths(batch: Batch, max_query_len: int) -> Batch:
     """The batch as an engine makes it, which knows the longest query without asking the device."""
     return replace(batch, max_query_len=max_query_len)
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """Standard output of a Python process that imports the tests' helpers and kvserve as this one does."""
+    path = ":".join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *arguments], env={"PYTHONPATH": path, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -58,14 +58,4 @@ struct Launcher {
 }  // namespace
 }  // namespace kvs::gpu
 
-const char* kvs_cuda_unsupported(const KvsLayout* layout) { return kvs::gpu::unsupported(*layout); }
-
-int64_t kvs_cuda_workspace_floats(const KvsLayout* layout, int32_t num_reqs, int32_t splits) {
-  return kvs::gpu::workspace_floats(*layout, num_reqs, splits);
-}
-
-const char* kvs_cuda_decode(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged,
-                            const KvsRows* query, const KvsRows* output, float* lse, const KvsLaunch* launch) {
-  kvs::gpu::Launcher launcher;
-  return kvs::gpu::decode(*layout, *batch, *arena, staged, *query, *output, lse, *launch, launcher);
-}
+#include "exports.h"

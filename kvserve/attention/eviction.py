@@ -147,21 +147,21 @@ class StepEvictor:
         if needs & {"keys", "values"}:
             rows = held_rows(layer, request, with_values="values" in needs)
         # Before the first cut all heads hold the same tokens and share a view.
-        group = attention.spec.group
-        views = self._views_of_heads(whole, counts, rows, sinks, group) if kept.end else [_with_rows(whole, rows)]
+        views = self._views_of_heads(whole, request, counts, rows) if kept.end else [_with_rows(whole, rows)]
         scores = [head for view in views for head in self.eviction.scorer.score(view)]
         return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
 
     def _views_of_heads(
-        self, whole: LayerView, counts: list[int], rows: HeldRows | None, sinks: int, group: int
+        self, whole: LayerView, request: _Request, counts: list[int], rows: HeldRows | None
     ) -> Iterator[LayerView]:
         assert isinstance(whole.query_window, PagedWindow)
-        sums, statistics = whole.accumulated, whole.query_statistics
-        for head, (count, window) in enumerate(zip(counts, whole.query_window.by_head(), strict=True)):
+        attention, sums, statistics = whole.query_window.kernels, whole.accumulated, whole.query_statistics
+        sinks, group = attention.layout.policy.sink_tokens, attention.spec.group
+        for head, (count, window) in enumerate(zip(counts, whole.query_window.by_head(counts), strict=True)):
             view = replace(
                 whole,
                 kv_heads=1,
-                positions=held_positions(count, whole.length, sinks, whole.positions.device),
+                positions=held_positions(count, request.num_tokens, sinks, whole.positions.device),
                 query_window=window,
                 accumulated=None if sums is None else sums[head : head + 1, :count],
                 query_statistics=statistics and statistics.of_heads(slice(head * group, (head + 1) * group)),
@@ -190,7 +190,7 @@ class StepEvictor:
         total_pages = len(request.cut.blocks) * pages_per_block
         pages, counts, tokens = self.eviction.budget.choose(scores, layout.tile_tokens, total_pages)
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
-        held = (scores > -torch.inf).sum(-1)
+        held = torch.tensor([[len(head) for head in layer.scores[number]] for layer in layers])
         for i, layer in enumerate(layers):
             self._pack(i, layer, request, first_page[i], tokens[i], held[i])
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from kvserve.attention.base import PagedAttention
-from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens
+from kvserve.pages.kept import NOT_KEPT, Kept
 from kvserve.scorers.query_window import QueryWindow
 
 
@@ -41,10 +42,8 @@ class PagedWindow(QueryWindow):
             self._sums[asked] = self.kernels.attention_sums(query, *place, self.kept, power, reduce)
         return self._sums[asked]
 
-    def by_head(self) -> list[QueryWindow]:
-        """The query heads of each KV head, over the tokens that KV head holds; they share one computation."""
-        state_block = int(self.block_table_row[0])
-        held = held_tokens(self.cells, self.kernels.layout, state_block, self.num_tokens, self.kept)
+    def by_head(self, held: Sequence[int]) -> list[QueryWindow]:
+        """The query heads of each KV head, over the `held[kv_head]` tokens it holds; they share one computation."""
         return [_HeadWindow(self, kv_head, count) for kv_head, count in enumerate(held)]
 
 

@@ -142,4 +142,6 @@ class TritonAttention(PagedAttention):
         return Tables.of(self.layout, cells, batch, batch.native)
 
     def _rotate(self, values: torch.Tensor) -> torch.Tensor:
-        return values @ hadamard(self.layout.head_dim).to(values.device) if self.geometry.rotated else values
+        if not self.geometry.rotated:
+            return values
+        return values @ hadamard(self.layout.head_dim).to(values.device, non_blocking=True)

@@ -2,11 +2,12 @@
 
     python -m kvserve.bench.gpu [--output FILE] [--time-limit-s 480] [--dry-run]
 
-Needs torch and Triton, nothing else; the CUDA kernels take part where `make cuda` has built them. Every timing is the
-median of CUDA-graph replays with a cold L2 cache (compaction: of plain calls that read, choose and write). The share of
-the copy bandwidth is the bytes that attention must read, over time, over the bandwidth that a large device copy reaches
-in the same run (bytes read plus bytes written). `--dry-run` runs tiny sizes in Triton's interpreter: it shows that the
-script works, and its times mean nothing.
+Needs torch and Triton, nothing else; the CUDA kernels take part where `make cuda` has built them, and other projects'
+decode kernels (gpu_baselines.py) where they are installed. Every timing is the median of CUDA-graph replays with a cold
+L2 cache (compaction: of plain calls that read, choose and write). The share of the copy bandwidth is the bytes that
+attention must read, over time, over the bandwidth that a large device copy reaches in the same run (bytes read plus
+bytes written). `--dry-run` runs tiny sizes in Triton's interpreter: it shows that the script works, and its times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -26,27 +27,13 @@ from typing import Any
 
 import torch
 
+from kvserve.bench.gpu_targets import Row, targets
+
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ERROR_LIMIT = 3e-2  # bfloat16 weights and outputs, on values of order 1
 DIFFERING_BYTES_LIMIT = 1e-3  # rare ties of rotated values
 CHECK_PROCESSES = 8  # each holds a CUDA context
-MEMORY_SHARE = 0.4  # of free device memory, for the largest K and V of a workload
-
-
-@dataclass
-class Row:
-    """One line of the table; times in microseconds, None where there is no such number."""
-
-    what: str
-    variant: str
-    context: int
-    batch: int
-    head_dim: int
-    group: int
-    time_us: float
-    moved_bytes: int | None = None
-    copy_share: float | None = None
-    speedup: float | None = None  # over the fastest dense attention of torch
+MEMORY_SHARE = 0.3  # of free device memory, for K and V of a workload; baselines hold them three times while they start
 
 
 @dataclass
@@ -58,6 +45,8 @@ class Run:
     deadline: float
     output: Path | None
     checks: list[dict[str, Any]] = field(default_factory=list)
+    baselines: list[Any] = field(default_factory=list)  # classes of gpu_baselines.py
+    baseline_checks: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     copy_bytes_per_s: float = 0.0
@@ -79,13 +68,26 @@ class Run:
             launch = captured.replay
         return float(do_bench(launch, warmup=20, rep=100, return_mode="median")) * 1e3
 
+    def launches(self, launch: Callable[[], Any]) -> int | None:
+        """Kernels, copies and fills of a call that has run before; None where nothing counts them."""
+        if self.dry:
+            return None
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            launch()
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events()) or None
+
     def add(
-        self, what: str, variant: str, work: Any, time_us: float, moved: int | None, dense_us: float | None
-    ) -> None:
+        self, what: str, variant: str, work: Any, time_us: float, moved: int | None = None,
+        dense_us: float | None = None, launches: int | None = None,
+    ) -> None:  # fmt: skip
         share = None if moved is None else moved / (time_us * 1e-6) / self.copy_bytes_per_s
         speedup = None if dense_us is None else dense_us / time_us
         sizes = (work.context, work.batch, work.head_dim, work.group)
-        self.rows.append(Row(what, variant, *sizes, time_us, moved, share, speedup))
+        self.rows.append(Row(what, variant, *sizes, time_us, moved, share, speedup, launches))
 
     def free_bytes(self) -> int:
         """Device memory that is left once torch gives back what it only caches."""
@@ -132,13 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{len(run.checks)} checks against the reference passed", flush=True)
     run.copy_bytes_per_s = copy_bandwidth(run)
-    first, *cross = workloads(run)
+    from kvserve.bench.gpu_baselines import usable
+
+    run.baselines, run.left_out = usable(device)
+    first, *others = workloads(run)
     time_decode(run, first)
     time_launch_parameters(run, first)
     time_others(run)
-    for work in cross:
+    for work in others:
         time_decode(run, work)
     print_table(run)
+    run.save()
     if output is not None:
         print("wrote", output)
     return 0
@@ -186,33 +192,72 @@ def copy_bandwidth(run: Run) -> float:
 
 
 def workloads(run: Run) -> list[Any]:
-    """The workload that targets are set for first, then the cross product from small to large."""
+    """Those that targets are set for first, then the cross product from small to large."""
     from kvserve.bench.gpu_cases import Workload
 
     if run.dry:
         return [Workload(130, 2, 64, 2, 1)]
-    first = Workload(32768, 16, 128, 4)
-    cross = itertools.product((1024, 4096, 32768, 131072), (1, 4, 16, 64), (128, 64), (4, 1, 8))
-    return [first, *(work for sizes in cross if (work := Workload(*sizes)) != first)]
+    aimed = [Workload(32768, 16, 128, 4), Workload(4096, 1, 128, 4), Workload(4096, 4, 128, 4)]
+    cross = itertools.product((1024, 4096, 32768, 131072), (1, 4, 16, 64, 128), (128, 64), (4, 1, 8))
+    return [*aimed, *(work for sizes in cross if (work := Workload(*sizes)) not in aimed)]
 
 
 def time_decode(run: Run, work: Any) -> None:
-    """Decode attention of every format beside torch's dense attention."""
+    """Decode attention of every format beside that of other projects."""
     from kvserve.bench import gpu_cases
 
     if not run.has_room(work):
         return
     dtype = torch.bfloat16 if not run.dry else torch.float16
-    dense = {name: run.time_us(launch) for name, launch in gpu_cases.dense_attention(work, dtype, run.device).items()}
-    dense_us = min(dense.values())
-    for name, time_us in dense.items():
-        run.add("decode", name, work, time_us, work.dense_bytes, dense_us)
+    dense_us = time_baselines(run, work, dtype)
     for name in gpu_cases.FORMATS:
         for kernels in gpu_cases.kernels_for(name, work.head_dim, run.device):
             step = gpu_cases.decode_step(name, work, dtype, run.device, kernels=kernels)
             run.add("decode", variant(name, kernels), work, run.time_us(step.attend), step.moved_bytes, dense_us)
             del step
     run.save()
+
+
+def time_baselines(run: Run, work: Any, dtype: torch.dtype) -> float | None:
+    """Decode attention of other projects; returns the time of the fastest with a 16-bit cache."""
+    from kvserve.bench.gpu_baselines import Rows
+
+    rows, times = Rows.random(work, dtype, run.device), {}
+    for baseline in run.baselines:
+        if not is_sound(run, baseline, work, dtype):
+            continue
+        try:
+            made = baseline(rows)
+            times[baseline] = run.time_us(made.attend), made.moved_bytes(work)
+            del made
+        except Exception as error:  # of whatever kind another project fails with
+            run.left_out.append(f"{work}: {baseline.name}: {type(error).__name__}: {error}")
+    dense_us = min((time_us for baseline, (time_us, _) in times.items() if baseline.is_16_bit), default=None)
+    for baseline, (time_us, moved) in times.items():
+        run.add("decode", baseline.name, work, time_us, moved, dense_us)
+    return dense_us
+
+
+def is_sound(run: Run, baseline: Any, work: Any, dtype: torch.dtype) -> bool:
+    """Whether a baseline's answer is that of float32 attention for this head_dim and group, checked once for each."""
+    from kvserve.bench.gpu_baselines import Rows
+    from kvserve.bench.gpu_cases import Workload
+
+    asked = (baseline.name, work.head_dim, work.group)
+    if asked not in run.baseline_checks:
+        small = Workload(333, 3, work.head_dim, work.group, work.num_kv_heads)
+        rows = Rows.random(small, dtype, run.device)
+        try:
+            error, failure = baseline(rows).error(rows), ""
+        except Exception as failed:  # of whatever kind another project fails with
+            error, failure = float("inf"), f": {type(failed).__name__}: {failed}"
+        passed = error <= baseline.error_limit
+        sizes = {"baseline": baseline.name, "head_dim": work.head_dim, "group": work.group}
+        run.baseline_checks[asked] = sizes | {"relative_error": error if not failure else None, "passed": passed}
+        if not passed:
+            of = f"baseline {baseline.name}, head_dim {work.head_dim}, group {work.group}"
+            run.left_out.append(of + (failure or f": its error {error:.3f} is above {baseline.error_limit}"))
+    return bool(run.baseline_checks[asked]["passed"])
 
 
 def variant(name: str, kernels: str) -> str:
@@ -231,7 +276,7 @@ def time_launch_parameters(run: Run, work: Any) -> None:
             for launch in launches(kernels, run.dry):
                 time_us = run.time_us(lambda step=step, launch=launch: step.attend_with(**launch))  # type: ignore[misc]
                 what = "decode, " + ", ".join(f"{count} {name}" for name, count in launch.items())
-                run.add(what, variant(name, kernels), work, time_us, step.moved_bytes, None)
+                run.add(what, variant(name, kernels), work, time_us, step.moved_bytes)
             del step
     run.save()
 
@@ -247,44 +292,54 @@ def launches(kernels: str, dry: bool) -> list[dict[str, int]]:
 
 
 def time_others(run: Run) -> None:
-    """Storing, compaction, and ragged against uniform tables."""
+    """A layer's whole step, storing, compaction, and ragged against uniform tables."""
     from kvserve.bench import gpu_cases
 
     dtype = torch.bfloat16 if not run.dry else torch.float16
     work = gpu_cases.Workload(*((128, 2, 64, 2, 2) if run.dry else (32768, 16, 128, 4)))
     for name in gpu_cases.FORMATS:
+        for kernels in gpu_cases.kernels_for(name, work.head_dim, run.device):
+            step = gpu_cases.decode_step(name, work, dtype, run.device, kernels=kernels)
+            time_us = run.time_us(step.forward)
+            run.add(
+                "layer, store and attend", variant(name, kernels), work, time_us, launches=run.launches(step.forward)
+            )
+            del step
         for what, context in (("append, no tile full", work.context - 1), ("append, every tile full", work.context)):
             sizes = gpu_cases.Workload(context, work.batch, work.head_dim, work.group, work.num_kv_heads)
             step = gpu_cases.decode_step(name, sizes, dtype, run.device)
-            run.add(what, name, sizes, run.time_us(step.store), None, None)
+            run.add(what, name, sizes, run.time_us(step.store))
             del step
         if name == "none":
             continue
         launch, _ = gpu_cases.compaction(name, work, dtype, run.device)
-        run.add("compaction to half, 1 request", name, work, run.time_us(launch, graph=False), None, None)
+        run.add("compaction to half, 1 request", name, work, run.time_us(launch, graph=False))
         sizes = gpu_cases.Workload(work.context // 4, work.batch, work.head_dim, work.group, work.num_kv_heads)
         for kernels, ragged in itertools.product(
             gpu_cases.kernels_for(name, sizes.head_dim, run.device), (False, True)
         ):
             step = gpu_cases.kept_step(name, sizes, dtype, run.device, ragged, kernels)
             what = "decode, kept pages, " + ("ragged" if ragged else "uniform")
-            run.add(what, variant(name, kernels), sizes, run.time_us(step.attend), step.moved_bytes, None)
+            run.add(what, variant(name, kernels), sizes, run.time_us(step.attend), step.moved_bytes)
     run.save()
 
 
 def print_table(run: Run) -> None:
-    """The rows, in aligned columns."""
+    """The rows, in aligned columns, what was left out, and the targets."""
     print(f"copy bandwidth {run.copy_bytes_per_s / 1e9:.0f} GB/s{' (interpreted: no measurement)' if run.dry else ''}")
-    head = ("what", "variant", "context", "batch", "head_dim", "group", "us", "MB", "of copy", "vs sdpa")
-    print("{:36} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>9} {:>8} {:>8}".format(*head))
+    head = ("what", "variant", "context", "batch", "head_dim", "group", "us", "MB", "of copy", "vs 16 bit", "launches")
+    columns = "{:36} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>9} {:>8} {:>9} {:>8}"
+    print(columns.format(*head))
     for row in run.rows:
         moved = "" if row.moved_bytes is None else f"{row.moved_bytes / 1e6:.1f}"
         share = "" if row.copy_share is None else f"{row.copy_share:.0%}"
         speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
-        sizes = f"{row.context:>8} {row.batch:>6} {row.head_dim:>8} {row.group:>6}"
-        print(f"{row.what:36} {row.variant:24} {sizes} {row.time_us:>10.1f} {moved:>9} {share:>8} {speedup:>8}")
+        time_us, launches = f"{row.time_us:.1f}", "" if row.launches is None else row.launches
+        print(columns.format(row.what, row.variant, *row.sizes, time_us, moved, share, speedup, launches))
     for line in run.left_out:
         print("left out:", line)
+    for target in targets(run.rows):
+        print(target.line())
 
 
 def write_json(path: Path, run: Run) -> None:
@@ -296,13 +351,15 @@ def write_json(path: Path, run: Run) -> None:
         properties = torch.cuda.get_device_properties(run.device)
         device |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
     content = {
-        "schema_version": 1,
+        "schema_version": 2,
         "suite": "gpu",
         "device": device,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "copy_bytes_per_s": run.copy_bytes_per_s,
         "checks": run.checks,
+        "baseline_checks": list(run.baseline_checks.values()),
         "rows": [asdict(row) for row in run.rows],
+        "targets": [target.to_dict() for target in targets(run.rows)],
         "left_out": run.left_out,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Workloads of `kvserve.bench.gpu`: arenas of valid pages, the launches that are timed, and their check.
+"""Workloads of `kvserve.bench.gpu`: arenas of valid pages, the launches of kvserve that are timed, and their check.
 
 Import it only after TRITON_INTERPRET is decided. Formats are written down here and not read from configs/, which needs
 pydantic: a bare machine with torch and Triton is enough.
@@ -98,9 +98,14 @@ class Step:
     cells: torch.Tensor
     batch: Batch
     query: torch.Tensor
+    new: tuple[torch.Tensor, torch.Tensor]  # K and V of the step's tokens
     staged: torch.Tensor
     output: torch.Tensor
     moved_bytes: int  # of pages and slots that attention has to read
+
+    def forward(self) -> None:
+        """All that a layer does in the step."""
+        self.attention.forward(self.query, *self.new, self.cells, self.batch, self.output)
 
     def attend(self) -> None:
         self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output)
@@ -133,10 +138,10 @@ def decode_step(
     lengths = torch.full((work.batch,), work.context, dtype=torch.int32, device=device)
     batch = Batch(starts, lengths, table, max_query_len=1)
     query = torch.randn(work.batch, work.spec.num_heads, work.head_dim, device=device).to(dtype)
-    new = torch.randn(2, work.batch, work.num_kv_heads, work.head_dim, device=device).to(dtype)
+    key, value = torch.randn(2, work.batch, work.num_kv_heads, work.head_dim, device=device).to(dtype)
     attention = attention_of(kernels, layout, work.spec)
-    staged = attention.stage(new[0], new[1])
-    return Step(attention, cells, batch, query, staged, torch.empty_like(query), moved_bytes(layout, work))
+    staged, output = attention.stage(key, value), torch.empty_like(query)
+    return Step(attention, cells, batch, query, (key, value), staged, output, moved_bytes(layout, work))
 
 
 def moved_bytes(layout: PageLayout, work: Workload) -> int:
@@ -180,12 +185,12 @@ def kept_step(
     kept = KeptTable(torch.full_like(lengths, end), starts * blocks, kept_blocks)
     batch = Batch(starts, lengths, table, kept, max_query_len=1)
     query = torch.randn(work.batch, work.spec.num_heads, work.head_dim, device=device).to(dtype)
-    new = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
+    key, value = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
     attention = attention_of(kernels, layout, work.spec)
-    staged = attention.stage(new[0], new[1])
+    staged = attention.stage(key, value)
     assert layout.sections is not None
     moved = work.batch * int(pages.sum()) * layout.sections.size_bytes
-    return Step(attention, cells, batch, query, staged, torch.empty_like(query), moved)
+    return Step(attention, cells, batch, query, (key, value), staged, torch.empty_like(query), moved)
 
 
 def compaction(name: str, work: Workload, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], int]:
@@ -207,19 +212,6 @@ def compaction(name: str, work: Workload, dtype: torch.dtype, device: torch.devi
         step.attention.write_kept(cells, state_block, kept, first_pages, keys, values)
 
     return compact, heads * len(positions)
-
-
-def dense_attention(work: Workload, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """torch's scaled_dot_product_attention over contiguous K and V, in the two ways to write a grouped decode step."""
-    shape = (work.batch, work.num_kv_heads, work.context, work.head_dim)
-    key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    query = torch.randn(work.batch, work.num_kv_heads, work.group, work.head_dim, device=device, dtype=dtype)
-    per_head = query.reshape(work.batch, work.spec.num_heads, 1, work.head_dim)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return {
-        "sdpa, group as queries": lambda: attend(query, key, value),
-        "sdpa, enable_gqa": lambda: attend(per_head, key, value, enable_gqa=True),
-    }
 
 
 def check(

@@ -1,11 +1,15 @@
 """What a budget is: how many pages each layer and KV head may keep.
 
 A budget never decides how many pages there are in all: that number is given, and given out to the last page.
+
+Scores stay on their device, and so do the tokens that are chosen. Pages are counted on the CPU: what a choice reads
+back are a few numbers for each head, of all heads at once, never scores.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Bounds(NamedTuple):
-    """What an allocation must obey: low <= pages <= high (int64 [layers, kv_heads]) and sum(pages) == total."""
+    """What an allocation must obey: low <= pages <= high (int64 [layers, kv_heads], CPU) and sum(pages) == total."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -24,8 +28,8 @@ class Choice(NamedTuple):
     """What every head keeps.
 
     Attributes:
-        pages, counts: int64 [layers, kv_heads], pages and the tokens in them.
-        tokens: [layer][kv_head], int64 [count], ascending.
+        pages, counts: int64 [layers, kv_heads] on the CPU, pages and the tokens in them.
+        tokens: [layer][kv_head], int64 [count] on the device of the scores, ascending.
     """
 
     pages: torch.Tensor
@@ -58,37 +62,50 @@ class Budget(BaseModel, ABC):
             minimum_pages: what each head keeps in any case, or all its pages if it has fewer.
 
         Returns:
-            int64 [layers, kv_heads]. No head gets more pages than its tokens fill, the last one partly; the sum is
-            total_pages, or the number of pages that exist if that is less.
+            int64 [layers, kv_heads] on the CPU. No head gets more pages than its tokens fill, the last one partly; the
+            sum is total_pages, or the number of pages that exist if that is less.
 
         Raises:
             ValueError: the minimum does not fit in total_pages.
         """
-        high = filled_pages(scores, page_tokens)
+        return self._within(scores, page_tokens, total_pages, minimum_pages, held_counts(scores))
+
+    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int) -> Choice:
+        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages."""
+        held = held_counts(scores)
+        pages = self._within(scores, page_tokens, total_pages, 1, held)
+        counts = (pages * page_tokens).minimum(held)
+        tokens = select(*(every.flatten(0, 1) for every in (scores, counts, held)))
+        heads = scores.shape[1]
+        return Choice(pages, counts, [tokens[first : first + heads] for first in range(0, len(tokens), heads)])
+
+    def _within(
+        self, scores: torch.Tensor, page_tokens: int, total_pages: int, minimum_pages: int, held: torch.Tensor
+    ) -> torch.Tensor:
+        high = filled_pages(held, page_tokens)
         low = high.clamp(max=minimum_pages)
         total = min(total_pages, int(high.sum()))
         if total < int(low.sum()):
             raise ValueError(f"{total_pages} pages are too few for {minimum_pages} in each of {low.numel()} heads")
         return self._allocate(scores, page_tokens, Bounds(low, high, total))
 
-    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int) -> Choice:
-        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages."""
-        pages = self.allocate(scores, page_tokens, total_pages, minimum_pages=1)
-        counts = (pages * page_tokens).minimum((scores > -torch.inf).sum(-1))
-        return Choice(pages, counts, [select(*layer) for layer in zip(scores, counts, strict=True)])
-
     @abstractmethod
     def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
         """`allocate`, within bounds that can be met."""
 
 
-def filled_pages(scores: torch.Tensor, page_tokens: int) -> torch.Tensor:
-    """Pages that the tokens of each head fill, int64 [layers, kv_heads]."""
-    return (scores > -torch.inf).sum(-1).add(page_tokens - 1) // page_tokens
+def held_counts(scores: torch.Tensor) -> torch.Tensor:
+    """Tokens that each head has among `scores` [..., n], int64 [...] on the CPU."""
+    return (scores > -torch.inf).sum(-1).cpu()
+
+
+def filled_pages(held: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    """Pages that so many tokens of a head fill."""
+    return (held + page_tokens - 1) // page_tokens
 
 
 def spread(wanted: torch.Tensor, bounds: Bounds, priority: torch.Tensor | None = None) -> torch.Tensor:
-    """The pages of `bounds` close to `wanted` (int64, the same shape).
+    """The pages of `bounds` close to `wanted` (int64, the same shape, CPU).
 
     What is missing or too much after clamping is shared out evenly among the heads that have room. Where an even
     share is less than a page, heads of higher priority, then lower index, come first; they are the last to give back.
@@ -109,12 +126,12 @@ def spread(wanted: torch.Tensor, bounds: Bounds, priority: torch.Tensor | None =
     return pages.view_as(wanted)
 
 
-def select(scores: torch.Tensor, kept_tokens: torch.Tensor) -> list[torch.Tensor]:
+def select(scores: torch.Tensor, kept_tokens: torch.Tensor, held: torch.Tensor) -> list[torch.Tensor]:
     """The tokens each head keeps: its highest scores, the lower index where scores are equal.
 
     Args:
-        scores: float32 [kv_heads, n].
-        kept_tokens: int64 [kv_heads].
+        scores: float32 [heads, n].
+        kept_tokens, held: int64 [heads] on the CPU; `held` as `held_counts` gives it.
 
     Returns:
         For each head, int64 [kept_tokens[head]], ascending.
@@ -122,20 +139,37 @@ def select(scores: torch.Tensor, kept_tokens: torch.Tensor) -> list[torch.Tensor
     Raises:
         ValueError: a head shall keep more tokens than it has (or fewer than none).
     """
-    held = (scores > -torch.inf).sum(-1)
     if bool(((kept_tokens > held) | (kept_tokens < 0)).any()):
         raise ValueError(f"heads with {held.tolist()} tokens cannot keep {kept_tokens.tolist()}")
-    return [best(row, count) for row, count in zip(scores, kept_tokens.tolist(), strict=True)]
+    counts = kept_tokens.tolist()
+    chosen = best(scores, counts)
+    return list(
+        torch.nonzero_static(chosen, size=sum(counts))[:, 1].split(counts)
+    )  # `nonzero` would read its size back
 
 
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending indices of the `count` highest of scores [n], the lower index where scores are equal.
+def best(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Which of each row's scores are its `counts[row]` highest, the lower index where scores are equal.
 
-    By the count-th highest score, found without sorting. No score may be nan.
+    Args:
+        scores: float [rows, n] without nan.
+
+    Returns:
+        bool [rows, n].
     """
-    if count == 0:
-        return scores.new_zeros(0, dtype=torch.int64)
-    lowest = scores.kthvalue(scores.numel() - count + 1).values
+    wanted = torch.tensor(counts).to(scores.device, non_blocking=True)[:, None]
+    lowest = search_lowest(scores, counts) if scores.is_cpu else sort_lowest(scores, wanted)
     above, tied = scores > lowest, scores == lowest
-    chosen = above | (tied & (tied.cumsum(0) <= count - above.sum()))
-    return chosen.nonzero()[:, 0]
+    return above | (tied & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
+
+
+def search_lowest(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The counts[row]-th highest score of each row, [rows, 1]; the highest where that is 0. Sorts nothing."""
+    size = scores.shape[1]
+    found = [row.kthvalue(size - max(count, 1) + 1).values for row, count in zip(scores, counts, strict=True)]
+    return torch.stack(found)[:, None]
+
+
+def sort_lowest(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The same by one sort of all rows, for a GPU; wanted: int64 [rows, 1]."""
+    return scores.sort(dim=1, descending=True).values.gather(1, (wanted - 1).clamp_min(0))

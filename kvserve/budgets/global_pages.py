@@ -29,11 +29,11 @@ class GlobalPages(Budget):
 
     def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
         worth = self._page_worth(scores, page_tokens).movedim(-1, 0)  # [pages, layers, heads]
+        low, high = (bound.to(scores.device, non_blocking=True) for bound in (bounds.low, bounds.high))
         page = torch.arange(worth.shape[0], device=scores.device)[:, None, None]
-        contested = ((page >= bounds.low) & (page < bounds.high)).flatten().nonzero()[:, 0]
-        kept = contested[best(worth.flatten()[contested], bounds.total - int(bounds.low.sum()))]
-        heads = bounds.low.numel()
-        return bounds.low + torch.bincount(kept % heads, minlength=heads).view_as(bounds.low)
+        contested = worth.where((page >= low) & (page < high), -torch.inf)
+        kept = best(contested.reshape(1, -1), [bounds.total - int(bounds.low.sum())])
+        return bounds.low + kept.view_as(worth).sum(0).cpu()
 
     def _page_worth(self, scores: torch.Tensor, page_tokens: int) -> torch.Tensor:
         """Float64 [layers, kv_heads, pages]; anything for pages that do not exist."""

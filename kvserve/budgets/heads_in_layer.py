@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from kvserve.budgets.base import Bounds, Budget, best, spread
+from kvserve.budgets.base import Bounds, Budget, best, held_counts, spread
 
 
 class HeadsInLayer(Budget):
@@ -25,21 +25,20 @@ class HeadsInLayer(Budget):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
 
     def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
+        heads = scores.shape[1]
         by_layer = Bounds(bounds.low.sum(1), bounds.high.sum(1), bounds.total)
-        totals = spread(torch.zeros_like(by_layer.low), by_layer).tolist()
+        totals = spread(torch.zeros_like(by_layer.low), by_layer)
+        budgets = (totals * page_tokens).minimum(held_counts(scores.flatten(1)))  # tokens of each layer
+        # Rank-major, so that equal scores are won by turns and not all by the first head.
+        ranked = scores.sort(dim=-1, descending=True).values.transpose(1, 2).flatten(1)
+        won = best(ranked, budgets.tolist()).unflatten(1, (-1, heads)).sum(1).cpu()
+        pages = ((1 - self.floor) * won.double() + self.floor * budgets[:, None].double() / heads) / page_tokens
+        whole = (pages + 1e-9).floor()  # 2.9999999 is 3
         return torch.stack(
             [
-                self._divide(layer_scores, page_tokens, Bounds(low, high, total))
-                for layer_scores, low, high, total in zip(scores, bounds.low, bounds.high, totals, strict=True)
+                spread(wanted, Bounds(low, high, total), priority)
+                for wanted, low, high, total, priority in zip(
+                    whole.long(), bounds.low, bounds.high, totals.tolist(), pages - whole, strict=True
+                )
             ]
         )
-
-    def _divide(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
-        heads = scores.shape[0]
-        budget = min(bounds.total * page_tokens, int((scores > -torch.inf).sum()))
-        # Rank-major, so that equal scores are won by turns and not all by the first head.
-        ranked = scores.sort(dim=-1, descending=True).values.T.flatten()
-        won = torch.bincount(best(ranked, budget) % heads, minlength=heads)
-        pages = ((1 - self.floor) * won.double() + self.floor * budget / heads) / page_tokens
-        whole = (pages + 1e-9).floor()  # 2.9999999 is 3
-        return spread(whole.long(), bounds, priority=pages - whole)

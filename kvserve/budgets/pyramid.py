@@ -38,7 +38,7 @@ class Pyramid(Budget):
             for layer in range(layers)
         ]
         by_layer = Bounds(bounds.low.sum(1), bounds.high.sum(1), bounds.total)
-        totals = spread(torch.tensor(wanted, device=bounds.low.device), by_layer)
+        totals = spread(torch.tensor(wanted), by_layer)
         return torch.stack(
             [
                 spread(torch.zeros_like(low), Bounds(low, high, total))

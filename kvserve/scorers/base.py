@@ -56,9 +56,9 @@ class LayerView:
         return self.positions.shape[0]
 
     @property
-    def length(self) -> int:
-        """Logical tokens of the sequence, evicted ones included: the position of the next token."""
-        return int(self.positions[-1]) + 1
+    def length(self) -> torch.Tensor:
+        """Logical tokens of the sequence, evicted ones included: the position of the next token, int64 []."""
+        return self.positions[-1] + 1
 
 
 class Scorer(BaseModel, ABC):

@@ -24,10 +24,10 @@ class Rotary:
         angles = self._angles(positions)
         return self._turn(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
-    def mean_rotation(self, first: int, count: int, head_dim: int) -> torch.Tensor:
+    def mean_rotation(self, first: int | torch.Tensor, count: int, head_dim: int) -> torch.Tensor:
         """Mean of the rotation matrices of positions [first, first + count), float32 [head_dim, head_dim]."""
         frequencies = self.inverse_frequencies
-        angles = self._angles(torch.arange(first, first + count, device=frequencies.device))
+        angles = self._angles(first + torch.arange(count, device=frequencies.device))
         columns = torch.eye(head_dim, dtype=torch.float64, device=frequencies.device)
         return self._turn(columns, angles.cos().mean(0), angles.sin().mean(0)).T.float()
 

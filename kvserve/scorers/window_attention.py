@@ -59,14 +59,13 @@ class WindowAttention(Scorer):
         by_head = view.query_window.attention(rows, self.exponent, "max" if self.reduce == "max" else "sum")
         if self.reduce == "mean":
             by_head = by_head / rows
+        # The window is the end of the sequence: zeros there are what pooling sees beyond it.
         own = (view.positions >= view.length - rows) & self.keep_window
-        scores = self._reduce_heads(self._pool(by_head[:, ~own]), view.kv_heads)
-        everything = scores.new_full((view.kv_heads, view.num_tokens), torch.inf)
-        everything[:, ~own] = scores
-        return everything
+        scores = self._reduce_heads(self._pool(by_head.masked_fill(own, 0.0)), view.kv_heads)
+        return scores.masked_fill(own, torch.inf)
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool == "none" or x.shape[1] == 0:
+        if self.pool == "none":
             return x
         pooled = functional.max_pool1d if self.pool == "max" else functional.avg_pool1d
         return pooled(x[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]

@@ -1,0 +1,55 @@
+"""`make sanitize-gpu` without a GPU: what it refuses, and what it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import sanitize_gpu
+
+    monkeypatch.setenv("COMPUTE_SANITIZER", "/there/compute-sanitizer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return sanitize_gpu
+
+
+def test_what_is_missing_is_named(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main([]) == 2
+    monkeypatch.delenv("COMPUTE_SANITIZER")
+    monkeypatch.setattr(script.shutil, "which", lambda *arguments, **options: None)
+    assert script.main([]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "no CUDA device" in errors[0] and "no compute-sanitizer; install the CUDA toolkit" in errors[1]
+
+
+def test_each_tool_runs_over_existing_tests_and_a_finding_fails(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    ran: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path, env: dict[str, str]) -> SimpleNamespace:
+        ran.append(command)
+        assert cwd == ROOT and env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        return SimpleNamespace(returncode=int("racecheck" in command and "tests/test_cuda.py" in command))
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    assert script.main([]) == 1
+    assert "failed: racecheck, cuda" in capsys.readouterr().out
+    assert [command[2] for command in ran] == [*script.TOOLS, *script.TOOLS]
+    for command in ran:
+        files = [ROOT / part for part in command if part.startswith("tests/")]
+        content = "".join(path.read_text(encoding="utf-8") for path in files)
+        assert command[0] == "/there/compute-sanitizer" and command[command.index(sys.executable) + 1] == "-m"
+        assert all(name in content for name in command[-1].split(" or "))
+    assert script.main(["--tools", "memcheck"]) == 0
