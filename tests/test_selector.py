@@ -134,8 +134,13 @@ class ModelStub:
     def get_num_kv_heads(self, parallel: Any) -> int:
         return 2
 
+    max_model_len = 1024
+
     def get_head_size(self) -> int:
         return 64
+
+    def get_num_layers(self, parallel: Any) -> int:
+        return 2
 
 
 def test_a_gpu_gets_the_triton_kernels_under_the_name_custom(gpu: VllmConfig) -> None:
@@ -185,6 +190,12 @@ def test_what_a_gpu_cannot_do_is_refused(
 ) -> None:
     object.__setattr__(getattr(gpu, section) if section else gpu, field, value)
     with pytest.raises(UnsupportedError, match=part):
+        EngineSettings.from_vllm_config(gpu)
+
+
+def test_codecs_of_single_layers_are_refused_on_a_gpu(gpu: VllmConfig) -> None:
+    gpu.additional_config = {"kvserve": {"policy": "int8", "set": {"layers": {"0": "dense"}}}}
+    with pytest.raises(UnsupportedError, match="only the CPU kernels"):
         EngineSettings.from_vllm_config(gpu)
 
 

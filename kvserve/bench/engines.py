@@ -222,7 +222,9 @@ def _longest_request(name: str, config: EngineConfig) -> tuple[int, int]:
     shape, dtype = config.shape, getattr(torch, config.dtype)
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
-    layout = PageLayout.build(policy, shape.head_dim, block_size, dtype, query_group=shape.query_group)
+    layout = PageLayout.build(
+        policy, shape.head_dim, block_size, dtype, query_group=shape.query_group, num_layers=shape.num_layers
+    )
     blocks = widest_request(layout, config.max_model_len)
     return blocks, layout.cell_bytes * shape.num_layers * shape.num_kv_heads
 

@@ -70,10 +70,21 @@ class Budget(BaseModel, ABC):
         """
         return self._within(scores, page_tokens, total_pages, minimum_pages, held_counts(scores))
 
-    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int) -> Choice:
-        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages."""
+    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int, spared: Sequence[int] = ()) -> Choice:
+        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages.
+
+        Args:
+            spared: layers that keep all their tokens; the pages that they leave are allocated to the others, as if
+                there were no more layers than those.
+        """
         held = held_counts(scores)
-        pages = self._within(scores, page_tokens, total_pages, 1, held)
+        if spared:
+            pages = filled_pages(held, page_tokens)
+            others = [layer for layer in range(len(scores)) if layer not in spared]
+            left = total_pages - int(pages[list(spared)].sum())
+            pages[others] = self._within(scores[others], page_tokens, left, 1, held[others])
+        else:
+            pages = self._within(scores, page_tokens, total_pages, 1, held)
         counts = (pages * page_tokens).minimum(held)
         tokens = select(*(every.flatten(0, 1) for every in (scores, counts, held)))
         heads = scores.shape[1]
