@@ -62,12 +62,12 @@ def model_folder(folder: Path, **config) -> str:
 )
 def test_unknown_options_go_to_vllm_untouched_and_in_order(started, arguments):
     assert main(arguments) == 0
-    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"], "auto")]
+    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"], "auto", True)]
 
 
 def test_a_positional_model_and_overrides(started):
     assert main(["some-org/model", "--policy", "int8", "--policy-set", "sink_tokens=4", "--policy_set=key.bits=4"]) == 0
-    policy, overrides, rest, _ = started[0]
+    policy, overrides, rest, _, _ = started[0]
     assert policy.sink_tokens == 4 and policy.key.bits == 4
     assert overrides == ["sink_tokens=4", "key.bits=4"] and rest == ["some-org/model"]
 
