@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvserve.policies.base import Policy
+from kvserve.policies.limits import check_rate
 
 COMPRESSED_HEAD_DIMS = (64, 128, 256)
 DENSE_HEAD_DIMS = range(32, 257, 16)
@@ -144,6 +145,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
     for reason, applies in _REFUSED:
         if applies(hf_config) or applies(text):
             raise UnsupportedError(f"{name} {reason}; {_STOCK}")
+    _check_spared_layers(text, policy, name)
     head_dim = head_dim_of(text)
     if head_dim is None:
         return  # an unusual config: the plugin sees the real value
@@ -153,6 +155,20 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
         raise UnsupportedError(
             f"policy {policy.name} supports head_dim 64, 128 and 256, {name} has {head_dim}; use --policy none"
         )
+
+
+def _check_spared_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
+    """Refuse spared layers that the model does not have, or that leave nothing for the others at the policy's rate."""
+    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    num_layers = next((int(config[key]) for key in keys if config.get(key)), None)
+    if policy.eviction is None or num_layers is None:
+        return
+    try:
+        spared = policy.eviction.spared_layers(num_layers)
+        if policy.eviction.rate:
+            check_rate(policy.eviction.rate, len(spared), num_layers)
+    except ValueError as error:
+        raise UnsupportedError(f"policy {policy.name} does not fit {name}: {error}") from None
 
 
 def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -77,7 +77,9 @@ class Machine:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
         size = self.policy.tile_tokens * self.block_tiles
-        self.layout = PageLayout.build(self.policy, HEAD_DIM, size, self.dtype, query_group=GROUP)
+        self.layout = PageLayout.build(
+            self.policy, HEAD_DIM, size, self.dtype, query_group=GROUP, num_layers=NUM_LAYERS
+        )
         self.spec = LayerSpec(GROUP * KV_HEADS, KV_HEADS, HEAD_DIM**-0.5, self.sliding_window)
         self.plan = plan_test(self.layout, MAX_MODEL_LEN)
         blocks = 6 * self.layout.blocks_for(self.plan.prompt_len + self.plan.output_tokens)

@@ -500,7 +500,29 @@ def test_dense_pages_explained(capsys):
     assert ["key", "dense"] in lines and not any("codes" in line for line in lines)
 
 
+def test_spared_layers_explained(capsys):
+    def rows(*layers: str) -> list[list[str]]:
+        assert main(["policies", "snapkv", *layers, "--num-layers", "30"]) == 0
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    spared, usual = rows("--policy-set", "eviction.spare_layers=[0,-1]"), rows()
+    assert ["eviction.spare_layers", "[0,", "-1]"] in spared and ["eviction.spare_layers", "none"] in usual
+    assert any(row[:6] == ["kept", "whole", "layers", "0,", "29", "of"] for row in spared)
+    memory = [[row for row in found if row[:2] == ["4096", "tokens"]] for found in (spared, usual)]
+    assert memory[0] == memory[1], "the rate holds on average"
+
+
+def test_spared_layers_that_do_not_fit_are_refused_before_anything_starts(refusal, tmp_path):
+    folder = model_folder(tmp_path, num_hidden_layers=8)
+    serve = ("--policy", "snapkv", "--model", folder, "--policy-set")
+    assert "the model has the layers 0 to 7" in refusal(*serve, "eviction.spare_layers=[8]")
+    assert "2 of 8 layers keep all" in refusal(*serve, "eviction.spare_layers=[0,-1]", "--compression-rate", "4")
+
+
 def test_explaining_what_does_not_fit(refusal):
+    assert "the model has the layers 0 to 3" in refusal(
+        "policies", "snapkv", "--policy-set", "eviction.spare_layers=[5]", "--num-layers", "4"
+    )
     assert "head_dim 64, 128 and 256" in refusal("policies", "kivi-2bit", "--head-dim", "96")
     assert "did you mean" in refusal("policies", "kivi2")
 

@@ -16,7 +16,7 @@ from kvserve.doctor.distances import LayerReport, ProbeReport
 from kvserve.doctor.examination import EndToEnd, Examination, suspects
 from kvserve.doctor.proposal import LADDER, Proposal, next_codec, propose, worst_layers, write_policy
 from kvserve.doctor.report import bar, draw, head_map
-from kvserve.policies.base import Eviction, Policy
+from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 
 
@@ -81,13 +81,14 @@ def test_a_policy_that_loses_by_bits_gets_more_of_them() -> None:
 
 
 def test_a_policy_that_loses_by_evicting_keeps_more_tokens() -> None:
-    found = examination("kv-compress", layer(0, 0.01, 0.6), layer(1, 0.01, 0.2))
-    proposal = propose(load_policy("kv-compress"), found)
-    assert proposal is not None and proposal.policy.eviction is not None
-    if "spare_layers" in Eviction.model_fields:
-        assert tuple(proposal.policy.eviction.spare_layers) == (0,)
-    else:
-        assert proposal.policy.eviction.rate == 2
+    few, many = ([layer(0, 0.01, 0.6), *(layer(i, 0.01, 0.2) for i in range(1, n))] for n in (2, 12))
+    proposals = [propose(load_policy("kv-compress"), examination("kv-compress", *found)) for found in (few, many)]
+    evictions = [proposal.policy.eviction for proposal in proposals if proposal]
+    assert (evictions[0].rate, evictions[0].spare_layers) == (2, ()), "one of two layers would take the whole budget"
+    assert (evictions[1].rate, evictions[1].spare_layers) == (4, (0,))
+    limited = load_policy("snapkv", ["eviction.rate=null", "eviction.max_tokens=1024"])
+    proposal = propose(limited, examination("snapkv", *many))
+    assert proposal is not None and proposal.policy.eviction.max_tokens == 2048
 
 
 def test_an_evicting_policy_that_loses_by_bits_gets_another_codec() -> None:

@@ -32,7 +32,7 @@ def make_layout(sink_tokens: int, block_size: int = 64, eviction: Eviction | Non
         name="test", summary="", tile_tokens=64, sink_tokens=sink_tokens,
         key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=2), eviction=eviction,
     )  # fmt: skip
-    return PageLayout.build(policy, 64, block_size, torch.float32)
+    return PageLayout.build(policy, 64, block_size, torch.float32, num_layers=12)
 
 
 def make_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:

@@ -12,6 +12,13 @@ from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 
 
+def test_the_startup_table_names_the_layers_that_stay_whole():
+    layout = PageLayout.build(
+        load_policy("snapkv", ["eviction.spare_layers=[0,-1]"]), 64, 64, torch.bfloat16, num_layers=30
+    )
+    assert describe_eviction(layout).endswith("uniform budget; layers 0, 29 keep all")
+
+
 def report(policy: str, dtype: torch.dtype, *overrides: str) -> EngineReport:
     layout = PageLayout.build(load_policy(policy, overrides), 64, 64, dtype)
     return EngineReport(layout, num_layers=2, num_kv_heads=3, num_blocks=100, max_model_len=4096)

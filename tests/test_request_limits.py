@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from kvserve.engine.request_limits import RequestLimits
+from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 
 PATH = "/v1/chat/completions"
@@ -21,7 +23,11 @@ def client_of(policy: str | None) -> TestClient:
     async def echo(request: Request) -> dict[str, str]:
         return {"body": (await request.body()).decode()}
 
-    app.add_middleware(RequestLimits, state=SimpleNamespace(policy=load_policy(policy) if policy else None))
+    state = SimpleNamespace(policy=None, layout=None, max_model_len=1024)
+    if policy:
+        state.policy = load_policy(policy)
+        state.layout = PageLayout.build(state.policy, 64, 64, torch.float32, num_layers=8)
+    app.add_middleware(RequestLimits, state=state)
     return TestClient(app)
 
 

@@ -134,8 +134,13 @@ class ModelStub:
     def get_num_kv_heads(self, parallel: Any) -> int:
         return 2
 
+    max_model_len = 1024
+
     def get_head_size(self) -> int:
         return 64
+
+    def get_num_layers(self, parallel: Any) -> int:
+        return 2
 
 
 def test_a_gpu_gets_the_triton_kernels_under_the_name_custom(gpu: VllmConfig) -> None:

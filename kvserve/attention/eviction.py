@@ -18,7 +18,7 @@ from kvserve.attention.observer import EvictionObserver
 from kvserve.attention.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.attention.query_window import PagedWindow
 from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, num_layers_of
-from kvserve.pages.plan import RowStep
+from kvserve.pages.plan import RowStep, kept_elsewhere
 from kvserve.policies.base import Eviction
 from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import LayerView
@@ -72,6 +72,7 @@ class StepEvictor:
         self.eviction, self.batch, self.num_layers = eviction, batch, num_layers
         self.observer = observer or EvictionObserver()
         self.collector = collector or Collector(eviction.scorer)
+        self.spared = eviction.spared_layers(num_layers)
         self._starts, self._lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
         self._state_blocks = batch.block_table[:, 0].tolist()
         self.windows = [(r, step.window_start) for r, step in steps.items() if step.window_start is not None]
@@ -87,9 +88,9 @@ class StepEvictor:
 
     def before_layer(self, attention: PagedAttention, cells: torch.Tensor) -> Received | None:
         """What a layer that is about to attend shall add up on its way."""
-        if not self.collected:
-            return None
         _, index = num_layers_of(cells, attention.layout)
+        if not self.collected or index in self.spared:
+            return None
         sums = {}
         for request in self.collected:
             before = request.num_tokens - request.num_rows
@@ -115,7 +116,7 @@ class StepEvictor:
                 remember(layout, cells, self.remembered, query)
         _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
-        for request in self.collected:
+        for request in self.collected if index not in self.spared else ():
             place = (cells, request.row, request.num_tokens, query[request.query_rows], request.step.kept)
             self.collector.add(request.step.request_id, index, PagedWindow(attention, *place), request.decodes)
         for request in self.requests:
@@ -131,6 +132,8 @@ class StepEvictor:
         attention, kept = layer.attention, request.step.kept
         sinks, later = attention.layout.policy.sink_tokens, request.num_tokens - request.cut.end
         counts = held_tokens(layer.cells, attention.layout, request.state_block, request.num_tokens, kept)
+        if index in self.spared:  # nothing goes, whatever it is worth
+            return [torch.zeros(count - sinks - later, device=query.device) for count in counts]
         collected = self.collector.of(request.step.request_id, index)
         whole = LayerView(
             kv_heads=len(counts),
@@ -139,7 +142,7 @@ class StepEvictor:
             query_window=self._window(layer, request, query),
             accumulated=None if collected.accumulated is None else collected.accumulated[:, : max(counts)],
             query_statistics=collected.query_statistics,
-            kept_tokens=len(request.cut.blocks) * attention.layout.block_size + sinks + later,
+            kept_tokens=kept_elsewhere(attention.layout, request.cut.end, len(request.cut.blocks)) + sinks + later,
             request_id=request.step.request_id,
             layer=index,
         )
@@ -188,7 +191,7 @@ class StepEvictor:
         layout = layers[0].attention.layout
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
         total_pages = len(request.cut.blocks) * pages_per_block
-        pages, counts, tokens = self.eviction.budget.choose(scores, layout.tile_tokens, total_pages)
+        pages, counts, tokens = self.eviction.budget.choose(scores, layout.tile_tokens, total_pages, self.spared)
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         held = (scores > -torch.inf).sum(-1)
         for i, layer in enumerate(layers):
@@ -204,6 +207,8 @@ class StepEvictor:
         """What was collected of evicted tokens goes with them."""
         later = request.num_tokens - request.cut.end
         for i, index in enumerate(sorted(self.layers)):
+            if index in self.spared:
+                continue
             first_later = (candidates[i] + sinks).tolist()
             self.collector.of(request.step.request_id, index).keep([
                 torch.cat([

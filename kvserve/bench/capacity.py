@@ -67,7 +67,10 @@ class CapacityHost:
         from kvserve.pages.plan import held_blocks, peak_blocks, policy_plan
 
         policy, shape = load_policy(name), self.shape
-        layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, self.dtype, query_group=shape.query_group)
+        layout = PageLayout.build(
+            policy, shape.head_dim, policy.tile_tokens, self.dtype, query_group=shape.query_group,
+            num_layers=shape.num_layers,
+        )  # fmt: skip
         spec = FullAttentionSpec(
             block_size=layout.block_size, num_kv_heads=shape.num_kv_heads, head_size=shape.head_dim, dtype=self.dtype
         )

@@ -210,7 +210,9 @@ def pool_bytes(name: str, config: EngineConfig) -> int:
     shape, dtype = config.shape, getattr(torch, config.dtype)
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
-    layout = PageLayout.build(policy, shape.head_dim, block_size, dtype, query_group=shape.query_group)
+    layout = PageLayout.build(
+        policy, shape.head_dim, block_size, dtype, query_group=shape.query_group, num_layers=shape.num_layers
+    )
     blocks = 1.1 * config.num_requests * (widest_request(layout, config.max_model_len) + 1) + 2
     return int(blocks) * layout.cell_bytes * shape.num_layers * shape.num_kv_heads
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.plan import policy_plan
+from kvserve.pages.plan import kept_elsewhere, policy_plan
 from kvserve.policies.base import Policy
 from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import LayerView
@@ -122,16 +122,18 @@ class EvictedModel:
         eviction, n = policy.eviction, prompt.num_tokens
         if eviction is None:
             raise ValueError(f"policy {policy.name} evicts nothing")
-        layout = PageLayout.build(policy, self.head_dim, policy.tile_tokens, torch.float32)
+        num_layers = len(prompt.layers)
+        layout = PageLayout.build(policy, self.head_dim, policy.tile_tokens, torch.float32, num_layers=num_layers)
         plan = policy_plan(layout, n)
-        kept = torch.ones(len(prompt.layers), prompt.layers[0].keys.shape[0], n, dtype=torch.bool)
+        kept = torch.ones(num_layers, prompt.layers[0].keys.shape[0], n, dtype=torch.bool)
         if plan is None:
             return kept
         cut, sinks = plan.last_cut(n), policy.sink_tokens
         pages = cut.kept_blocks * layout.tiles_per_block
-        views = self._views(prompt, policy, pages * layout.tile_tokens + sinks + n - cut.end, request_id)
+        others = sinks + n - cut.end
+        views = self._views(prompt, policy, kept_elsewhere(layout, cut.end, cut.kept_blocks) + others, request_id)
         scores = torch.stack([eviction.scorer.score(view) for view in views])[..., sinks : cut.end]
-        choice = eviction.budget.choose(scores, layout.tile_tokens, pages * kept[..., 0].numel())
+        choice = eviction.budget.choose(scores, layout.tile_tokens, pages * kept[..., 0].numel(), layout.spared_layers)
         kept[..., sinks : cut.end] = False
         for layer, heads in enumerate(choice.tokens):
             for head, index in enumerate(heads):

@@ -6,6 +6,7 @@ A budget never decides how many pages there are in all: that number is given, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -71,9 +72,20 @@ class Budget(BaseModel, ABC):
             raise ValueError(f"{total_pages} pages are too few for {minimum_pages} in each of {low.numel()} heads")
         return self._allocate(scores, page_tokens, Bounds(low, high, total))
 
-    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int) -> Choice:
-        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages."""
-        pages = self.allocate(scores, page_tokens, total_pages, minimum_pages=1)
+    def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int, spared: Sequence[int] = ()) -> Choice:
+        """`allocate`, at least a page to each head, and the best tokens of each to fill its pages.
+
+        Args:
+            spared: layers that keep all their tokens; the pages that they leave are allocated to the others, as if
+                there were no more layers than those.
+        """
+        if spared:
+            pages = filled_pages(scores, page_tokens)
+            others = [layer for layer in range(len(scores)) if layer not in spared]
+            left = total_pages - int(pages[list(spared)].sum())
+            pages[others] = self.allocate(scores[others], page_tokens, left, minimum_pages=1)
+        else:
+            pages = self.allocate(scores, page_tokens, total_pages, minimum_pages=1)
         counts = (pages * page_tokens).minimum((scores > -torch.inf).sum(-1))
         return Choice(pages, counts, [select(*layer) for layer in zip(scores, counts, strict=True)])
 

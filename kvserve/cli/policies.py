@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("policy", nargs="?", help="a name, or the path of a YAML file")
     parser.add_argument("--policy-set", action="append", default=[], metavar="KEY=VALUE", help="change one value")
     parser.add_argument("--head-dim", type=int, default=128, help="of the model (default: %(default)s)")
+    parser.add_argument("--num-layers", type=int, default=32, help="of the model (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.policy is None and args.policy_set:
         parser.error("--policy-set needs the policy it changes: kvserve policies NAME --policy-set KEY=VALUE")
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     if args.policy is None:
         _print_table(console)
     else:
-        _explain(console, load_policy(args.policy, args.policy_set), args.head_dim)
+        _explain(console, load_policy(args.policy, args.policy_set), args.head_dim, args.num_layers)
     return 0
 
 
@@ -49,12 +50,12 @@ def _console() -> Console:
     return console
 
 
-def _layout(policy: Policy, head_dim: int) -> Any:
+def _layout(policy: Policy, head_dim: int, num_layers: int = 1) -> Any:
     import torch
 
     from kvserve.pages.layout import PageLayout
 
-    return PageLayout.build(policy, head_dim, policy.tile_tokens, torch.bfloat16)
+    return PageLayout.build(policy, head_dim, policy.tile_tokens, torch.bfloat16, num_layers=num_layers)
 
 
 def _print_table(console: Console) -> None:
@@ -83,9 +84,9 @@ def _print_table(console: Console) -> None:
     )
 
 
-def _explain(console: Console, policy: Policy, head_dim: int) -> None:
+def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -> None:
     try:
-        layout = _layout(policy, head_dim)
+        layout = _layout(policy, head_dim, num_layers)
     except ValueError as error:
         from kvserve.checks import UnsupportedError
 
@@ -112,6 +113,9 @@ def _explain(console: Console, policy: Policy, head_dim: int) -> None:
         total = held_blocks(layout, context) * layout.cell_bytes
         ratio = context_ratio(layout, context)
         rows.append((f"{context} tokens", f"{total} bytes, {ratio:.2f} times fewer than 16-bit"))
+    if layout.spared_layers:
+        kept_whole = ", ".join(map(str, layout.spared_layers))
+        rows.append(("kept whole", f"layers {kept_whole} of {num_layers} (--num-layers); the sizes above are averages"))
     _print_rows(console, "memory per KV head and layer", rows)
 
 
@@ -127,7 +131,7 @@ def _parameters(policy: Policy) -> list[tuple[str, str]]:
 def _flat(key: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [row for inner, setting in value.items() for row in _flat(f"{key}.{inner}", setting)]
-    return [(key, str(value).lower())]
+    return [(key, "none" if value == [] else str(value).lower())]
 
 
 def _sections(layout: Any) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ def propose(policy: Policy, examination: Examination) -> Proposal | None:
     layers = worst_layers(examination)
     content = policy_content(policy)
     if policy.eviction and loses_by_evicting(examination):
-        return _evict_less(content, policy.eviction, layers)
+        return _evict_less(content, policy.eviction, layers, len(examination.report.layers))
     codec = next_codec(policy)
     if codec is None:
         return None
@@ -75,9 +75,10 @@ def write_policy(path: Path, proposal: Proposal) -> None:
     path.write_text(f"# Written by kvserve doctor: {proposal.change}.\n{content}", encoding="utf-8")
 
 
-def _evict_less(content: dict[str, Any], eviction: Eviction, layers: list[int]) -> Proposal:
-    if "spare_layers" in Eviction.model_fields:
-        spared = sorted({*getattr(eviction, "spare_layers", ()), *layers})
+def _evict_less(content: dict[str, Any], eviction: Eviction, layers: list[int], num_layers: int) -> Proposal:
+    """Spare the worst layers as long as they leave half of the budget to the others, else keep twice as much."""
+    spared = sorted({*eviction.spared_layers(num_layers), *layers})
+    if eviction.rate and eviction.rate * len(spared) <= num_layers / 2:
         content["eviction"]["spare_layers"] = spared
         return _proposal(content, f"layers {', '.join(map(str, spared))} keep all tokens")
     if eviction.rate:

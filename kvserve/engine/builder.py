@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from kvserve.attention.base import Batch
 from kvserve.attention.collector import Collector
 from kvserve.attention.eviction import StepEvictor
+from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans, follow_plans
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.settings import EngineSettings
@@ -49,6 +50,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None
         self.eviction = settings.policy.eviction
+        check_layers(settings, len(layer_names))
         self.has_graphs = settings.kernels != "native"
         if self.eviction:
             self.collector = make_collector(self.eviction, device)
@@ -92,6 +94,16 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         rows = enumerate(batch.block_table[:, 0].tolist())
         steps = {request: plans.work[block] for request, block in rows if block in plans.work}
         return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
+
+
+def check_layers(settings: EngineSettings, num_cached: int) -> None:
+    """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
+    eviction = settings.policy.eviction
+    if eviction and eviction.spare_layers and num_cached != settings.num_layers:
+        raise UnsupportedError(
+            f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, so eviction.spare_layers would "
+            "name others than it says; drop it"
+        )
 
 
 def graph_support(settings: EngineSettings) -> AttentionCGSupport:

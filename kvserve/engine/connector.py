@@ -25,7 +25,7 @@ from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
 from kvserve.pages.kept import Kept
-from kvserve.pages.plan import RowStep, plan_eviction
+from kvserve.pages.plan import RowStep, check_limit, plan_eviction
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class KvserveConnector(KVConnectorBase_V1):
         params = request.sampling_params
         try:
             limit = request_limit(self.eviction, layout.policy, (params and params.extra_args) or {})
+            if limit:
+                check_limit(layout, limit, self.max_model_len)
         except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})

@@ -17,6 +17,7 @@ from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.request_limits import RequestLimits
 from kvserve.engine.self_test import is_requested, run_self_test, why_not
 from kvserve.engine.settings import EngineSettings
+from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 
 PROBE_TIMEOUT_SECONDS = 60.0
@@ -30,6 +31,8 @@ class ReadyEndpoint:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
+        self.layout: PageLayout | None = None
+        self.max_model_len = 0
         self._engine: Any = None
         self._has_answered = False
         self._probe_lock = asyncio.Lock()
@@ -48,9 +51,12 @@ class ReadyEndpoint:
         self._engine = engine_client
         config = getattr(engine_client, "vllm_config", None)
         settings = EngineSettings.from_vllm_config(config) if config is not None else None
-        self.policy = settings.policy if settings else None
-        if settings and is_requested(config) and why_not(config) is None:
-            publish_self_test(await run_self_test(engine_client, settings))
+        if config is not None and settings is not None:
+            self.layout = settings.layout(config.model_config.get_head_size())
+            self.max_model_len = config.model_config.max_model_len
+            self.policy = settings.policy
+            if is_requested(config) and why_not(config) is None:
+                publish_self_test(await run_self_test(engine_client, settings))
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""

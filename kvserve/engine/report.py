@@ -185,8 +185,10 @@ def describe_eviction(layout: PageLayout) -> str:
     schedule = eviction.schedule
     when = f"at every {schedule.chunk_tokens} tokens and at their end" if schedule.chunk_tokens else "at their end"
     later = f", and later ({schedule.name}, every {schedule.interval} tokens)" if schedule.decodes else ""
+    spared = ", ".join(map(str, layout.spared_layers))
     return (
         f"prompts {when}{later}, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
+        + (f"; layers {spared} keep all" if spared else "")
     )
 
 

@@ -12,15 +12,16 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvserve.policies.base import Policy
-from kvserve.policies.limits import PREFIX, check_request
+from kvserve.pages.plan import check_limit
+from kvserve.policies.limits import PREFIX, check_request, request_limit
 
 
 class RequestLimits:
     """Checks `vllm_xargs` of POST bodies; everything else passes untouched.
 
     Args:
-        state: an object whose `policy` is the Policy in effect, or None while it is not known.
+        state: an object whose `policy` is the Policy in effect, or None while it is not known; its `layout`, the pages
+            of that policy; and its `max_model_len`.
     """
 
     def __init__(self, app: ASGIApp, state: Any) -> None:
@@ -30,7 +31,7 @@ class RequestLimits:
         if scope["type"] != "http" or scope["method"] != "POST" or self.state.policy is None:
             return await self.app(scope, receive, send)
         messages = await _body_messages(receive)
-        refusal = _refusal(b"".join(message.get("body", b"") for message in messages), self.state.policy)
+        refusal = _refusal(b"".join(message.get("body", b"") for message in messages), self.state)
         if refusal is not None:
             error = {"message": refusal, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
             return await JSONResponse({"error": error}, 400)(scope, receive, send)
@@ -48,7 +49,7 @@ async def _body_messages(receive: Receive) -> list[Message]:
     return messages
 
 
-def _refusal(body: bytes, policy: Policy) -> str | None:
+def _refusal(body: bytes, state: Any) -> str | None:
     """Why the request cannot be served; None where it can, or is no business of kvserve."""
     if PREFIX.encode() not in body:
         return None
@@ -60,7 +61,10 @@ def _refusal(body: bytes, policy: Policy) -> str | None:
     if not isinstance(arguments, dict):
         return None
     try:
-        check_request(arguments, policy)
+        check_request(arguments, state.policy)
+        limit = state.policy.eviction and request_limit(state.policy.eviction, state.policy, arguments)
+        if limit:
+            check_limit(state.layout, limit, state.max_model_len)
     except ValueError as error:
         return str(error)
     return None

@@ -12,7 +12,9 @@ from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_op
 from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.pages.layout import PageLayout
+from kvserve.pages.plan import check_limit
 from kvserve.policies.base import Policy
+from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import policy_from_config
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class EngineSettings:
     query_group: int = 1  # query heads that share one KV head
     kernels_asked: str = "auto"
     kernels: str = "native"  # in effect
+    num_layers: int | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -61,8 +64,26 @@ class EngineSettings:
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        settings = cls(policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels)
+        settings = cls(
+            policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
+            model.get_num_layers(parallel),
+        )  # fmt: skip
+        settings.check_own_limit(model.get_head_size(), model.max_model_len)
         return settings.with_gpu_kernels(model.get_head_size()) if device_type() == "cuda" else settings
+
+    def check_own_limit(self, head_dim: int, max_model_len: int) -> None:
+        """Refuse a policy whose own limit cannot hold.
+
+        Raises:
+            UnsupportedError: naming one that can.
+        """
+        eviction = self.policy.eviction
+        limit = eviction and request_limit(eviction, self.policy, {})
+        if limit:
+            try:
+                check_limit(self.layout(head_dim), limit, max_model_len)
+            except ValueError as error:
+                raise UnsupportedError(str(error)) from None
 
     def with_gpu_kernels(self, head_dim: int) -> EngineSettings:
         """With what was measured fastest, where nobody named the kernels.
@@ -83,7 +104,10 @@ class EngineSettings:
 
     def layout(self, head_dim: int) -> PageLayout:
         """The pages of attention layers with this head_dim."""
-        return PageLayout.build(self.policy, head_dim, self.block_size, self.model_dtype, query_group=self.query_group)
+        return PageLayout.build(
+            self.policy, head_dim, self.block_size, self.model_dtype, query_group=self.query_group,
+            num_layers=self.num_layers,
+        )  # fmt: skip
 
 
 def scheduler_options() -> dict[str, Any]:

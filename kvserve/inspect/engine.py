@@ -82,7 +82,10 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
     from kvserve.pages.plan import widest_request
 
     assert policy.eviction is not None
-    layout = PageLayout.build(policy, shape.head_dim, policy.tile_tokens, torch.float32, query_group=shape.query_group)
+    layout = PageLayout.build(
+        policy, shape.head_dim, policy.tile_tokens, torch.float32, query_group=shape.query_group,
+        num_layers=shape.num_layers,
+    )  # fmt: skip
     num_blocks = widest_request(layout, num_tokens + 1) + 8
     return scheduler_options() | {
         "dtype": dtype or ("auto" if cpu_has_bfloat16() else "float32"),

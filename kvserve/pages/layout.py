@@ -60,6 +60,7 @@ class PageLayout:
         state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
             headers of its kept pages and the queries it remembers.
         query_group: query heads of a KV head whose queries are remembered; 0: none are.
+        num_layers: attention layers of the model; may be None where the policy spares none of them.
     """
 
     policy: Policy
@@ -69,34 +70,36 @@ class PageLayout:
     sections: PageSections | None
     state_blocks: int = 0
     query_group: int = 0
+    num_layers: int | None = None
 
     @classmethod
     def build(
         cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, state_blocks: int | None = None,
-        query_group: int = 1,
+        query_group: int = 1, num_layers: int | None = None,
     ) -> PageLayout:  # fmt: skip
         """Lay out the pages of `policy`.
 
         Args:
             state_blocks: None: as many as the policy needs.
             query_group: query heads that share one KV head; matters where the policy remembers queries.
+            num_layers: attention layers of the model; matters where the policy spares layers.
 
         Raises:
-            ValueError: head_dim or block_size does not fit the policy; the message names the fix.
+            ValueError: head_dim, block_size or num_layers does not fit the policy; the message names the fix.
         """
         if not policy.has_pages:
             if state_blocks:
                 raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
             return cls(policy, head_dim, block_size, model_dtype, None)
-        _check_fits(policy, head_dim, block_size)
+        _check_fits(policy, head_dim, block_size, num_layers)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         compressed = not policy.is_dense
         dense_dtype = torch.float16 if compressed and model_dtype == torch.float32 else model_dtype
         sections = _sections(policy, head_dim) if compressed else _dense_page(policy, head_dim, dense_dtype)
         if policy.eviction is None or state_blocks is not None:
-            return cls(policy, head_dim, block_size, dense_dtype, sections, state_blocks or 0)
+            return cls(policy, head_dim, block_size, dense_dtype, sections, state_blocks or 0, num_layers=num_layers)
         group = query_group if policy.eviction.remembers_queries else 0
-        layout = cls(policy, head_dim, block_size, dense_dtype, sections, 1, group)
+        layout = cls(policy, head_dim, block_size, dense_dtype, sections, 1, group, num_layers)
         return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell)) if group else layout
 
     @property
@@ -124,6 +127,12 @@ class PageLayout:
     def slots_per_cell(self) -> int:
         """Dense tokens that fit in one cell."""
         return self.cell_bytes // self.slot_bytes
+
+    @property
+    def spared_layers(self) -> tuple[int, ...]:
+        """Layers that keep all their tokens, ascending."""
+        eviction = self.policy.eviction
+        return eviction.spared_layers(self.num_layers) if eviction and self.num_layers else ()
 
     @property
     def remembered_queries(self) -> int:
@@ -211,7 +220,7 @@ def boost_channels(policy: Policy, head_dim: int) -> int:
     return int(head_dim * policy.key.boost_fraction) if policy.key else 0
 
 
-def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
+def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int | None) -> None:
     if not policy.is_dense and head_dim not in (64, 128, 256):
         raise ValueError(
             f"policy {policy.name} supports head_dim 64, 128 and 256, the model has {head_dim}; "
@@ -221,6 +230,10 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int) -> None:
         raise ValueError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
         )
+    if policy.eviction and policy.eviction.spare_layers:
+        if num_layers is None:
+            raise ValueError(f"policy {policy.name} spares layers, so its layout needs num_layers")
+        policy.eviction.spared_layers(num_layers)
 
 
 def _dense_page(policy: Policy, head_dim: int, dtype: torch.dtype) -> PageSections:

@@ -13,7 +13,7 @@ step is processed. The tile blocks leave their places in the row.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from kvserve.pages.kept import Kept
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction
-from kvserve.policies.limits import request_limit
+from kvserve.policies.limits import check_rate, request_limit
 from kvserve.schedules.base import Limit
 
 
@@ -109,14 +109,18 @@ class EvictionPlan:
     def _cut_at(self, point: int) -> Cut:
         """The limit counts every token that a KV head keeps on average: sinks, kept tokens and those from `end` on.
 
-        A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any case.
+        A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any case,
+        and all tokens of spared layers.
         """
         size = self.layout.block_size
         end = point // size * size
+        kept = self.eviction.schedule.kept_at(self.limit, point)
+        if kept >= point:
+            return Cut(point, end, end // size)
         others = self.layout.policy.sink_tokens + point - end
-        wanted = (self.eviction.schedule.kept_at(self.limit, point) - others) / size
-        protected = ceil((self.limit.protected - others) / size)
-        return Cut(point, end, max(ceil(wanted) if self.limit.rate else int(wanted), protected, 1))
+        wanted = (kept - others) / size
+        least = least_kept_blocks(self.layout, self.limit, point)
+        return Cut(point, end, max(ceil(wanted) if self.limit.rate else int(wanted), least))
 
     @property
     def computes_all(self) -> bool:
@@ -166,6 +170,57 @@ class EvictionPlan:
             for last, cut in pairwise(self._cuts[: self._position(num_tokens)])
         ]
         return max([held, *widest])
+
+
+def least_kept_blocks(layout: PageLayout, limit: Limit, point: int) -> int:
+    """Kept blocks of a cut that leaves each head its protected tokens and a block, and spared layers everything."""
+    spared, num_layers, size = len(layout.spared_layers), layout.num_layers or 1, layout.block_size
+    per_head = max(ceil((limit.protected - layout.policy.sink_tokens - point % size) / size), 1)
+    return ceil((spared * (point // size) + (num_layers - spared) * per_head) / num_layers)
+
+
+def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int) -> int:
+    """Tokens before `end`, sinks left out, that a KV head of a layer that is not spared keeps on average."""
+    spared, num_layers, size = len(layout.spared_layers), layout.num_layers or 1, layout.block_size
+    return (kept_blocks * num_layers * size - spared * end) // (num_layers - spared)
+
+
+def check_limit(layout: PageLayout, limit: Limit, max_len: int) -> None:
+    """Refuse a limit that spared layers, which keep everything, would break.
+
+    Args:
+        max_len: the longest that a request gets, in tokens.
+
+    Raises:
+        ValueError: naming the limit that would do.
+    """
+    spared, num_layers = len(layout.spared_layers), layout.num_layers or 1
+    if not spared:
+        return
+    if limit.rate is not None:
+        return check_rate(limit.rate, spared, num_layers)
+    enough = limit
+    while missing := _missing_tokens(layout, enough, max_len):
+        enough = replace(enough, max_tokens=(enough.max_tokens or 0) + missing)
+    if enough != limit:
+        raise ValueError(
+            f"{spared} of {num_layers} layers keep all their tokens (eviction.spare_layers), so {limit.max_tokens} "
+            f"tokens on average do not hold up to {max_len} tokens; allow at least {enough.max_tokens}, lower "
+            "--max-model-len, or spare fewer layers"
+        )
+
+
+def _missing_tokens(layout: PageLayout, limit: Limit, max_len: int) -> int:
+    """Tokens on average that a maximum lacks at the widest cut: the last, or one with the longest unfinished tile."""
+    eviction, size = layout.policy.eviction, layout.block_size
+    assert eviction is not None and limit.max_tokens is not None
+    if max_len <= limit.max_tokens:
+        return 0
+    widest = max(
+        least_kept_blocks(layout, limit, point) * size + layout.policy.sink_tokens + point % size
+        for point in (max_len, max_len // size * size - 1)
+    )
+    return max(widest - eviction.schedule.kept_at(limit, max_len), 0)
 
 
 def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, max_len: int) -> EvictionPlan | None:

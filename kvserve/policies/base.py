@@ -68,12 +68,16 @@ class Eviction(_Part):
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
     `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
     the prompt (end-of-prefill), and a maximum holds while tokens are generated too (over-budget).
+
+    The attention layers `spare_layers` (indices, negative ones from the end) keep all their tokens. The budget divides
+    what they leave among the other layers, so that the limit still holds on average over all layers.
     """
 
     scorer: Any
     budget: Any
     rate: Annotated[float | None, Field(ge=1, le=1024)] = None
     max_tokens: Annotated[int | None, Field(ge=64)] = None
+    spare_layers: tuple[Annotated[int, Field(strict=True)], ...] = ()
     schedule: Annotated[Any, Field(validate_default=True)] = None
 
     @field_validator("scorer", "budget", "schedule", mode="before")
@@ -89,6 +93,26 @@ class Eviction(_Part):
     @field_serializer("scorer", "budget", "schedule")
     def _part_content(self, part: Any) -> dict[str, Any]:
         return {"name": part.name} | part.model_dump(mode="json", exclude_defaults=True)
+
+    def spared_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers that keep all their tokens, ascending.
+
+        Raises:
+            ValueError: the model has no such layer, or no other layers.
+        """
+        for index in self.spare_layers:
+            if not -num_layers <= index < num_layers:
+                raise ValueError(
+                    f"eviction.spare_layers names layer {index}, the model has the layers 0 to {num_layers - 1} "
+                    f"(-{num_layers} to -1 from the end)"
+                )
+        spared = tuple(sorted({index % num_layers for index in self.spare_layers}))
+        if len(spared) == num_layers:
+            raise ValueError(
+                f"eviction.spare_layers names all {num_layers} layers, so nothing could be evicted; leave some out, or "
+                "use a policy that does not evict"
+            )
+        return spared
 
     @property
     def window(self) -> int:

@@ -58,6 +58,19 @@ def request_limit(eviction: Eviction, policy: Policy, extra_args: Mapping[str, A
     )
 
 
+def check_rate(rate: float, num_spared: int, num_layers: int) -> None:
+    """Refuse a rate at which layers that keep all their tokens leave nothing for the others.
+
+    Raises:
+        ValueError: naming the rate below which it would do.
+    """
+    if rate * num_spared >= num_layers:
+        raise ValueError(
+            f"{num_spared} of {num_layers} layers keep all their tokens (eviction.spare_layers), so the rate must be "
+            f"below {num_layers / num_spared:g}, got {rate:g}; lower it, or spare fewer layers"
+        )
+
+
 def _check_schedule(eviction: Eviction, off: bool, rate: float | None, max_tokens: int | None) -> None:
     """Refuse a limit that the schedule cannot follow.
 

@@ -210,7 +210,7 @@ def _validate(content: dict[str, Any], label: str) -> Policy:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    dotted = ".".join(str(part) for part in error["loc"])
+    dotted = ".".join(part for part in error["loc"] if isinstance(part, str))  # without places in lists
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if any(part in _PARTS for part in error["loc"][:-1]):
@@ -258,6 +258,8 @@ def _allowed(dotted: str) -> str:
         return number + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
     if annotation is bool:
         return "true or false"
+    if get_origin(annotation) is tuple:
+        return "a list of whole numbers, for example [0, -1]"
     if any(getattr(m, "pattern", None) for m in field.metadata):
         return "lower-case letters, digits, dots and dashes"
     return "text"
