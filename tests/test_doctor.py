@@ -114,6 +114,13 @@ def test_windows_and_blocks_of_several_tiles_raise_no_alarm(policy: str, changes
     assert Machine(load_policy(policy), **changes).complaints() == []
 
 
+def test_layers_that_keep_all_their_tokens_raise_no_alarm() -> None:
+    machine = Machine(load_policy("kv-compress-2bit", ["eviction.rate=1.5", "eviction.spare_layers=[1]"]))
+    assert machine.complaints() == []
+    cut, spared = (layer.history for layer in machine.probe.layers)
+    assert all(len(kept) > len(few) for kept, few in zip(spared.kept, cut.kept, strict=True))
+
+
 def test_a_maximum_of_tokens_is_lowered_so_that_a_short_prompt_is_cut() -> None:
     policy = load_policy("snapkv", ["eviction.rate=null", "eviction.max_tokens=1024"])
     machine = Machine(policy)

@@ -44,11 +44,11 @@ def config(**changes: object) -> SimpleNamespace:
 
 def test_the_startup_table_says_what_was_asked_for_and_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe(config(self_test=False)) == "off"
-    assert describe(config()) == "requested, runs before the server listens"
+    assert describe(config()) == "requested, runs before the server answers"
     assert describe(config(data_parallel_size=2)) == "requested, but not run: it needs one engine and one API server"
     monkeypatch.setattr(self_test, "device_type", lambda: "cuda")
     assert describe(config()).startswith("requested, but not run: on a GPU it needs --enforce-eager")
-    assert describe(config(enforce_eager=True)) == "requested, runs before the server listens"
+    assert describe(config(enforce_eager=True)) == "requested, runs before the server answers"
 
 
 def test_a_self_test_without_its_probe_is_refused_with_the_option_to_give() -> None:

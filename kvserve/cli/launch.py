@@ -41,7 +41,7 @@ def launch(
 
     Args:
         kernels: attention kernels, a name of `kvserve.checks.KERNELS` or "auto".
-        self_test: whether the server tests its cache before it listens (kvserve/engine/self_test.py).
+        self_test: whether the server tests its cache before it answers (kvserve/engine/self_test.py).
 
     Returns:
         1 where the self-test failed.

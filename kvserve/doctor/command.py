@@ -28,6 +28,7 @@ from kvserve.doctor.examination import Examination, Examiner
 from kvserve.doctor.proposal import Proposal, propose, write_policy
 from kvserve.doctor.report import draw
 from kvserve.doctor.request import OUTPUT_TOKENS, TILES
+from kvserve.evals.command import load_tokenizer
 from kvserve.evals.text import TextError, Window, default_text, windows
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -121,15 +122,13 @@ class Case:
         Raises:
             UsageError, UnsupportedError: the model, the text and the policy do not fit together.
         """
-        from kvserve.evals.command import _tokenizer
-
         model = _model(args.model)
         config = read_model_config(model)
         if config is None:
             raise UsageError(f"--model {model} is neither a Hugging Face folder nor a downloaded model")
         check_model(config, policy, model)
         text = read_text(args.text)
-        tokens = _tokenizer(model)(text if text is not None else default_text()[1], verbose=False).input_ids
+        tokens = load_tokenizer(model)(text if text is not None else default_text()[1], verbose=False).input_ids
         test_len = TILES * policy.tile_tokens + OUTPUT_TOKENS + LONGEST_INTERVAL + 1
         limit = text_config(config).get("max_position_embeddings") or test_len + CONTEXT
         longest = max(CONTEXT + CONTINUATION + 1, test_len)

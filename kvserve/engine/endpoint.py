@@ -46,7 +46,7 @@ class ReadyEndpoint:
         """Remember the engine to ask, and its policy; run the self-test where it was asked for.
 
         Raises:
-            SelfTestError: the server must not serve; vLLM then ends it before it listens.
+            SelfTestError: the server must not serve; vLLM then ends it before it answers.
         """
         self._engine = engine_client
         config = getattr(engine_client, "vllm_config", None)

@@ -1,4 +1,4 @@
-"""The self-test of a server: two short requests under the probe, before it listens.
+"""The self-test of a server: two short requests under the probe, before it answers any other.
 
 Seams: `EngineClient.generate`, `collective_rpc` and `reset_prefix_cache`. vLLM's API server initialises endpoint
 plugins after the engine and before it answers on its port, and ends where one raises.
@@ -60,7 +60,7 @@ def describe(config: VllmConfig) -> str:
     if not is_requested(config):
         return "off"
     reason = why_not(config)
-    return f"requested, but not run: {reason}" if reason else "requested, runs before the server listens"
+    return f"requested, but not run: {reason}" if reason else "requested, runs before the server answers"
 
 
 async def run_self_test(engine: Any, settings: EngineSettings) -> ProbeReport:
