@@ -159,8 +159,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
 
 def _check_spared_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
     """Refuse spared layers that the model does not have, or that leave nothing for the others at the policy's rate."""
-    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    num_layers = next((int(config[key]) for key in keys if config.get(key)), None)
+    num_layers = num_layers_of(config)
     if policy.eviction is None or num_layers is None:
         return
     try:
@@ -187,6 +186,12 @@ def head_dim_of(config: Mapping[str, Any]) -> int | None:
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
     return int(hidden) // int(heads) if hidden and heads else None
+
+
+def num_layers_of(config: Mapping[str, Any]) -> int | None:
+    """Layers of the language model, or None where the config does not say."""
+    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return next((int(config[key]) for key in keys if config.get(key)), None)
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "moe"}

@@ -516,6 +516,9 @@ def test_spared_layers_that_do_not_fit_are_refused_before_anything_starts(refusa
     folder = model_folder(tmp_path, num_hidden_layers=8)
     serve = ("--policy", "snapkv", "--model", folder, "--policy-set")
     assert "the model has the layers 0 to 7" in refusal(*serve, "eviction.spare_layers=[8]")
+    maximum = ("--max-cache-tokens", "512", "--max-model-len")
+    spared = (*serve, "eviction.spare_layers=[0,-1]", *maximum)
+    assert "up to 8192 tokens; allow at least" in refusal(*spared, "8192")
     assert "2 of 8 layers keep all" in refusal(*serve, "eviction.spare_layers=[0,-1]", "--compression-rate", "4")
 
 

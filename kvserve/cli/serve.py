@@ -10,10 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import KERNELS, ServeOptions, check_model, check_options
+from kvserve.checks import (
+    KERNELS,
+    ServeOptions,
+    UnsupportedError,
+    check_model,
+    check_options,
+    head_dim_of,
+    num_layers_of,
+    text_config,
+)
 from kvserve.cli.main import UsageError, print_help
 from kvserve.compat import check_vllm_version
 from kvserve.policies.base import Policy
+from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 
@@ -22,7 +32,10 @@ _SHORT_NAMES = {
     "-dcp": "decode_context_parallel_size",
     "-pcp": "prefill_context_parallel_size",
 }
-_NUMBERS = {"block_size", "kv_offloading_size", "decode_context_parallel_size", "prefill_context_parallel_size"}
+_NUMBERS = {
+    *("block_size", "kv_offloading_size", "decode_context_parallel_size", "prefill_context_parallel_size"),
+    "max_model_len",
+}
 
 
 @dataclass
@@ -156,6 +169,27 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
         config = read_model_config(str(model))
         if config is not None:
             check_model(config, policy, str(model))
+            _check_maximum(config, policy, options)
+
+
+def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[str, Any]) -> None:
+    """Refuse a maximum of tokens that spared layers would break in the longest request, where its length is given."""
+    config, eviction, max_len = text_config(config), policy.eviction, options.get("max_model_len")
+    head_dim, num_layers = head_dim_of(config), num_layers_of(config)
+    if eviction is None or not eviction.spare_layers or not max_len or max_len < 0 or not head_dim or not num_layers:
+        return
+    import torch
+
+    from kvserve.pages.layout import PageLayout
+    from kvserve.pages.plan import check_limit
+
+    block_size, limit = options.get("block_size") or policy.tile_tokens, request_limit(eviction, policy, {})
+    assert limit is not None
+    try:
+        layout = PageLayout.build(policy, head_dim, block_size, torch.float32, state_blocks=1, num_layers=num_layers)
+        check_limit(layout, limit, max_len)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
 
 
 def read_model_config(model: str) -> dict[str, Any] | None:
