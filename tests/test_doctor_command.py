@@ -17,7 +17,7 @@ from kvserve.doctor.examination import EndToEnd, Examination, suspects
 from kvserve.doctor.proposal import LADDER, Proposal, next_codec, propose, worst_layers, write_policy
 from kvserve.doctor.report import bar, draw, head_map
 from kvserve.policies.base import Policy
-from kvserve.policies.loading import load_policy
+from kvserve.policies.loading import load_policy, policy_content
 
 
 def layer(index: int, codec: float = 0.1, cache: float | None = None, kernel: float = 1e-5) -> LayerReport:
@@ -66,6 +66,8 @@ def test_the_ends_are_suspects_beside_those_that_are_off_most() -> None:
 def test_the_worst_layers_are_those_that_cost_most_alone() -> None:
     assert worst_layers(examination()) == [0]
     assert worst_layers(examination(alone={0: 0.1, 2: 0.2})) == [2]
+    many = [layer(index) for index in range(30)]
+    assert worst_layers(examination("kivi-2bit", *many, alone={0: 0.001, 18: 0.08, 20: 0.06})) == [18, 20]
 
 
 @pytest.mark.parametrize(("policy", "following"), list(zip(LADDER, [*LADDER[1:], None], strict=True)))
@@ -76,7 +78,9 @@ def test_the_next_codec_is_the_next_rung(policy: str, following: str | None) -> 
 def test_a_policy_that_loses_by_bits_gets_more_of_them() -> None:
     proposal = propose(load_policy("kivi-2bit"), examination())
     assert proposal is not None and proposal.policy.name == "kivi-2bit-doctored"
-    if "layers" not in Policy.model_fields:
+    if "layers" in Policy.model_fields:
+        assert policy_content(proposal.policy)["layers"]["0"]["key"]["bits"] == 8
+    else:
         assert proposal.policy.value == load_policy("boost-2bit").value
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kvserve.doctor.distances import layers_text
 from kvserve.doctor.examination import Examination
 from kvserve.policies.base import Eviction, Policy
 from kvserve.policies.loading import load_policy, policy_content
@@ -15,6 +16,7 @@ from kvserve.policies.registry import policy_names
 # Codecs of shipped policies, from the cheapest to the one that loses nothing but rounding.
 LADDER = ("kivi-2bit", "boost-2bit", "kivi-4bit", "int8", "dense")
 SHARE_OF_LAYERS = 10  # one layer in so many gets more
+WORTH_MORE = 0.1  # a layer that costs less than this part of the worst one's cost gets nothing
 
 
 class Proposal(NamedTuple):
@@ -34,8 +36,7 @@ def propose(policy: Policy, examination: Examination) -> Proposal | None:
     if codec is None:
         return None
     if policy.eviction is None and "layers" in Policy.model_fields:
-        content["layers"] = {**content.get("layers", {}), **dict.fromkeys(layers, codec)}
-        return _proposal(content, f"layers {', '.join(map(str, layers))} as {codec}")
+        return _single_layers(content, layers, "int8" if codec != "dense" else codec)
     changed = policy_content(load_policy(codec))
     for key in ("key", "value", "dense_pages", "tile_tokens", "sink_tokens"):
         content.pop(key, None)
@@ -49,7 +50,8 @@ def worst_layers(examination: Examination) -> list[int]:
     report = examination.report
     cost = examination.alone or {layer.layer: layer.cache for layer in report.layers}
     count = max(len(report.layers) // SHARE_OF_LAYERS, 1)
-    return sorted(sorted(cost, key=lambda layer: -cost[layer])[:count])
+    worst = sorted(cost, key=lambda layer: -cost[layer])[:count]
+    return sorted(layer for layer in worst if cost[layer] >= WORTH_MORE * cost[worst[0]])
 
 
 def loses_by_evicting(examination: Examination) -> bool:
@@ -75,12 +77,20 @@ def write_policy(path: Path, proposal: Proposal) -> None:
     path.write_text(f"# Written by kvserve doctor: {proposal.change}.\n{content}", encoding="utf-8")
 
 
+def _single_layers(content: dict[str, Any], layers: list[int], codec: str) -> Proposal:
+    """Only these layers with the codec of a shipped policy."""
+    own = policy_content(load_policy(codec))
+    parts = {key: own[key] for key in ("key", "value") if key in own}
+    content["layers"] = {**content.get("layers", {}), **{str(layer): parts for layer in layers}}
+    return _proposal(content, f"{layers_text(layers)} as {codec}")
+
+
 def _evict_less(content: dict[str, Any], eviction: Eviction, layers: list[int], num_layers: int) -> Proposal:
     """Spare the worst layers as long as they leave half of the budget to the others, else keep twice as much."""
     spared = sorted({*eviction.spared_layers(num_layers), *layers})
     if eviction.rate and eviction.rate * len(spared) <= num_layers / 2:
         content["eviction"]["spare_layers"] = spared
-        return _proposal(content, f"layers {', '.join(map(str, spared))} keep all tokens")
+        return _proposal(content, f"{layers_text(spared)} keep all tokens")
     if eviction.rate:
         rate = max(eviction.rate / 2, 1.0)
         content["eviction"]["rate"] = rate
