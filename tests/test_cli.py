@@ -62,12 +62,12 @@ def model_folder(folder: Path, **config) -> str:
 )
 def test_unknown_options_go_to_vllm_untouched_and_in_order(started, arguments):
     assert main(arguments) == 0
-    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"], "auto")]
+    assert started == [(load_policy("int8"), [], ["--port", "1234", "--enforce-eager", "-tp", "2"], "auto", True)]
 
 
 def test_a_positional_model_and_overrides(started):
     assert main(["some-org/model", "--policy", "int8", "--policy-set", "sink_tokens=4", "--policy_set=key.bits=4"]) == 0
-    policy, overrides, rest, _ = started[0]
+    policy, overrides, rest, _, _ = started[0]
     assert policy.sink_tokens == 4 and policy.key.bits == 4
     assert overrides == ["sink_tokens=4", "key.bits=4"] and rest == ["some-org/model"]
 
@@ -179,7 +179,7 @@ def test_the_interpreter_runs_the_triton_kernels_on_a_cpu(monkeypatch):
 
 def test_the_kernels_asked_for_reach_the_engine(started, default_model):
     assert main(["--policy", "int8", "--kernels", "native"]) == 0
-    assert started[0][-1] == "native"
+    assert started[0][3] == "native"
     args = parsed()
     launch.configure(args, KIVI, "native")
     assert args.additional_config["kvserve"]["kernels"] == "native"
@@ -312,6 +312,7 @@ def parsed(**changes) -> argparse.Namespace:
         data_parallel_size=1,
         kv_transfer_config=None,
         scheduler_cls=None,
+        worker_extension_cls="",
     )
     return argparse.Namespace(**{**defaults, **changes})
 
@@ -557,3 +558,17 @@ def test_version_and_help(capsys):
 
 def test_prepare_model_takes_no_arguments(refusal):
     assert "takes no arguments" in refusal("prepare-model", "--force")
+
+
+def test_the_self_test_brings_its_probe_unless_it_is_switched_off(started):
+    args = parsed(model="m")
+    launch.configure(args, KIVI)
+    assert args.additional_config["kvserve"]["self_test"] is True
+    assert args.worker_extension_cls == "kvserve.engine.probe_worker.ProbeWorker"
+    args = parsed(model="m", worker_extension_cls="mine.Worker")
+    launch.configure(args, KIVI, self_test=False)
+    assert args.additional_config["kvserve"]["self_test"] is False and args.worker_extension_cls == "mine.Worker"
+    with pytest.raises(UsageError, match="--no-self-test"):
+        launch.configure(parsed(model="m", worker_extension_cls="mine.Worker"), KIVI)
+    assert main(["--policy", "int8", "--no-self-test", "--port", "1"]) == 0
+    assert started[0][2:] == (["--port", "1"], "auto", False)

@@ -363,3 +363,37 @@ def test_the_module_that_serves_stock_vllm_runs_as_a_program() -> None:
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).read_text()
     assert '__name__ == "__main__"' in source and source.rstrip().endswith("main()")
+
+
+def test_a_worker_gets_the_methods_of_its_extension_class() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    from kvserve.engine.probe_worker import ProbeWorker
+    from kvserve.engine.self_test import EXTENSION_PATH
+
+    assert EXTENSION_PATH == f"{ProbeWorker.__module__}.{ProbeWorker.__qualname__}"
+    assert "parallel_config.worker_extension_cls" in inspect.getsource(WorkerWrapperBase.init_worker)
+    assert "self.vllm_config = " in inspect.getsource(WorkerBase.__init__)
+    assert parameters(AsyncLLM.collective_rpc) == ["self", "method", "timeout", "args", "kwargs"]
+
+
+def test_attention_layers_are_kept_by_name_with_their_implementation() -> None:
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    assert "static_forward_context" in CompilationConfig.__dataclass_fields__
+    assert "self.impl = " in inspect.getsource(Attention.__init__)
+    assert extract_layer_index("model.layers.12.self_attn.attn") == 12
+
+
+def test_endpoint_plugins_are_initialised_before_the_server_listens_and_may_end_it() -> None:
+    from vllm.config import ParallelConfig
+    from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+    from vllm.plugins.endpoint_plugins.interface import init_endpoint_plugins_state
+
+    source = inspect.getsource(build_and_serve)
+    assert source.index("await init_app_state(") < source.index("await serve_http(")
+    assert "except" not in inspect.getsource(init_endpoint_plugins_state)
+    assert {"_api_process_count", "worker_extension_cls"} <= set(ParallelConfig.__dataclass_fields__)

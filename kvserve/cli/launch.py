@@ -34,11 +34,17 @@ RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
 
-def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto") -> int:
+def launch(
+    policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto", self_test: bool = True
+) -> int:  # fmt: skip
     """Serve until stopped.
 
     Args:
         kernels: attention kernels, a name of `kvserve.checks.KERNELS` or "auto".
+        self_test: whether the server tests its cache before it answers (kvserve/engine/self_test.py).
+
+    Returns:
+        1 where the self-test failed.
 
     Raises:
         UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
@@ -52,7 +58,7 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str], k
     from kvserve.engine.device import device_type
 
     choose_kernels(kernels, device_type())
-    configure(args, policy, kernels, device_type())
+    configure(args, policy, kernels, device_type(), self_test)
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
     print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
@@ -65,11 +71,19 @@ def launch(policy: Policy, overrides: Sequence[str], arguments: Sequence[str], k
     cli_env_setup()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    ServeSubcommand.cmd(args)
+    from kvserve.engine.self_test import SelfTestError
+
+    try:
+        ServeSubcommand.cmd(args)
+    except SelfTestError as error:
+        print(f"kvserve: error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
-def configure(args: argparse.Namespace, policy: Policy, kernels: str = "auto", device: str = "cpu") -> None:
+def configure(
+    args: argparse.Namespace, policy: Policy, kernels: str = "auto", device: str = "cpu", self_test: bool = True
+) -> None:  # fmt: skip
     """Complete vLLM's parsed arguments: the policy, and what the user left open.
 
     Raises:
@@ -85,7 +99,7 @@ def configure(args: argparse.Namespace, policy: Policy, kernels: str = "auto", d
             'the policy is given twice, by --policy and in --additional-config {"kvserve": ...}; drop the latter'
         )
     # The full content, not the name: every process then works with the same policy, whatever its own files say.
-    section = {"policy": policy_content(policy), "kernels": kernels}
+    section = {"policy": policy_content(policy), "kernels": kernels, "self_test": self_test}
     args.additional_config = {**additional, PLUGIN_NAME: section}
     if args.block_size is None:
         args.block_size = policy.tile_tokens
@@ -96,6 +110,8 @@ def configure(args: argparse.Namespace, policy: Policy, kernels: str = "auto", d
         check_arguments(vars(args), policy)
     if policy.eviction:
         _connect_scheduler(args)
+    if self_test:
+        _add_the_probe(args)
     if device == "cpu":
         _configure_cpu(args)
     else:
@@ -140,6 +156,15 @@ def _connect_scheduler(args: argparse.Namespace) -> None:
         raise UsageError("a policy that evicts brings its own scheduler class; drop --scheduler-cls")
     for name, value in scheduler_options().items():
         setattr(args, name, value)
+
+
+def _add_the_probe(args: argparse.Namespace) -> None:
+    """What the self-test calls in vLLM's workers."""
+    from kvserve.engine.self_test import EXTENSION_PATH
+
+    if args.worker_extension_cls:
+        raise UsageError("the self-test brings its own --worker-extension-cls; drop yours, or add --no-self-test")
+    args.worker_extension_cls = EXTENSION_PATH
 
 
 def _size_the_pool(args: argparse.Namespace) -> None:

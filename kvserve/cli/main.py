@@ -14,6 +14,7 @@ usage: kvserve [serve] --policy POLICY [--policy-set KEY=VALUE]... [--model MODE
        kvserve policies [NAME | FILE] [--policy-set KEY=VALUE]... [--head-dim N]
        kvserve inspect --policy POLICY (TEXT | --prompt-file FILE) [options]
        kvserve eval [--policies NAME,NAME@RATE,...] [options]
+       kvserve doctor --policy POLICY [--model MODEL] [options]
        kvserve prepare-model
        kvserve bench [options]
        kvserve --version
@@ -24,6 +25,7 @@ Serve a model with vLLM's OpenAI-compatible server and a compressed KV cache.
                            or the path of a YAML file; `none` keeps it uncompressed
   --policy-set KEY=VALUE   change one value of the policy, for example sink_tokens=0 or key.bits=4
   --kernels NAME           attention kernels: auto, native (CPU), triton or cuda (GPU)
+  --no-self-test           serve without testing the cache before; such a test takes seconds
   --model MODEL            a Hugging Face folder or name; without it, a small model that needs no download
 
 Every other option goes to vLLM unchanged: `kvserve serve --help=all` lists them.
@@ -70,6 +72,10 @@ def _dispatch(arguments: list[str]) -> int:
         from kvserve.evals.command import run as run_eval
 
         return run_eval(arguments[1:])
+    if command == "doctor":
+        from kvserve.doctor.command import run as run_doctor
+
+        return run_doctor(arguments[1:])
     if command == "prepare-model":
         return _prepare_model(arguments[1:])
     if command == "bench":

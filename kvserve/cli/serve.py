@@ -45,6 +45,7 @@ class ServeRequest:
     policy: str | None = None
     overrides: list[str] = field(default_factory=list)
     kernels: str | None = None
+    self_test: bool = True
     vllm_arguments: list[str] = field(default_factory=list)
     wants_help: bool = False
 
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from kvserve.cli.launch import launch
 
-    return launch(policy, request.overrides, request.vllm_arguments, request.kernels or "auto")
+    return launch(policy, request.overrides, request.vllm_arguments, request.kernels or "auto", request.self_test)
 
 
 def split_arguments(arguments: Sequence[str]) -> ServeRequest:
@@ -103,6 +104,10 @@ def split_arguments(arguments: Sequence[str]) -> ServeRequest:
                 raise UsageError(f"--policy was given twice, as {request.policy} and as {value}; keep one")
             else:
                 request.policy = value
+        elif name in ("--self-test", "--no-self-test"):
+            if equals:
+                raise UsageError(f"{name} takes no value")
+            request.self_test = name == "--self-test"
         elif argument in ("-h", "--help"):
             request.wants_help = True
         elif name == "--config" and equals:  # vLLM reads the two-word form only and would ignore this one

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from kvserve.doctor.probe import LayerProbe
+
 logger = init_logger("vllm.kvserve")
 
 
@@ -114,9 +116,14 @@ def backend_for(settings: EngineSettings) -> type[KvserveBackend]:
 
 
 class KvserveImpl(AttentionImpl[StepMetadata]):
-    """One attention layer."""
+    """One attention layer.
+
+    Attributes:
+        probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py).
+    """
 
     settings: ClassVar[EngineSettings]
+    probe: LayerProbe | None = None
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None,
@@ -181,6 +188,11 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
             received=received,
         )  # fmt: skip
+        if self.probe:
+            self.probe.observe(
+                query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
+                value[:n].view(-1, self.num_kv_heads, self.head_size), output[:n].view(shape), cells, batch,
+            )  # fmt: skip
         if evictor:
             evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output

@@ -1,4 +1,5 @@
-"""GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py).
+"""GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py), and
+where the self-test begins (self_test.py).
 
 Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
 vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
@@ -12,7 +13,9 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Response
 
+from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.request_limits import RequestLimits
+from kvserve.engine.self_test import is_requested, run_self_test, why_not
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
@@ -40,7 +43,11 @@ class ReadyEndpoint:
         app.add_middleware(RequestLimits, state=self)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Remember the engine to ask, and its policy."""
+        """Remember the engine to ask, and its policy; run the self-test where it was asked for.
+
+        Raises:
+            SelfTestError: the server must not serve; vLLM then ends it before it answers.
+        """
         self._engine = engine_client
         config = getattr(engine_client, "vllm_config", None)
         settings = EngineSettings.from_vllm_config(config) if config is not None else None
@@ -48,6 +55,8 @@ class ReadyEndpoint:
             self.layout = settings.layout(config.model_config.get_head_size())
             self.max_model_len = config.model_config.max_model_len
             self.policy = settings.policy
+            if is_requested(config) and why_not(config) is None:
+                publish_self_test(await run_self_test(engine_client, settings))
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""

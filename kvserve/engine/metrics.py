@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from kvserve.doctor.distances import KINDS, ProbeReport
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Holding
@@ -63,6 +64,18 @@ def _evicted_tokens() -> Counter:
 def _kept_tokens() -> Histogram:
     help_text = "Tokens that a KV head of the layer holds after an eviction; one observation per head and eviction."
     return _metric(Histogram, "kvserve:kept_tokens", help_text, "layer", buckets=KEPT_TOKENS_BUCKETS)
+
+
+def publish_self_test(report: ProbeReport) -> None:
+    """What the self-test found: of each layer all KV heads together, of `kernel` the worst one."""
+    help_text = (
+        "How far layers were off in the self-test at server start, over the size of the answer. kernel: from what the "
+        "policy's cache must answer; codec: from the exact answer of the tokens held; cache: from a dense cache."
+    )
+    gauge = _gauge("kvserve:self_test_distance", help_text, "kind", "layer")
+    for layer in report.layers:
+        for kind in KINDS:
+            gauge.labels(kind, str(layer.layer)).set(getattr(layer, kind))
 
 
 class KvserveStatLogger(StatLoggerBase):

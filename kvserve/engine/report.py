@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.pages.plan import held_blocks
@@ -31,6 +32,7 @@ class EngineReport:
         max_model_len: the length at which "effective" figures count tail and sinks.
         num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
         kernels_asked, kernels: the attention kernels that were asked for, and those in effect.
+        self_test: what was asked for and will be done, in words.
     """
 
     layout: PageLayout
@@ -41,6 +43,7 @@ class EngineReport:
     num_ranks: int = 1
     kernels_asked: str = "auto"
     kernels: str = "native"
+    self_test: str = "off"
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings) -> EngineReport:
@@ -54,6 +57,7 @@ class EngineReport:
             num_ranks=config.parallel_config.tensor_parallel_size,
             kernels_asked=settings.kernels_asked,
             kernels=settings.kernels,
+            self_test=describe_self_test(config),
         )
 
     @property
@@ -147,6 +151,7 @@ class EngineReport:
              f"(requests of {self.max_model_len:,} tokens, tail and sinks counted)"),
             ("capacity", f"{self.pool_bytes / 2**20:,.0f} MiB: {self.dense_capacity_tokens:,} tokens at 16 bits, "
              f"{self.effective_capacity_tokens:,} in effect"),
+            ("self-test", self.self_test),
             ("switched off", describe_switched_off(layout)),
             ("refused", "speculative decoding, KV connectors, --kv-cache-dtype (not proven with this cache)"),
         ]  # fmt: skip

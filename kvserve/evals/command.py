@@ -185,7 +185,7 @@ class Evaluation:
 
     def _items(self, text: str) -> list[Item]:
         """All prompts, so that what does not fit is refused at once."""
-        tokenizer = _tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model)
         source, sizes = Source(tokenizer, self.options.text), self.options.sizes
         found: list[Item] = []
         try:
@@ -234,7 +234,7 @@ def _model(options: Options) -> tuple[str, dict[str, Any]]:
     return model, config
 
 
-def _tokenizer(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:

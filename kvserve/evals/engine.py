@@ -36,10 +36,10 @@ class Request:
 class EvalHost(EngineHost):
     """The child's side."""
 
-    def __init__(self, name: str, config: EngineConfig) -> None:
+    def __init__(self, name: str, config: EngineConfig, **options: Any) -> None:
         from kvserve.evals.forcing import PROCESSOR
 
-        super().__init__(name, config, logits_processors=[PROCESSOR])
+        super().__init__(name, config, logits_processors=[PROCESSOR], **options)
 
     def complete(self, requests: list[Request]) -> list[list[int]]:
         """The freely generated tokens of each request, all submitted together; nothing is read from the prefix cache,

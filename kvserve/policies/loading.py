@@ -52,18 +52,19 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
     """The policy that vLLM's additional_config["kvserve"] asks for.
 
     Args:
-        config: `{"policy": <name, path or full content>, "set": {"dotted.key": value}}`; `set` may be absent. A third
-            key, `kernels`, is for the engine (kvserve/engine/settings.py).
+        config: `{"policy": <name, path or full content>, "set": {"dotted.key": value}}`; `set` may be absent. Two more
+            keys, `kernels` and `self_test`, are for the engine (kvserve/engine/settings.py, self_test.py).
 
     Raises:
-        PolicyError: as for `load_policy`, or a key other than these three.
+        PolicyError: as for `load_policy`, or a key other than these four.
     """
     if not isinstance(config, Mapping):
         raise PolicyError(f'additional_config["kvserve"] must be a JSON object, got {config!r}')
     for key in config:
-        if key not in ("policy", "set", "kernels"):
+        if key not in ("policy", "set", "kernels", "self_test"):
             raise PolicyError(
-                f'additional_config["kvserve"] has an unknown key, {key!r}; it takes "policy", "set" and "kernels"'
+                f'additional_config["kvserve"] has an unknown key, {key!r}; '
+                'it takes "policy", "set", "kernels" and "self_test"'
             )
     source, changes = config.get("policy"), config.get("set") or {}
     if not isinstance(changes, Mapping):

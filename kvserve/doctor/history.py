@@ -1,0 +1,186 @@
+"""What one attention layer has to answer for one request, computed from the rows that the layer was given.
+
+Nothing here looks at the page arena, at block tables or at positions: a row's position is its place in the order of
+arrival. So whatever goes wrong between these rows and the layer's output shows as a difference to `expected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from kvserve.attention.base import LayerSpec
+from kvserve.attention.reference import ReferenceAttention
+from kvserve.pages.layout import PageLayout
+from kvserve.pages.reference import decode_page, encode_page, hadamard
+
+
+class LayerHistory:
+    """All rows of one request in one layer: as they came, and as the policy's codec leaves them.
+
+    Attributes:
+        exact: K and V as they came, float32 [kv_heads, tokens, 2, head_dim].
+        staged: K and V as dense slots keep them: rounded, V rotated where the policy rotates; the same shape.
+        sealed: finished tiles as their pages decode, V rotated; float32 [kv_heads, tiles * tile_tokens, 2, head_dim].
+        end: tokens between the sinks and it are kept in part; 0: the request was not cut.
+        kept: per KV head, what it keeps of them as kept pages decode, float32 [num_kept, 2, head_dim], V rotated.
+        kept_positions: per KV head, where those come from, int64 [num_kept], ascending.
+    """
+
+    def __init__(self, layout: PageLayout, spec: LayerSpec) -> None:
+        self.layout, self.spec = layout, spec
+        self._reference = ReferenceAttention(layout, spec)  # for its rounding alone
+        self.exact = torch.zeros(spec.num_kv_heads, 0, 2, layout.head_dim)
+        self.staged, self.sealed = self.exact, self.exact
+        self.end = 0
+        self.kept: list[torch.Tensor] = []
+        self.kept_positions: list[torch.Tensor] = []
+        self._forget_cuts()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.exact.shape[1]
+
+    def restart(self, num_tokens: int) -> None:
+        """Begin another request, whose first tokens are the last one's; it is not cut yet.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"a request begins with {num_tokens} tokens in its cache, {self.num_tokens} were seen")
+        self.exact, self.staged = self.exact[:, :num_tokens], self.staged[:, :num_tokens]
+        if self.layout.sections is not None:
+            self.sealed = self.sealed[:, : num_tokens // self.layout.tile_tokens * self.layout.tile_tokens]
+        self._forget_cuts()
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take in the rows of a step, [tokens, kv_heads, head_dim] each."""
+        key, value = key.detach().cpu(), value.detach().cpu()
+        rows = torch.stack([key.float(), value.float()], 2).transpose(0, 1)
+        self.exact = torch.cat([self.exact, rows], 1)
+        self.staged = torch.cat([self.staged, self._reference.stage(key, value).transpose(0, 1)], 1)
+        if self.layout.sections is None:
+            return
+        size = self.layout.tile_tokens
+        for first in range(self.sealed.shape[1], self.num_tokens // size * size, size):
+            heads = [self._coded_tile(head[first : first + size], first) for head in self.staged]
+            self.sealed = torch.cat([self.sealed, torch.stack(heads)], 1)
+
+    def _coded_tile(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        first_counted = self.layout.policy.sink_tokens if first == 0 else 0
+        page = encode_page(rows[:, 0], rows[:, 1], self.layout, first_counted)
+        return torch.stack(decode_page(page, self.layout), 1)
+
+    # -- cuts ------------------------------------------------------------------------------------------------------
+
+    def cut(self, first: int, ends: Sequence[int], chosen: Sequence[torch.Tensor]) -> None:
+        """Keep what an eviction chose: arguments as of `EvictionObserver.selected`."""
+        held = [self._held(head) for head in range(self.spec.num_kv_heads)]
+        (end,) = {self.num_tokens - len(positions) + last for (_, positions), last in zip(held, ends, strict=True)}
+        for head, (rows, positions) in enumerate(held):
+            index = chosen[head].cpu() + first
+            self.kept[head] = self._coded_again(rows[index])
+            self.kept_positions[head] = positions[index]
+        self.end = end
+
+    def _held(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a KV head holds as it is read, and its positions: sinks, kept tokens, tokens from `end` on."""
+        sinks = min(self.layout.policy.sink_tokens, self.num_tokens)
+        sealed = self.sealed.shape[1]
+        later = torch.cat([self.sealed[head, self.end :], self.staged[head, max(sealed, self.end) :]])
+        if not self.end:
+            later[:sinks] = self.staged[head, :sinks]
+            return later, torch.arange(self.num_tokens)
+        rows = torch.cat([self.staged[head, :sinks], self.kept[head], later])
+        positions = [torch.arange(sinks), self.kept_positions[head], torch.arange(self.end, self.num_tokens)]
+        return rows, torch.cat(positions)
+
+    def _coded_again(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as they come back from kept pages: tiles in order, the last one filled up with its last token."""
+        rows = torch.stack([rows[:, 0], self._rotate(self._rotate(rows[:, 1]))], 1)  # read unrotated, written rotated
+        parts = [rows[:0]]
+        for tile in rows.split(self.layout.tile_tokens) if len(rows) else ():
+            missing = self.layout.tile_tokens - len(tile)
+            filled = torch.cat([tile, tile[-1:].expand(missing, -1, -1)])
+            page = encode_page(filled[:, 0], filled[:, 1], self.layout)
+            parts.append(torch.stack(decode_page(page, self.layout), 1)[: len(tile)])
+        return torch.cat(parts)
+
+    def _forget_cuts(self) -> None:
+        heads = range(self.spec.num_kv_heads)
+        self.end = 0
+        self.kept = [torch.zeros(0, 2, self.layout.head_dim) for _ in heads]
+        self.kept_positions = [torch.zeros(0, dtype=torch.int64) for _ in heads]
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def expected(self, query: torch.Tensor) -> torch.Tensor:
+        """What the policy's cache must answer to the newest tokens' queries.
+
+        Args:
+            query: [rows, heads, head_dim] of the last `rows` tokens.
+
+        Returns:
+            float32 of the same shape.
+        """
+        tile_tokens, sinks = self.layout.tile_tokens, self.layout.policy.sink_tokens
+        is_seen, tokens = self._seen_since_cut(len(query))
+        is_sealed = torch.zeros_like(is_seen)
+        if self.layout.sections is not None:
+            is_sealed = (tokens < self._positions(len(query)) // tile_tokens * tile_tokens) & (tokens >= sinks)
+        sealed = self.sealed.shape[1]
+        rows = torch.cat([self._padded(self.kept), self.sealed, self.staged], 1)
+        masks = [self._kept_mask(len(query)), (is_seen & is_sealed)[:, :sealed], is_seen & ~is_sealed]
+        return self._rotate(self._attend(query, rows, masks))
+
+    def uncoded(self, query: torch.Tensor) -> torch.Tensor:
+        """The answer from the tokens that the policy holds, each as it came."""
+        is_seen, _ = self._seen_since_cut(len(query))
+        kept = self._padded([rows[at] for rows, at in zip(self.exact, self.kept_positions, strict=True)])
+        masks = [self._kept_mask(len(query)), is_seen]
+        return self._attend(query, torch.cat([kept, self.exact], 1), masks)
+
+    def dense(self, query: torch.Tensor) -> torch.Tensor:
+        """The answer of a cache that keeps every token as it came."""
+        return self._attend(query, self.exact, [self._seen(len(query))[0]])
+
+    def _positions(self, rows: int) -> torch.Tensor:
+        return torch.arange(self.num_tokens - rows, self.num_tokens)[:, None]
+
+    def _seen(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens a query sees, bool [rows, tokens], and the tokens' positions."""
+        positions, tokens = self._positions(rows), torch.arange(self.num_tokens)
+        is_seen = tokens <= positions
+        if self.spec.sliding_window is not None:
+            is_seen &= tokens > positions - self.spec.sliding_window
+        return is_seen, tokens
+
+    def _seen_since_cut(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        is_seen, tokens = self._seen(rows)
+        return is_seen & ((tokens < self.layout.policy.sink_tokens) | (tokens >= self.end)), tokens
+
+    @staticmethod
+    def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True)
+
+    def _kept_mask(self, rows: int) -> torch.Tensor:
+        """Bool [kv_heads, rows, most kept tokens]: which columns of the padded kept rows a head has."""
+        counts = torch.tensor([len(kept) for kept in self.kept])
+        has = torch.arange(int(counts.max())) < counts[:, None]
+        return has[:, None].expand(-1, rows, -1)
+
+    def _attend(self, query: torch.Tensor, rows: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+        """Softmax attention to rows [kv_heads, n, 2, head_dim] where the masks, put together, allow it."""
+        heads = self.spec.num_kv_heads
+        mask = torch.cat([m.expand(heads, *m.shape[-2:]) for m in masks], -1)[:, None]
+        grouped = query.detach().cpu().float().unflatten(1, (heads, self.spec.group)).permute(1, 2, 0, 3)
+        scores = grouped @ rows[:, None, :, 0].transpose(-1, -2) * self.spec.scale
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ rows[:, None, :, 1]).permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
+        value = self.layout.policy.value
+        return rows @ hadamard(self.layout.head_dim) if value is not None and value.rotate else rows

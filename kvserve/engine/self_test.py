@@ -1,0 +1,119 @@
+"""The self-test of a server: two short requests under the probe, before it answers any other.
+
+Seams: `EngineClient.generate`, `collective_rpc` and `reset_prefix_cache`. vLLM's API server initialises endpoint
+plugins after the engine and before it answers on its port, and ends where one raises.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from vllm.logger import init_logger
+
+from kvserve.checks import UnsupportedError
+from kvserve.doctor.distances import KERNEL_LIMIT, ProbeReport, complaints
+from kvserve.doctor.request import TestPlan, plan_test, prompt_tokens
+from kvserve.engine.device import device_type
+from kvserve.engine.settings import CONFIG_KEY, EngineSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.kvserve")
+
+EXTENSION_PATH = "kvserve.engine.probe_worker.ProbeWorker"
+
+
+class SelfTestError(RuntimeError):
+    """The server must not serve; the message says which layers are wrong, how far, and what to do."""
+
+
+def is_requested(config: VllmConfig) -> bool:
+    """Whether `additional_config` asks for the self-test; `kvserve serve` does unless told otherwise.
+
+    Raises:
+        UnsupportedError: the option that brings the probe into the workers is missing.
+    """
+    additional: Any = config.additional_config
+    section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    if not section or not section.get("self_test"):
+        return False
+    if config.parallel_config.worker_extension_cls != EXTENSION_PATH:
+        raise UnsupportedError(f"the self-test needs --worker-extension-cls {EXTENSION_PATH}")
+    return True
+
+
+def why_not(config: VllmConfig) -> str | None:
+    """Why a requested self-test cannot run on this engine; None: it can."""
+    parallel = config.parallel_config
+    if parallel.data_parallel_size > 1 or parallel._api_process_count > 1:
+        return "it needs one engine and one API server"
+    if device_type() != "cpu" and not config.model_config.enforce_eager:
+        return "on a GPU it needs --enforce-eager: nobody can look into a CUDA graph"
+    return None
+
+
+def describe(config: VllmConfig) -> str:
+    """What was asked for and what will happen, in one line."""
+    if not is_requested(config):
+        return "off"
+    reason = why_not(config)
+    return f"requested, but not run: {reason}" if reason else "requested, runs before the server answers"
+
+
+async def run_self_test(engine: Any, settings: EngineSettings) -> ProbeReport:
+    """Run both requests and judge.
+
+    Raises:
+        SelfTestError: the server must not serve.
+    """
+    config = engine.vllm_config.model_config
+    plan = plan_test(settings.layout(config.get_head_size()), config.max_model_len)
+    start = time.monotonic()
+    await engine.collective_rpc("kvserve_probe_start")
+    try:
+        num_tokens = await _run_requests(engine, plan)
+    finally:
+        ranks = await engine.collective_rpc("kvserve_probe_finish")
+    await engine.reset_prefix_cache()
+    report = ProbeReport.of_ranks(ranks)
+    found = complaints(report, num_tokens)
+    if found:
+        raise SelfTestError(
+            f"the self-test of policy {settings.policy.name} failed: {'; '.join(found)}. Run `kvserve doctor` with the "
+            "same model and policy to see every layer; --no-self-test serves anyway"
+        )
+    logger.info("%s", passed_line(report, time.monotonic() - start))
+    return report
+
+
+def passed_line(report: ProbeReport, seconds: float) -> str:
+    """What a self-test found, for the log."""
+    kernel, codec, cache = (report.worst(kind) for kind in ("kernel", "codec", "cache"))
+    return (
+        f"self-test passed in {seconds:.1f} s: kernels {kernel.kernel:.1g} (limit {KERNEL_LIMIT:g}), codec at most "
+        f"{codec.codec:.2f} in layer {codec.layer} (limit {codec.codec_limit:g}), whole cache at most "
+        f"{cache.cache:.2f} in layer {cache.layer}"
+    )
+
+
+async def _run_requests(engine: Any, plan: TestPlan) -> int:
+    """Both requests, one after the other; how many queries every layer answered for them."""
+    from vllm import SamplingParams
+
+    config = engine.vllm_config.model_config
+    tokenizer = None if config.skip_tokenizer_init else engine.get_tokenizer()
+    tokens = prompt_tokens(tokenizer, config.get_vocab_size(), plan.prompt_len)
+    num_tokens = 0
+    for length, outputs in ((plan.first_len, 1), (plan.prompt_len, plan.output_tokens)):
+        await engine.collective_rpc("kvserve_probe_begin")
+        params = SamplingParams(
+            max_tokens=outputs, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=plan.extra_args or None
+        )
+        prompt = {"prompt_token_ids": tokens[:length]}
+        async for output in engine.generate(prompt, params, request_id=f"kvserve-self-test-{uuid4()}"):
+            cached = output.num_cached_tokens or 0
+        num_tokens += length - cached + outputs - 1
+    return num_tokens
