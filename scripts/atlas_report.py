@@ -38,7 +38,7 @@ FAMILIES = {
     "kvserve": ("C0", "o"),
     "kvserve, evicting": ("C1", "s"),
     "kvpress": ("C2", "^"),
-    "transformers, quantised": ("C3", "D"),
+    "transformers": ("C3", "D"),
 }
 
 
@@ -133,7 +133,7 @@ def family_of(label: str) -> str:
 
 def peer_family(label: str) -> str:
     """Of a peer."""
-    return "transformers, quantised" if label.startswith("hf-") else "kvpress"
+    return "transformers" if label.startswith("hf-") else "kvpress"
 
 
 def point(label: str, family: str, memory: float, result: dict[str, Any]) -> Point:

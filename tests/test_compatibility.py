@@ -33,7 +33,8 @@ from kvserve.pages.plan import held_blocks, widest_request
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 
-NUM_TOKENS = 40
+NUM_TOKENS = 24
+LONG_ANSWER = 80  # fills the unfinished tile, and more
 NAMES = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
 SCHEMA = {"type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"]}
 CHOOSES_BY_REQUEST = ("random",)  # its texts differ from request to request
@@ -199,12 +200,12 @@ def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
     cells["chunked prefill"] = cells["preemption"] = FAILS
     with engine(model, policy, kv_cache_memory_bytes=256 * MIB, max_num_batched_tokens=1024) as llm:
         prompts = story_prompts(llm)
-        expected = [steps(one) for one in complete(llm, prompts, max_tokens=150)]
+        expected = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
         config = llm.llm_engine.vllm_config
         settings = EngineSettings.from_vllm_config(config)
         assert settings is not None
         report = EngineReport.from_vllm_config(config, settings)
-    longest = max(map(len, prompts)) + 150
+    longest = max(map(len, prompts)) + LONG_ANSWER
     blocks = 4 + max(len(prompts) * held_blocks(report.layout, len(prompts[0])), widest_request(report.layout, longest))
     bytes_of_pool = blocks * report.block_bytes
     with engine(
@@ -212,7 +213,7 @@ def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
     ) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
-            outputs = complete(llm, prompts, max_tokens=150)
+            outputs = complete(llm, prompts, max_tokens=LONG_ANSWER)
         assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
     if policy not in CHOOSES_BY_REQUEST:
         assert_same_texts(expected, [steps(one) for one in outputs])
