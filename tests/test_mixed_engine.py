@@ -62,7 +62,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(model: Path) -> Non
         expected = [steps(output) for output in generate(llm, prompts, max_tokens=150, logprobs=2)]
         (manager,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers
         layout = manager.layout
-    num_blocks = 3 * layout.blocks_for(len(prompts[0])) + 8
+    num_blocks = 2 * layout.blocks_for(len(prompts[0])) + 3  # two prompts, not their answers
     block_bytes = NUM_LAYERS * 3 * layout.cell_bytes
     with engine(model, "kivi-4bit", MIXED, kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
