@@ -145,7 +145,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
     for reason, applies in _REFUSED:
         if applies(hf_config) or applies(text):
             raise UnsupportedError(f"{name} {reason}; {_STOCK}")
-    _check_spared_layers(text, policy, name)
+    _check_layers(text, policy, name)
     head_dim = head_dim_of(text)
     if head_dim is None:
         return  # an unusual config: the plugin sees the real value
@@ -157,12 +157,15 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
         )
 
 
-def _check_spared_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
-    """Refuse spared layers that the model does not have, or that leave nothing for the others at the policy's rate."""
+def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
+    """Refuse layers that the model does not have, or spared ones that leave nothing for the others at the rate."""
     num_layers = num_layers_of(config)
-    if policy.eviction is None or num_layers is None:
+    if num_layers is None:
         return
     try:
+        policy.of_layers(num_layers)
+        if policy.eviction is None:
+            return
         spared = policy.eviction.spared_layers(num_layers)
         if policy.eviction.rate:
             check_rate(policy.eviction.rate, len(spared), num_layers)

@@ -513,6 +513,23 @@ def test_spared_layers_explained(capsys):
     assert memory[0] == memory[1], "the rate holds on average"
 
 
+def test_layers_with_other_codecs_explained(capsys):
+    import torch
+
+    from kvserve.pages.layout import PageLayout
+
+    layers = ["--policy-set", "layers.0=int8", "--policy-set", "layers.-1=dense"]
+    assert main(["policies", "kivi-2bit", *layers, "--num-layers", "10", "--head-dim", "64"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["layers.0.key.bits", "8"] in lines and ["layers.-1", "dense"] in lines
+    assert ["average", "over", "10", "layers", "(--num-layers),", "of", "which", "2", "have", "other", "pages"] in lines
+    bits = [
+        PageLayout.build(load_policy(name), 64, 64, torch.bfloat16).bits_per_element()
+        for name in ("int8", "kivi-2bit", "dense")
+    ]
+    assert ["bits", "per", "element", f"{(bits[0] + 8 * bits[1] + bits[2]) / 10:.2f}"] in lines
+
+
 def test_spared_layers_that_do_not_fit_are_refused_before_anything_starts(refusal, tmp_path):
     folder = model_folder(tmp_path, num_hidden_layers=8)
     serve = ("--policy", "snapkv", "--model", folder, "--policy-set")

@@ -119,6 +119,34 @@ def test_implementation_gets_the_layer_parameters() -> None:
     assert parameters(KvserveImpl.forward) == parameters(CPUAttentionBackendImpl.forward)
 
 
+def test_a_layer_is_registered_in_order_and_after_its_implementation_was_made() -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    source = inspect.getsource(Attention.__init__)
+    made, registered = "impl_cls(", "compilation_config.static_forward_context[prefix] = self"
+    assert 0 < source.index(made) < source.index(registered)
+
+
+def test_layers_lie_in_the_arena_in_the_order_in_which_they_were_registered() -> None:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+    from vllm.v1.worker import gpu_model_runner
+
+    config = VllmConfig()
+    config.cache_config.kv_cache_layout = KVCacheLayout.BHLNC.name
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8, state_content_bytes=43)
+    names = [f"model.layers.{index}.self_attn.attn" for index in range(12)]
+    groups = get_kv_cache_groups(config, dict.fromkeys(names, spec))
+    found = get_kv_cache_config_from_groups(config, groups, 100 * 12 * spec.page_size_bytes)
+    (tensor,) = found.kv_cache_tensors
+    assert [list(group.layer_names) for group in groups] == [names] and list(tensor.layers) == names
+    assert (tensor.offset, tensor.layer_stride, tensor.block_stride) == (0, 64 * 43, 12 * spec.page_size_bytes)
+    source = inspect.getsource(gpu_model_runner.GPUModelRunner.get_kv_cache_spec)
+    assert "get_layers_from_vllm_config" in source
+
+
 def test_stat_logger_base_keeps_its_hooks() -> None:
     from vllm.v1.metrics.loggers import StatLoggerBase
     from vllm.v1.metrics.stats import SchedulerStats

@@ -193,6 +193,12 @@ def test_what_a_gpu_cannot_do_is_refused(
         EngineSettings.from_vllm_config(gpu)
 
 
+def test_codecs_of_single_layers_are_refused_on_a_gpu(gpu: VllmConfig) -> None:
+    gpu.additional_config = {"kvserve": {"policy": "int8", "set": {"layers": {"0": "dense"}}}}
+    with pytest.raises(UnsupportedError, match="only the CPU kernels"):
+        EngineSettings.from_vllm_config(gpu)
+
+
 def test_the_backend_of_another_plugin_stays_in_place_and_is_refused(gpu: VllmConfig) -> None:
     try:
         register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
-from kvserve.pages.layout import PageLayout
+from kvserve.pages.layout import MixedLayout, PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 16
@@ -88,6 +88,8 @@ class PagedAttention(ABC):
     """
 
     def __init__(self, layout: PageLayout, spec: LayerSpec):
+        if isinstance(layout, MixedLayout):
+            raise ValueError("kernels need the layout of one layer, not of a pool whose layers differ")
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"num_heads {spec.num_heads} is not a multiple of num_kv_heads {spec.num_kv_heads}")
         if layout.head_dim % HEAD_DIM_MULTIPLE:

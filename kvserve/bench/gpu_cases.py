@@ -71,7 +71,7 @@ def layout_of(name: str, head_dim: int, dtype: torch.dtype, state_blocks: int = 
     """The page layout of a format, in blocks of 64 tokens."""
     bits = FORMATS[name]
     policy: Any = SimpleNamespace(name=name, is_dense=bits is None, has_pages=bits is not None, dense_pages=False)
-    policy.tile_tokens, policy.sink_tokens, policy.eviction = 64, 0, None
+    policy.tile_tokens, policy.sink_tokens, policy.eviction, policy.layers = 64, 0, None, ()
     policy.key = policy.value = None
     if bits is not None:
         policy.sink_tokens = bits[6]

@@ -116,6 +116,10 @@ def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -
     if layout.spared_layers:
         kept_whole = ", ".join(map(str, layout.spared_layers))
         rows.append(("kept whole", f"layers {kept_whole} of {num_layers} (--num-layers); the sizes above are averages"))
+    if policy.layers:
+        rows.append(
+            ("average", f"over {num_layers} layers (--num-layers), of which {len(policy.layers)} have other pages")
+        )
     _print_rows(console, "memory per KV head and layer", rows)
 
 
@@ -129,6 +133,8 @@ def _parameters(policy: Policy) -> list[tuple[str, str]]:
 
 
 def _flat(key: str, value: Any) -> list[tuple[str, str]]:
+    if value == {}:
+        return [(key, "dense" if "." in key else "none")]
     if isinstance(value, dict):
         return [row for inner, setting in value.items() for row in _flat(f"{key}.{inner}", setting)]
     return [(key, "none" if value == [] else str(value).lower())]

@@ -28,6 +28,8 @@ from kvserve.engine.device import LEAST_CAPABILITY, backend_name
 from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.pages.kept import num_layers_of
+from kvserve.pages.layout import MixedLayout
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
@@ -145,7 +147,23 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
-        self.attention = make_attention(self.settings.kernels, self.settings.layout(head_size), layer)
+        self.layout = self.settings.layout(head_size)
+        own = self.layout
+        if isinstance(self.layout, MixedLayout):
+            own = self.layout.layers[self._count_layers_before()]
+        self.attention = make_attention(self.settings.kernels, own, layer)
+
+    def _count_layers_before(self) -> int:
+        """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
+        assert isinstance(self.layout, MixedLayout)
+        context = get_current_vllm_config().compilation_config.static_forward_context
+        self.index = sum(isinstance(getattr(built, "impl", None), KvserveImpl) for built in context.values())
+        if self.index >= len(self.layout.layers):
+            raise UnsupportedError(
+                f"the model has more attention layers than the {len(self.layout.layers)} of its configuration, so "
+                "the policy's layers would name others than it says; drop layers"
+            )
+        return self.index
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -163,7 +181,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             return output.fill_(0)
         n = attn_metadata.num_actual_tokens
         shape = (-1, self.num_heads, self.head_size)
-        cells, batch, evictor = kv_cache.view(torch.uint8), attn_metadata.batch, attn_metadata.evictor
+        cells, batch, evictor = self._own_cells(kv_cache), attn_metadata.batch, attn_metadata.evictor
         received = evictor.before_layer(self.attention, cells) if evictor else None
         self.attention.forward(
             query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
@@ -178,3 +196,13 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if evictor:
             evictor.after_layer(self.attention, cells, query[:n].view(shape))
         return output
+
+    def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""
+        cells = kv_cache.view(torch.uint8)
+        if not isinstance(self.layout, MixedLayout):
+            return cells
+        _, place = num_layers_of(cells, self.layout)
+        if place != self.index:
+            raise RuntimeError(f"vLLM built this layer as number {self.index} and gives it the cells of {place}")
+        return self.layout.cells_of(cells, place)

@@ -98,11 +98,12 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
 
 def check_layers(settings: EngineSettings, num_cached: int) -> None:
     """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
-    eviction = settings.policy.eviction
-    if eviction and eviction.spare_layers and num_cached != settings.num_layers:
+    policy = settings.policy
+    named = "layers" if policy.layers else "eviction.spare_layers"
+    if (policy.layers or (policy.eviction and policy.eviction.spare_layers)) and num_cached != settings.num_layers:
         raise UnsupportedError(
-            f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, so eviction.spare_layers would "
-            "name others than it says; drop it"
+            f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, so {named} would name others "
+            "than it says; drop it"
         )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
-from kvserve.pages.layout import PageLayout
+from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.pages.plan import held_blocks
 from kvserve.policies.limits import request_limit
 
@@ -140,7 +140,8 @@ class EngineReport:
         table = Table(title=f"kvserve: policy {policy.name}", show_header=False, title_justify="left")
         rows = [
             ("keys / values", describe_codecs(layout)),
-            ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, all the same"),
+            ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, "
+             f"{describe_layers(layout)}"),
             ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
             ("kept dense", describe_dense(layout)),
             ("evicts", describe_eviction(layout)),
@@ -173,7 +174,16 @@ def describe_codecs(layout: PageLayout) -> str:
     return (
         f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; V {value.bits}-bit {rotation}; "
         f"{layout.bits_per_element():.2f} bits per element"
+        + (" on average over the layers" if isinstance(layout, MixedLayout) else "")
     )
+
+
+def describe_layers(layout: PageLayout) -> str:
+    """Which layers have other codecs than the policy's, in one line."""
+    if not isinstance(layout, MixedLayout):
+        return "all the same"
+    named = sorted(layer.index % len(layout.layers) for layer in layout.policy.layers)
+    return "all the same but " + "; ".join(f"layer {index}: {describe_codecs(layout.layers[index])}" for index in named)
 
 
 def describe_eviction(layout: PageLayout) -> str:

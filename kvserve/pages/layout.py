@@ -61,6 +61,7 @@ class PageLayout:
             headers of its kept pages and the queries it remembers.
         query_group: query heads of a KV head whose queries are remembered; 0: none are.
         num_layers: attention layers of the model; may be None where the policy spares none of them.
+        least_tail_blocks, least_sink_blocks: what other layers of the pool need, whose cells are smaller.
     """
 
     policy: Policy
@@ -71,6 +72,8 @@ class PageLayout:
     state_blocks: int = 0
     query_group: int = 0
     num_layers: int | None = None
+    least_tail_blocks: int = 0
+    least_sink_blocks: int = 0
 
     @classmethod
     def build(
@@ -87,6 +90,8 @@ class PageLayout:
         Raises:
             ValueError: head_dim, block_size or num_layers does not fit the policy; the message names the fix.
         """
+        if policy.layers:
+            return MixedLayout.of_layers(policy, head_dim, block_size, model_dtype, num_layers)
         if not policy.has_pages:
             if state_blocks:
                 raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
@@ -163,7 +168,8 @@ class PageLayout:
     @property
     def tail_blocks(self) -> int:
         """Blocks a request owns for its unfinished tile."""
-        return 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)
+        own = 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)
+        return max(own, self.least_tail_blocks)
 
     @property
     def private_blocks(self) -> int:
@@ -173,7 +179,7 @@ class PageLayout:
     @property
     def sink_blocks(self) -> int:
         """Blocks of dense sink tokens that go with tile block 0."""
-        return ceil(self.policy.sink_tokens / self.slots_per_cell)
+        return max(ceil(self.policy.sink_tokens / self.slots_per_cell), self.least_sink_blocks)
 
     @property
     def key_group(self) -> int:
@@ -213,6 +219,67 @@ class PageLayout:
         if self.sections is None:
             return float(self.dense_dtype.itemsize * 8)
         return self.sections.size_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
+
+
+@dataclass(frozen=True)
+class MixedLayout(PageLayout):
+    """A pool whose layers have different pages.
+
+    vLLM sees equal cells of the layers' mean size. The bytes of a (block, KV head), contiguous over the layers, are
+    divided otherwise: layer l has a cell of `layers[l].cell_bytes` behind those of the layers before it. All layers
+    read the same row of blocks, so tail and sinks have as many blocks as the layer with the smallest cells needs.
+
+    Attributes:
+        layers: the pages of each layer.
+    """
+
+    layers: tuple[PageLayout, ...] = ()
+
+    @classmethod
+    def of_layers(
+        cls, policy: Policy, head_dim: int, block_size: int, model_dtype: torch.dtype, num_layers: int | None
+    ) -> MixedLayout:
+        """As PageLayout.build, for a policy that gives layers their own codecs."""
+        if num_layers is None:
+            raise ValueError(f"policy {policy.name} names layers, so its layout needs num_layers")
+        policies = policy.of_layers(num_layers)
+        built = [PageLayout.build(layer, head_dim, block_size, model_dtype) for layer in policies]
+        tail, sinks = max(layer.tail_blocks for layer in built), max(layer.sink_blocks for layer in built)
+        layers = tuple(replace(layer, least_tail_blocks=tail, least_sink_blocks=sinks) for layer in built)
+        own = PageLayout.build(policy.model_copy(update={"layers": ()}), head_dim, block_size, model_dtype)
+        return cls(
+            policy, head_dim, block_size, own.dense_dtype, own.sections, num_layers=num_layers, least_tail_blocks=tail,
+            least_sink_blocks=sinks, layers=layers,
+        )  # fmt: skip
+
+    @property
+    def cell_bytes(self) -> int:
+        """The mean, in whole bytes a token and rounded up: what is over stays unused."""
+        total = sum(layer.cell_bytes for layer in self.layers)
+        return ceil(total / len(self.layers) / self.block_size) * self.block_size
+
+    @property
+    def tail_blocks(self) -> int:
+        return self.least_tail_blocks
+
+    @property
+    def sink_blocks(self) -> int:
+        return self.least_sink_blocks
+
+    def cells_of(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
+        """The cells of a layer, uint8 [num_blocks, num_kv_heads, cell_bytes].
+
+        Args:
+            cells: what vLLM gives that layer, uint8 [num_blocks, num_kv_heads, ...].
+        """
+        first = cells.storage_offset() - layer * self.cell_bytes
+        offset = sum(before.cell_bytes for before in self.layers[:layer])
+        shape = (*cells.shape[:2], self.layers[layer].cell_bytes)
+        return cells.as_strided(shape, (*cells.stride()[:2], 1), first + offset)
+
+    def bits_per_element(self) -> float:
+        """The mean over the layers."""
+        return sum(layer.bits_per_element() for layer in self.layers) / len(self.layers)
 
 
 def boost_channels(policy: Policy, head_dim: int) -> int:

@@ -5,6 +5,7 @@ A policy names parts and their parameters. It owns no allocation, no kernel and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -62,6 +63,20 @@ class ValueCodec(_Part):
         return self
 
 
+class LayerCodec(_Part):
+    """How the layer `index` (negative: from the end) writes its pages; without key and value they stay dense."""
+
+    index: Annotated[int, Field(strict=True)]
+    key: KeyCodec | None = None
+    value: ValueCodec | None = None
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> LayerCodec:
+        if (self.key is None) != (self.value is None):
+            raise ValueError(f"layers.{self.index}: give both key and value, or `dense`")
+        return self
+
+
 class Eviction(_Part):
     """Which tokens stay, how many, and when: a scorer, a budget and a schedule, each by its name and parameters.
 
@@ -100,13 +115,7 @@ class Eviction(_Part):
         Raises:
             ValueError: the model has no such layer, or no other layers.
         """
-        for index in self.spare_layers:
-            if not -num_layers <= index < num_layers:
-                raise ValueError(
-                    f"eviction.spare_layers names layer {index}, the model has the layers 0 to {num_layers - 1} "
-                    f"(-{num_layers} to -1 from the end)"
-                )
-        spared = tuple(sorted({index % num_layers for index in self.spare_layers}))
+        spared = tuple(sorted({layer_of(index, num_layers, "eviction.spare_layers") for index in self.spare_layers}))
         if len(spared) == num_layers:
             raise ValueError(
                 f"eviction.spare_layers names all {num_layers} layers, so nothing could be evicted; leave some out, or "
@@ -147,7 +156,8 @@ class Policy(_Part):
     `tile_tokens` tokens are sealed together in a page; until a tile is full its tokens stay dense in the request's own
     tail. The first `sink_tokens` tokens stay dense for good. `key` and `value` say how a page is written. Without them
     every token keeps the model's dtype: in pages with `dense_pages`, so that tokens can be evicted, or else in vLLM's
-    own blocks (the dense policy).
+    own blocks (the dense policy). `layers` gives some layers another codec: in YAML a mapping from the layer's index
+    to a policy's name, to `dense`, or to key and value.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -158,13 +168,34 @@ class Policy(_Part):
     key: KeyCodec | None = None
     value: ValueCodec | None = None
     dense_pages: bool = False
+    layers: tuple[LayerCodec, ...] = ()
     eviction: Eviction | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_by_index(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or not all(isinstance(codec, Mapping) for codec in content.values()):
+            return content
+        return [{"index": _layer_index(index), **codec} for index, codec in content.items()]
+
+    @field_serializer("layers")
+    def _layers_content(self, layers: tuple[LayerCodec, ...]) -> dict[str, Any]:
+        return {
+            str(layer.index): layer.model_dump(mode="json", exclude={"index"}, exclude_defaults=True)
+            for layer in layers
+        }
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Policy:
         if (self.key is None) != (self.value is None):
             raise ValueError("give both key and value, or neither (every token then keeps the model's dtype)")
+        if self.layers and self.eviction:
+            raise ValueError(
+                "a policy that evicts has one codec; leave out layers (eviction.spare_layers keeps layers whole)"
+            )
         if not self.has_pages:
+            if self.layers:
+                raise ValueError("layers needs pages: use codec: dense, or one that compresses, for example int8")
             if self.eviction:
                 raise ValueError("eviction needs pages: use codec: dense, or one that compresses, for example int8")
             if self.sink_tokens:
@@ -172,8 +203,9 @@ class Policy(_Part):
             return self
         if self.key and self.dense_pages:
             raise ValueError("dense_pages keeps keys and values as they are: leave out key and value, or dense_pages")
-        if self.key and self.key.group_size > self.tile_tokens:
-            raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
+        for key in (self.key, *(layer.key for layer in self.layers)):
+            if key and key.group_size > self.tile_tokens:
+                raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
         if self.sink_tokens >= self.tile_tokens:
             raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
         return self
@@ -181,9 +213,48 @@ class Policy(_Part):
     @property
     def is_dense(self) -> bool:
         """Whether every token keeps the model's dtype."""
-        return self.key is None
+        return self.key is None and all(layer.key is None for layer in self.layers)
 
     @property
     def has_pages(self) -> bool:
         """Whether tiles are sealed in pages, coded or dense."""
-        return self.dense_pages or not self.is_dense
+        return self.dense_pages or self.key is not None
+
+    def of_layers(self, num_layers: int) -> list[Policy]:
+        """The policy of each layer, which has no `layers`.
+
+        Raises:
+            ValueError: the model has no such layer, or one is named twice.
+        """
+        own = self.model_copy(update={"layers": ()})
+        policies, named = [own] * num_layers, set()
+        for layer in self.layers:
+            index = layer_of(layer.index, num_layers, "layers")
+            if index in named:
+                raise ValueError(f"layers names layer {index} of {num_layers} twice; leave one out")
+            named.add(index)
+            codec = {"key": layer.key, "value": layer.value, "dense_pages": layer.key is None}
+            policies[index] = own.model_copy(update=codec)
+        return policies
+
+
+def layer_of(index: int, num_layers: int, field: str) -> int:
+    """The layer that an index, from the end if negative, names.
+
+    Raises:
+        ValueError: there is no such layer; the message names `field`.
+    """
+    if not -num_layers <= index < num_layers:
+        raise ValueError(
+            f"{field} names layer {index}, the model has the layers 0 to {num_layers - 1} "
+            f"(-{num_layers} to -1 from the end)"
+        )
+    return index % num_layers
+
+
+def _layer_index(index: Any) -> Any:
+    """JSON has no whole numbers as keys."""
+    try:
+        return int(index) if isinstance(index, str) else index
+    except ValueError:
+        return index

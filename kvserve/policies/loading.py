@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,6 +153,17 @@ def _codec_of(name: Any) -> dict[str, Any]:
     return {key: content[key] for key in _CODEC_KEYS if key in content}
 
 
+def _layer_codec(index: Any, codec: Any) -> Any:
+    """Keys and values of one layer, where `codec` is the name of a shipped policy or `dense`."""
+    if not isinstance(codec, str):
+        return codec
+    try:
+        content = _codec_of(codec)
+    except PolicyError as error:
+        raise PolicyError(f"layers.{index}: {error}") from None
+    return {part: content[part] for part in ("key", "value") if part in content}
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted.strip():
@@ -160,7 +172,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise PolicyError(f"--policy-set {override}: the value is not a number, true, false or a word") from None
-    _set(content, dotted.strip().replace("-", "_"), value)
+    _set(content, re.sub(r"-(?!\d)", "_", dotted.strip()), value)  # layers.-1 is the last layer
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
@@ -175,8 +187,8 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
         if key not in model.model_fields or (depth == 0 and key in _DESCRIPTIVE):
             raise PolicyError(_unknown_key(dotted, _settable_keys()))
         nested = _nested_model(model.model_fields[key])
-        if nested is None and key in _PARTS:
-            break  # a scorer, budget or schedule checks its own keys
+        if nested is None and key in (*_PARTS, "layers"):
+            break  # a scorer, budget or schedule checks its own keys; those of layers are numbers
         if depth + 1 < len(keys):
             if nested is None:
                 raise PolicyError(_unknown_key(dotted, _settable_keys()))
@@ -201,6 +213,8 @@ def _settable_keys() -> list[str]:
 
 
 def _validate(content: dict[str, Any], label: str) -> Policy:
+    if isinstance(content.get("layers"), Mapping):
+        content["layers"] = {index: _layer_codec(index, codec) for index, codec in content["layers"].items()}
     try:
         return Policy.model_validate(content)
     except ValidationError as error:
@@ -213,6 +227,11 @@ def _sentence(error: ErrorDetails) -> str:
     dotted = ".".join(part for part in error["loc"] if isinstance(part, str))  # without places in lists
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["loc"][0] == "layers" and (len(error["loc"]) > 1 or error["type"] == "tuple_type"):
+        return (
+            f"{dotted} is {_show(error['input'])}; layers takes the name of a policy, dense, or key and value for each "
+            "index, for example {0: int8, -1: dense}"
+        )
     if any(part in _PARTS for part in error["loc"][:-1]):
         return f"{dotted} is {_show(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "missing" and error["loc"][0] == "eviction":
