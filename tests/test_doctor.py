@@ -152,7 +152,7 @@ class _Doubled(Damage):
 def test_cuts_cost_more_than_codes_and_the_cache_distance_counts_both() -> None:
     whole, cut = (Machine(load_policy(name)).run().layers[0] for name in ("int8", "streaming-llm"))
     assert whole.cache == whole.codec < 0.01
-    assert cut.codec < 0.01 < cut.cache
+    assert cut.codec < 0.01 and 0.3 < cut.cache, "of 12 rows behind the cut; those of the prompt lost nothing"
 
 
 def test_a_layer_can_answer_like_a_dense_cache() -> None:

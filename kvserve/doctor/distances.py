@@ -5,7 +5,8 @@ Three distances, each the size of a difference over the size of what it is compa
 kernel   from what the policy's cache must answer to the same rows (LayerHistory.expected). The worst single query row.
          Anything above rounding is a bug, a wrong table or broken memory.
 codec    from the exact answer of the tokens that the policy holds. Root mean square over all rows: what bits cost.
-cache    from a dense cache that holds every token, likewise: what bits and evictions cost together.
+cache    from a dense cache that holds every token, likewise: what bits and evictions cost together. Where the request
+         was evicted, over the rows since then.
 """
 
 from __future__ import annotations
@@ -25,14 +26,27 @@ class LayerDistances:
 
     def __init__(self, num_kv_heads: int) -> None:
         self._worst = torch.zeros(num_kv_heads, dtype=torch.float64)
+        self._was_cut = False
         self._squares = {kind: torch.zeros(2, num_kv_heads, dtype=torch.float64) for kind in ("codec", "cache")}
 
-    def add(self, output: torch.Tensor, expected: torch.Tensor, uncoded: torch.Tensor, dense: torch.Tensor) -> None:
-        """One step's query rows, all [rows, heads, head_dim]; `output` is what the layer answered."""
+    def add(
+        self, output: torch.Tensor, expected: torch.Tensor, uncoded: torch.Tensor, dense: torch.Tensor,
+        is_cut: bool = False,
+    ) -> None:  # fmt: skip
+        """One step's query rows, all [rows, heads, head_dim]; `output` is what the layer answered.
+
+        Args:
+            is_cut: whether the request was evicted before. From then on `cache` counts such rows alone: the many rows
+                of a prompt, which still sees all of itself, would hide what is lost.
+        """
+        if is_cut and not self._was_cut:
+            self._was_cut = True
+            self._squares["cache"].zero_()
         rounded = expected.to(output.dtype).double()  # what an exact kernel would have written
         found = output.detach().cpu().double()
         self._worst = torch.maximum(self._worst, self._by_head(_worst_row(found, rounded)).amax(-1))
-        for kind, wanted in (("codec", uncoded), ("cache", dense)):
+        kinds = {"codec": uncoded} | ({"cache": dense} if is_cut or not self._was_cut else {})
+        for kind, wanted in kinds.items():
             error, size = (rows.square().sum((0, 2)) for rows in (found - wanted, wanted.double()))
             self._squares[kind] += torch.stack([self._by_head(error).sum(-1), self._by_head(size).sum(-1)])
 

@@ -55,7 +55,8 @@ class LayerProbe:
         self.history.append(key, value)
         self.num_rows += len(query)
         dense = self.history.dense(query)
-        self.distances.add(output, self.history.expected(query), self.history.uncoded(query), dense)
+        wanted = (self.history.expected(query), self.history.uncoded(query), dense)
+        self.distances.add(output, *wanted, is_cut=self.history.end > 0)
         if self.answers_densely:
             output.copy_(dense.to(output.dtype))
 
