@@ -36,7 +36,7 @@ PEERS_PACKAGES = ("kvpress==0.5.5", "optimum-quanto==0.2.7", "ninja", "pydantic"
 RATES = ("2", "4", "8")
 ALL_RATES = ("kv-compress", "kv-compress-2bit", "snapkv")  # the other policies that evict run at RATE
 RATE = "4"
-TIMED = "stock,none,int8,kivi-4bit,kivi-2bit,boost-2bit,kv-compress@2,kv-compress@4,kv-compress@8,kv-compress-2bit@4"
+TIMED = "stock,kivi-4bit,kivi-2bit,boost-2bit,kv-compress@4,kv-compress@8,kv-compress-2bit@4"
 PROMPTS = ROOT / "build" / "atlas-prompts.json"
 SIZES = ("--tasks", "text,single-needle,multi-key-needle", "--questions", "inside", "--greedy", "0")
 FULL = ("--lengths", "1024", "--examples", "6", "--windows", "8", "--context", "1024", "--continuation", "96")
