@@ -29,6 +29,7 @@ from kvserve.bench.simulation import (
     simulate_values,
     simulated_attention,
 )
+from kvserve.cli.main import UsageError
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.policies.base import KeyCodec, Policy
@@ -73,6 +74,14 @@ def test_suites_that_cannot_run_are_named_as_left_out() -> None:
     options = parse(["--policies", "stock,kivi-2bit"])
     assert set(options.left_out) == {"identity", "quality", "server"}
     assert not set(options.left_out) & set(options.suites)
+
+
+def test_context_and_number_of_sequences_can_be_chosen() -> None:
+    assert (parse([]).sizes.context, parse([]).sizes.sequences) == (4096, 8)
+    sizes = parse(["--context", "1024", "--sequences", "3"]).sizes
+    assert (sizes.context, sizes.sequences) == (1024, 3)
+    with pytest.raises(UsageError, match="--sequences"):
+        parse(["--sequences", "0"])
 
 
 def test_result_files_do_not_say_where_things_lie() -> None:

@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--policies", default=DEFAULT_POLICIES, help="comma separated, NAME@RATE sets a rate; default: %(default)s"
     )
     parser.add_argument("--context", type=int, help="tokens of long prompts; default: 4096, with --quick 512")
+    parser.add_argument("--sequences", type=int, help="decoding together, in operator and step; default: 8")
     parser.add_argument("--suite", default="all", help=f"all, which leaves out server, or some of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
     parser.add_argument(
@@ -119,7 +120,7 @@ def parse(argv: Sequence[str]) -> Options:
     suites, left_out = _suites(given.suite, names, given.text is not None)
     quick = given.quick
     options = Options(
-        names=names, suites=suites, left_out=left_out, sizes=_sizes(quick, given.context),
+        names=names, suites=suites, left_out=left_out, sizes=_sizes(given),
         server=_server_sizes(given),
         repeats=_count("--repeats", given.repeats, 1 if quick else 5),
         throughput_repeats=_count("--throughput-repeats", given.throughput_repeats, 1 if quick else 2),
@@ -133,9 +134,13 @@ def parse(argv: Sequence[str]) -> Options:
     return options
 
 
-def _sizes(quick: bool, context: int | None) -> Sizes:
-    sizes = QUICK if quick else Sizes()
-    return replace(sizes, context=_count("--context", context, sizes.context))
+def _sizes(given: argparse.Namespace) -> Sizes:
+    sizes = QUICK if given.quick else Sizes()
+    return replace(
+        sizes,
+        context=_count("--context", given.context, sizes.context),
+        sequences=_count("--sequences", given.sequences, sizes.sequences),
+    )
 
 
 def _server_sizes(given: argparse.Namespace) -> ServerSizes:
