@@ -24,6 +24,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from kvserve.bench.machine import versions
 from kvserve.checks import UnsupportedError
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.backend import backend_for
@@ -71,12 +72,14 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 
 @pytest.fixture(scope="module", autouse=True)
 def result_file() -> Iterator[None]:
+    """A run of some of the tests changes their cells alone."""
     yield
-    if path := os.environ.get("KVSERVE_MATRIX"):
-        from kvserve.bench.machine import versions
-
-        content = {"command": ["make", "matrix"], "versions": versions(), "matrix": MATRIX}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if name := os.environ.get("KVSERVE_MATRIX"):
+        path = Path(name)
+        earlier = json.loads(path.read_text(encoding="utf-8"))["matrix"] if path.exists() else {}
+        matrix = {policy: earlier.get(policy, {}) | MATRIX.get(policy, {}) for policy in policy_names()}
+        content = {"command": ["make", "matrix"], "versions": versions(), "matrix": matrix}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def story_prompts(llm: LLM) -> list[list[int]]:
