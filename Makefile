@@ -64,6 +64,7 @@ matrix: setup
 	$(BIN)/python scripts/compatibility_table.py
 
 atlas: setup
+	$(BIN)/python -m pip install -q matplotlib
 	$(BIN)/python benchmarks/atlas.py $(ARGS)
 
 lint:

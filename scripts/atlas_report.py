@@ -224,22 +224,46 @@ def filled(text: str, atlas: Atlas) -> str:
 
 # -- the pictures ---------------------------------------------------------------------------------------------------
 
+LABEL_PIXELS, NEIGHBOUR_PIXELS = 11, 40  # height of a label; how near, across, labels could lie over each other
+
+Values = Sequence[tuple[Point | Timed, Estimate]]
+
+
+def draw_family(axes: Any, values: Values) -> None:
+    """Marks with intervals, by family, over memory; labels when the axes have their limits."""
+    for name, (color, marker) in FAMILIES.items():
+        family = [(one, value) for one, value in values if one.family == name]
+        look = {"color": color, "marker": marker, "linestyle": "", "capsize": 2, "alpha": 0.7}
+        plot(axes, [one.memory for one, _ in family], [value for _, value in family], look, name, 1)
+    memory_axis(axes)
+
+
+def add_labels(axes: Any, values: Values) -> None:
+    """Names beside the marks, pushed up where they would lie over one another."""
+    axes.figure.canvas.draw()
+    placed: list[tuple[float, float]] = []
+    for one, value in sorted(values, key=lambda pair: pair[1].value):
+        x, y = axes.transData.transform((one.memory, value.value))
+        top, side = y, -1 if one.family == "kvpress" else 1
+        for other_x, other_y in sorted(placed, key=lambda place: place[1]):
+            if abs(other_x - x - side * NEIGHBOUR_PIXELS) < NEIGHBOUR_PIXELS and abs(other_y - top) < LABEL_PIXELS:
+                top = other_y + LABEL_PIXELS
+        placed.append((x + side * NEIGHBOUR_PIXELS, top))
+        axes.annotate(
+            one.label, (x, y), (x + 9 * side, top - 3), xycoords="figure pixels", textcoords="figure pixels",
+            fontsize=7, color=FAMILIES[one.family][0], ha="left" if side > 0 else "right", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.5} if top > y else None,
+        )  # fmt: skip
+
 
 def draw_quality(points: Sequence[Point], path: Path) -> None:
     """Left perplexity with the front, right answers, over memory."""
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), layout="constrained")
-    for name, (color, marker) in FAMILIES.items():
-        family = [one for one in points if one.family == name]
-        look = {"color": color, "marker": marker, "linestyle": "", "capsize": 2}
-        plot(left, [one.memory for one in family], [one.perplexity for one in family], look, name, 1)
-        plot(right, [one.memory for one in family], [one.score for one in family], look, None, 1)
-        for one in family:
-            for axes, value in ((left, one.perplexity.value), (right, one.score.value)):
-                axes.annotate(
-                    one.label, (one.memory, value), (3, 3), textcoords="offset points", fontsize=7, color=color
-                )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(16, 9), layout="constrained")
+    perplexities, scores = ([(one, getattr(one, name)) for one in points] for name in ("perplexity", "score"))
+    draw_family(left, perplexities)
+    draw_family(right, scores)
     best = front(points)
     left.plot(
         [one.memory for one in best], [one.perplexity.value for one in best], color="0.6", zorder=0, label="front"
@@ -248,9 +272,11 @@ def draw_quality(points: Sequence[Point], path: Path) -> None:
     left.set_ylabel("perplexity over the dense cache, % (linear up to 10, then logarithmic)")
     left.legend(loc="upper left")
     right.set_ylabel("expected answers given, %")
-    for axes in (left, right):
-        memory_axis(axes)
-    figure.savefig(path, dpi=90)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    add_labels(left, perplexities)
+    add_labels(right, scores)
+    figure.savefig(path, dpi="figure")
 
 
 def draw_speed(timed: Sequence[Timed], path: Path) -> None:
@@ -258,22 +284,20 @@ def draw_speed(timed: Sequence[Timed], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for name, (color, marker) in FAMILIES.items():
-        family = [one for one in timed if one.family == name]
-        look = {"color": color, "marker": marker, "linestyle": "", "capsize": 2}
-        plot(axes, [one.memory for one in family], [one.speed for one in family], look, name, 1)
-        for one in family:
-            place = (one.memory, one.speed.value)
-            axes.annotate(one.label, place, (3, 3), textcoords="offset points", fontsize=7, color=color)
+    speeds = [(one, one.speed) for one in timed]
+    draw_family(axes, speeds)
     axes.axhline(1, color="0.6", zorder=0)
     axes.set_ylabel("decode step: times as fast as the dense cache of the same program")
     axes.legend(loc="upper left")
-    memory_axis(axes)
-    figure.savefig(path, dpi=90)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    add_labels(axes, speeds)
+    figure.savefig(path, dpi="figure")
 
 
 def memory_axis(axes: Any) -> None:
     axes.set_xscale("log", base=2)
+    axes.set_xlim(0.6, 16)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("fewer bytes than a 16-bit cache")
 
