@@ -38,6 +38,7 @@ ALL_RATES = ("kv-compress", "kv-compress-2bit", "snapkv")  # the other policies 
 RATE = "4"
 TIMED = "stock,kivi-4bit,kivi-2bit,boost-2bit,kv-compress@4,kv-compress@8,kv-compress-2bit@4"
 PROMPTS = ROOT / "build" / "atlas-prompts.json"
+QUICK_POLICIES, QUICK_TIMED = ["none", "kivi-2bit", "kv-compress@4"], "stock,kivi-2bit"
 SIZES = ("--tasks", "text,single-needle,multi-key-needle", "--questions", "inside", "--greedy", "0")
 FULL = ("--lengths", "1024", "--examples", "6", "--windows", "8", "--context", "1024", "--continuation", "96")
 QUICK = ("--lengths", "256", "--examples", "1", "--windows", "2", "--context", "256", "--continuation", "8")
@@ -124,13 +125,14 @@ def steps(folder: Path, prefix: str, python: str, model: str, quick: bool) -> li
     """All result files, in order."""
     parts = ("eval", "peers", "step", "peers-step")
     outs = {part: folder / f"{prefix}-atlas-{part}.json" for part in parts}
+    timed = QUICK_TIMED if quick else TIMED
     context, sequences, repeats = ("256", "2", "1") if quick else ("2048", "8", "3")
     kvserve = [sys.executable, "-m", "kvserve.cli"]
     peers = [python, str(ROOT / "benchmarks" / "atlas_peers.py")]
     commands = {
         "eval": [*kvserve, "eval", *evaluation_argv(quick)],
         "peers": [*peers, "quality", "--model", model, "--prompts", str(PROMPTS)],
-        "step": [*kvserve, "bench", "--suite", "step", "--policies", TIMED, "--context", context,
+        "step": [*kvserve, "bench", "--suite", "step", "--policies", timed, "--context", context,
                  *(["--quick"] if quick else ["--repeats", repeats])],
         "peers-step": [*peers, "speed", "--model", model, "--context", context, "--sequences", sequences,
                        "--repeats", repeats],
@@ -140,7 +142,7 @@ def steps(folder: Path, prefix: str, python: str, model: str, quick: bool) -> li
 
 def evaluation_argv(quick: bool) -> list[str]:
     """Options of `kvserve eval`."""
-    return ["--policies", ",".join(policies()), *SIZES, *(QUICK if quick else FULL)]
+    return ["--policies", ",".join(QUICK_POLICIES if quick else policies()), *SIZES, *(QUICK if quick else FULL)]
 
 
 def main() -> int:
@@ -149,7 +151,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results", help="of the result files")
     parser.add_argument("--prefix", default="atlas", help="of their names, for example the machine's")
     parser.add_argument("--peers-python", help="interpreter with kvpress and optimum-quanto; default: .venv-peers")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that the steps run; writes no page")
     options = parser.parse_args()
     model, python = str(prepare_default_model()), peers_python(options.peers_python)
     found = steps(options.folder.resolve(), options.prefix, python, model, options.quick)
@@ -158,6 +160,8 @@ def main() -> int:
     export_prompts(evaluation_argv(options.quick), PROMPTS)
     for step in found:
         step.run()
+    if options.quick:
+        return 0
     report = [sys.executable, str(ROOT / "scripts" / "atlas_report.py"), "--folder", str(options.folder)]
     return subprocess.call([*report, "--prefix", options.prefix])
 
