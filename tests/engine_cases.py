@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 # Read by vLLM when it is imported: no engine process, and leave the test process' CPU affinity alone.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
-from greedy import Step, steps_of
+from greedy import Step, assert_same_texts, steps_of
 from vllm import LLM, RequestOutput, SamplingParams
 
 from kvserve.engine.settings import scheduler_options
@@ -66,6 +67,30 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int = 8, **params: 
         temperature=0.0, max_tokens=max_tokens, ignore_eos=True, prompt_logprobs=0, detokenize=False, **params
     )
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+
+
+@contextmanager
+def counted_preemptions(llm: LLM) -> Iterator[Mock]:
+    """Counts preemptions in `call_count`."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
+        yield preempt
+
+
+def free_blocks(llm: LLM) -> int:
+    """Blocks of the pool that no request holds."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def assert_preempted_with_same_texts(
+    llm: LLM, prompts: list[list[int]], expected: list[list[Step]], num_blocks: int
+) -> None:
+    """In a pool of `num_blocks`, requests lose their blocks, get the `expected` texts, and give all blocks back."""
+    with counted_preemptions(llm) as preempt:
+        outputs = generate(llm, prompts, max_tokens=len(expected[0]), logprobs=2)
+    assert preempt.call_count > 0
+    assert_same_texts(expected, [steps(output) for output in outputs])
+    assert free_blocks(llm) == num_blocks - 1  # less vLLM's null block
 
 
 def prompt_logprobs(output: RequestOutput) -> list[float]:

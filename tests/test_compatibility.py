@@ -13,11 +13,10 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from engine_cases import MIB, STORY, encode, engine, steps
+from engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps
 from greedy import Step, assert_same_texts, differs_only_behind_a_near_tie
 from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -166,17 +165,15 @@ def test_an_answer_follows_a_json_schema(served: Served) -> str:
 
 @cell("abort")
 def test_an_aborted_request_gives_all_blocks_back(served: Served) -> str:
-    core = served.llm.llm_engine
-    pool = core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    before = pool.get_num_free_blocks()
+    core, before = served.llm.llm_engine, free_blocks(served.llm)
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     core.add_request("aborted", {"prompt_token_ids": served.prompts[0]}, params)
     while not any(len(output.outputs[0].token_ids) > 3 for output in core.step()):
         pass
-    assert pool.get_num_free_blocks() < before
+    assert free_blocks(served.llm) < before
     core.abort_request(["aborted"])
     core.step()
-    assert pool.get_num_free_blocks() == before
+    assert free_blocks(served.llm) == before
     return "yes"
 
 
@@ -222,10 +219,9 @@ def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
     with engine(
         model, policy, kv_cache_memory_bytes=bytes_of_pool, max_num_batched_tokens=100, max_model_len=longest
     ) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
+        with counted_preemptions(llm) as preempt:
             outputs = complete(llm, prompts, max_tokens=LONG_ANSWER)
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
+        assert free_blocks(llm) == blocks - 1
     if policy not in CHOOSES_BY_REQUEST:
         assert_same_texts(expected, [steps(one) for one in outputs])
     cells["chunked prefill"] = "yes"

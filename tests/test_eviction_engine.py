@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engine_cases import MIB, STORY, encode, engine, generate, steps, tokens
+from engine_cases import MIB, STORY, assert_preempted_with_same_texts, encode, engine, generate, steps, tokens
 from greedy import Step, assert_same_texts
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -188,9 +188,4 @@ def test_preemption_reaches_the_same_state(policy: str, changes: dict, prompts_h
     block_bytes = 30 * 3 * layout.cell_bytes
     num_blocks = prompts_held * layout.blocks_for(len(prompts[0])) + 8
     with engine(model, policy, changes, kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
-            outputs = generate(llm, prompts, max_tokens=150, logprobs=2)
-        assert preempt.call_count > 0
-        assert_same_texts(expected, [steps(output) for output in outputs])
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks - 1
+        assert_preempted_with_same_texts(llm, prompts, expected, num_blocks)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from engine_cases import MIB, STORY, encode, engine, generate, prompt_logprobs, steps, tokens
-from greedy import assert_same_texts
+from engine_cases import (
+    MIB,
+    STORY,
+    assert_preempted_with_same_texts,
+    encode,
+    engine,
+    generate,
+    prompt_logprobs,
+    steps,
+    tokens,
+)
 from vllm import SamplingParams
 
 from kvserve.default_model import prepare_default_model
@@ -65,9 +73,4 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(model: Path) -> Non
     num_blocks = 2 * layout.blocks_for(len(prompts[0])) + 3  # two prompts, not their answers
     block_bytes = NUM_LAYERS * 3 * layout.cell_bytes
     with engine(model, "kivi-4bit", MIXED, kv_cache_memory_bytes=num_blocks * block_bytes, max_model_len=700) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
-            outputs = generate(llm, prompts, max_tokens=150, logprobs=2)
-        assert preempt.call_count > 0
-        assert_same_texts(expected, [steps(output) for output in outputs])
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks - 1
+        assert_preempted_with_same_texts(llm, prompts, expected, num_blocks)

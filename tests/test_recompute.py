@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from engine_cases import MIB, STORY, encode, engine, generate, prompt_logprobs, steps
-from greedy import assert_same_texts
+from engine_cases import MIB, STORY, assert_preempted_with_same_texts, encode, engine, generate, prompt_logprobs, steps
 
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.report import EngineReport
@@ -42,9 +40,4 @@ def test_preemption_under_a_tiny_budget_gives_the_same_text(policy: str, model: 
     # Room for the six prompts and a little of what they generate.
     num_blocks = 6 * report.layout.blocks_for(len(prompts[0])) + 4
     with engine(model, policy, kv_cache_memory_bytes=num_blocks * report.block_bytes) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
-            outputs = generate(llm, prompts, max_tokens=150, logprobs=2)
-        assert preempt.call_count > 0
-        assert_same_texts(expected, [steps(output) for output in outputs])
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks - 1
+        assert_preempted_with_same_texts(llm, prompts, expected, num_blocks)

@@ -154,9 +154,8 @@ def select(scores: torch.Tensor, kept_tokens: torch.Tensor, held: torch.Tensor) 
         raise ValueError(f"heads with {held.tolist()} tokens cannot keep {kept_tokens.tolist()}")
     counts = kept_tokens.tolist()
     chosen = best(scores, counts)
-    return list(
-        torch.nonzero_static(chosen, size=sum(counts))[:, 1].split(counts)
-    )  # `nonzero` would read its size back
+    # `nonzero` would read its size back.
+    return list(torch.nonzero_static(chosen, size=sum(counts))[:, 1].split(counts))
 
 
 def best(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
