@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,15 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvpress import (
-    AdaKVPress,
-    ExpectedAttentionPress,
-    KeyDiffPress,
-    ObservedAttentionPress,
-    PyramidKVPress,
-    SnapKVPress,
-    TOVAPress,
-)
+from kvpress import ObservedAttentionPress
+from kvpress_parity import make_press
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,15 +37,7 @@ from kvserve.evals.tasks.base import score
 
 DENSE = "hf-dense"
 QUANTISED = {"hf-quanto-4bit": 4, "hf-quanto-2bit": 2}
-PRESSES: dict[str, Callable[..., Any]] = {
-    "snapkv": SnapKVPress,
-    "ada-snapkv": lambda **ratio: AdaKVPress(SnapKVPress(**ratio)),
-    "pyramidkv": PyramidKVPress,
-    "tova": TOVAPress,
-    "keydiff": KeyDiffPress,
-    "expected-attention": ExpectedAttentionPress,
-    "observed-attention": ObservedAttentionPress,
-}
+PRESSES = ("snapkv", "ada-snapkv", "pyramidkv", "tova", "keydiff", "expected-attention", "observed-attention")
 ALL_RATES = ("snapkv",)  # the others at RATE
 RATE, RATES = "4", ("2", "4", "8")
 TIMED = (DENSE, "snapkv@2", "snapkv@4", "snapkv@8", "ada-snapkv@4", *QUANTISED)
@@ -71,9 +56,8 @@ class Peer:
         return self.label.partition("@")[2]
 
     def press(self, num_tokens: int, kept_tokens: int) -> Any:
-        """The press that keeps `kept_tokens`: kvpress keeps int(n * (1 - ratio)), so half a token more is asked for."""
-        ratio = 0.0 if kept_tokens >= num_tokens else 1 - (kept_tokens + 0.5) / num_tokens
-        return PRESSES[self.label.partition("@")[0]](compression_ratio=ratio)
+        """The press that keeps `kept_tokens`."""
+        return make_press(self.label.partition("@")[0], num_tokens, kept_tokens)
 
     def cache(self, config: Any) -> Any:
         """An empty cache, with transformers' own parameters where it is quantised."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvserve.bench.engines import EngineConfig
-from kvserve.doctor.request import plan_test
+from kvserve.doctor.request import num_queries, plan_test
 from kvserve.evals.engine import EvalHost, Request
 
 HOST = "kvserve.doctor.engine:DoctorHost"
@@ -35,15 +35,11 @@ class DoctorHost(EvalHost):
         plan = plan_test(settings.layout(config.model_config.get_head_size()), config.model_config.max_model_len)
         self.llm.collective_rpc("kvserve_probe_start")
         num_tokens = 0
-        for length, outputs in ((plan.first_len, 1), (plan.prompt_len, plan.output_tokens)):
+        for length, params in plan.requests():
             self.llm.collective_rpc("kvserve_probe_begin")
-            params = SamplingParams(
-                max_tokens=outputs, temperature=0.0, ignore_eos=True, detokenize=False,
-                extra_args=plan.extra_args or None,
-            )  # fmt: skip
             prompt: Any = {"prompt_token_ids": tokens[:length]}
-            (output,) = self.llm.generate([prompt], params, use_tqdm=False)
-            num_tokens += length - (output.num_cached_tokens or 0) + outputs - 1
+            (output,) = self.llm.generate([prompt], SamplingParams(**params), use_tqdm=False)
+            num_tokens += num_queries(length, output.num_cached_tokens, params["max_tokens"])
         return {"ranks": self.llm.collective_rpc("kvserve_probe_finish"), "num_tokens": num_tokens}
 
     def record(self, context: list[int], forced: list[int], path: Path, dense_layers: list[int]) -> None:

@@ -39,6 +39,17 @@ class TestPlan:
 
     __test__ = False  # for pytest, which takes the name for a test's
 
+    def requests(self) -> list[tuple[int, dict[str, Any]]]:
+        """Length of the prompt and SamplingParams of both requests, in order."""
+        common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, "extra_args": self.extra_args or None}
+        lengths = ((self.first_len, 1), (self.prompt_len, self.output_tokens))
+        return [(length, {"max_tokens": outputs, **common}) for length, outputs in lengths]
+
+
+def num_queries(prompt_len: int, cached_tokens: int | None, output_tokens: int) -> int:
+    """Queries that every layer answers for a request; the last output token is not fed back."""
+    return prompt_len - (cached_tokens or 0) + output_tokens - 1
+
 
 def plan_test(layout: PageLayout, max_model_len: int) -> TestPlan:
     """The requests for one layout; shorter where the engine takes only short ones."""

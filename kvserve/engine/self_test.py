@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from kvserve.checks import UnsupportedError
 from kvserve.doctor.distances import KERNEL_LIMIT, ProbeReport, complaints
-from kvserve.doctor.request import TestPlan, plan_test, prompt_tokens
+from kvserve.doctor.request import TestPlan, num_queries, plan_test, prompt_tokens
 from kvserve.engine.device import device_type
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
 
@@ -107,13 +107,11 @@ async def _run_requests(engine: Any, plan: TestPlan) -> int:
     tokenizer = None if config.skip_tokenizer_init else engine.get_tokenizer()
     tokens = prompt_tokens(tokenizer, config.get_vocab_size(), plan.prompt_len)
     num_tokens = 0
-    for length, outputs in ((plan.first_len, 1), (plan.prompt_len, plan.output_tokens)):
+    for length, params in plan.requests():
         await engine.collective_rpc("kvserve_probe_begin")
-        params = SamplingParams(
-            max_tokens=outputs, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=plan.extra_args or None
-        )
         prompt = {"prompt_token_ids": tokens[:length]}
-        async for output in engine.generate(prompt, params, request_id=f"kvserve-self-test-{uuid4()}"):
-            cached = output.num_cached_tokens or 0
-        num_tokens += length - cached + outputs - 1
+        request_id = f"kvserve-self-test-{uuid4()}"
+        async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id):
+            cached = output.num_cached_tokens
+        num_tokens += num_queries(length, cached, params["max_tokens"])
     return num_tokens
