@@ -72,8 +72,13 @@ def test_16_bit_models_of_every_family_match_the_reference(family: str, dtype: t
     check(family, [70, 127], [20, 1], model_dtype=dtype, **SMALL)
 
 
+@pytest.mark.parametrize("family", ["kivi-2", "boosted"])
+def test_a_head_dim_that_is_no_power_of_two_matches_the_reference(family: str):
+    check(family, [64, 127], [1, 1], head_dim=96, **SMALL)
+
+
 @slow
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [96, 128, 160, 256])
 @pytest.mark.parametrize("family", ["dense", *FAMILIES])
 def test_every_head_dim_matches_the_reference(family: str, head_dim: int):
     check(family, [110, 127], [30, 1], head_dim=head_dim, **SMALL)
@@ -101,7 +106,7 @@ def test_a_sliding_window_hides_older_tokens(family: str, window: int):
 
 
 @slow
-@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize("head_dim", [80, 112])
 @pytest.mark.parametrize("family", ["dense", "dense-pages"])
 def test_a_dense_head_dim_that_is_no_power_of_two_matches_the_reference(family: str, head_dim: int):
     check(family, [70, 127], [20, 1], head_dim=head_dim, **SMALL)
@@ -255,7 +260,7 @@ def test_the_benchmark_times_the_formats_of_the_policies():
 
 @gpu
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["dense", *FAMILIES])
 def test_large_random_steps_match_the_reference_on_a_gpu(family: str, dtype: torch.dtype, head_dim: int, seed: int):
