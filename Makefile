@@ -9,7 +9,7 @@
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
 # Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
-POLICY ?= kivi-2bit
+POLICY ?= boost-2bit
 PORT ?= 8000
 MODEL ?=
 ARGS ?=

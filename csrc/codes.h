@@ -75,4 +75,15 @@ KVS_INLINE void dot_columns(const Codes& c, const Factors& f, int first, int lan
   }
 }
 
+// The same for a folded half block, which starts at column `first`, and no boosted rows: its upper and its lower rows.
+template <int BITS, int H, int SUBS>
+KVS_INLINE void dot_folded(const Codes& c, const int16_t* x, int first, int lane, float unit, VF (&sums)[H][SUBS]) {
+  const Codes half{c.base + int64_t(first) * BITS / 8 * c.rows, nullptr, c.rows / 2, 0};
+  VF lower[H][SUBS];
+  dot_columns<BITS, H, SUBS>(half, {x, nullptr, c.rows}, 0, lane, unit, sums);
+  dot_columns<BITS, H, SUBS>(half, {x + c.rows / 2, nullptr, c.rows}, LANES * SUBS, lane, unit, lower);
+  for (int h = 0; h < H; ++h)
+    for (int s = 0; s < SUBS; ++s) sums[h][s] += lower[h][s];
+}
+
 }  // namespace kvs

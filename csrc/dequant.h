@@ -14,13 +14,19 @@ constexpr int MAX_SCALES = 2 * 1024;  // keys: 128 tokens / 32 * 256 channels pa
 // Codes [rows][columns] to code * scale + low. `scales` is [columns / group][scale, low][rows].
 template <int bits>
 inline void decode_matrix(const uint8_t* codes, int rows, int columns, int group, const float* scales, float* out) {
-  constexpr int planes = 8 / bits, mask = (1 << bits) - 1;
-  for (int block = 0; block < columns; block += planes * LANES) {
-    float* panel = out + (ptrdiff_t)(block / COLUMNS) * rows * COLUMNS + block % COLUMNS;
+  constexpr int planes = 8 / bits, mask = (1 << bits) - 1, width = planes * LANES;
+  for (int block = 0; block < columns; block += width) {
+    const bool folded = columns - block < width;  // its right half are the lower rows of its left half
+    const int block_rows = folded ? rows / 2 : rows;
     const float* plane_scales[planes];
-    for (int plane = 0; plane < planes; ++plane)
-      plane_scales[plane] = scales + (ptrdiff_t)((block + plane * LANES) / group) * 2 * rows;
-    for (int row = 0; row < rows; row += 4, panel += 4 * COLUMNS)
+    float* panels[planes];
+    for (int plane = 0; plane < planes; ++plane) {
+      const bool lower = folded && plane >= planes / 2;
+      const int first_row = lower ? block_rows : 0, column = block + plane * LANES - (lower ? width / 2 : 0);
+      plane_scales[plane] = scales + (ptrdiff_t)(column / group) * 2 * rows + first_row;
+      panels[plane] = out + ((ptrdiff_t)(column / COLUMNS) * rows + first_row) * COLUMNS + column % COLUMNS;
+    }
+    for (int row = 0; row < block_rows; row += 4)
       for (int lane = 0; lane < LANES; lane += VL, codes += 4 * VL) {
         const VI words = load_words(codes);
 #pragma GCC unroll 4
@@ -29,7 +35,7 @@ inline void decode_matrix(const uint8_t* codes, int rows, int columns, int group
           for (int r = 0; r < 4; ++r) {
             const float* at = plane_scales[plane] + row + r;
             const VF x = to_float(words >> (8 * r + plane * bits) & mask) * at[0] + at[rows];
-            storeu(panel + r * COLUMNS + plane * LANES + lane, x);
+            storeu(panels[plane] + (ptrdiff_t)(row + r) * COLUMNS + lane, x);
           }
       }
   }
@@ -71,7 +77,7 @@ inline void decode_keys(const KvsLayout& layout, const uint8_t* page, float* out
   if (layout.boost_channels) add_boost(layout, page, scales, out);
 }
 
-// Values of a page (still rotated where the policy rotates): [head_dim / 64][tile_tokens][64 channels].
+// Values of a page (still rotated where the policy rotates): [head_dim / 64, rounded up][tile_tokens][64 channels].
 inline void decode_values(const KvsLayout& layout, const uint8_t* page, float* out) {
   float scales[MAX_SCALES];
   const int dim = layout.head_dim, tokens = layout.tile_tokens;

@@ -17,19 +17,23 @@ struct TileScratch {
   uint8_t codes[MAX_TILE * MAX_DIM], boost_codes[MAX_TILE * MAX_DIM];
 };
 
-// Bytes of codes [rows][columns] (rows a multiple of 4, columns of 128 / bits), as `pack_codes` in reference.py.
+// Bytes of codes [rows][columns] (rows a multiple of 8, columns of 64 / bits), as `pack_codes` in reference.py.
 inline void pack_codes(const uint8_t* codes, int rows, int columns, int bits, uint8_t* to) {
-  const int planes = 8 / bits, width = planes * 16;
-  for (int block = 0; block < columns; block += width)
-    for (int row = 0; row < rows; row += 4, to += 64)
-      for (int r = 0; r < 4; ++r) {
-        const uint8_t* from = codes + (row + r) * columns + block;
-        for (int lane = 0; lane < 16; ++lane) {
+  const int planes = 8 / bits, width = planes * LANES;
+  for (int block = 0; block < columns; block += width) {
+    const bool folded = columns - block < width;
+    const int block_rows = folded ? rows / 2 : rows;
+    const int lower = folded ? block_rows * columns - width / 2 : 0;  // what moves the right half of the planes
+    for (int row = 0; row < block_rows; row += 4, to += 4 * LANES)
+      for (int r = 0; r < 4; ++r)
+        for (int lane = 0; lane < LANES; ++lane) {
+          const uint8_t* from = codes + (row + r) * columns + block + lane;
           uint8_t packed = 0;
-          for (int plane = 0; plane < planes; ++plane) packed |= uint8_t(from[plane * 16 + lane] << (plane * bits));
+          for (int plane = 0; plane < planes; ++plane)
+            packed |= uint8_t(from[plane * LANES + (plane < planes / 2 ? 0 : lower)] << (plane * bits));
           to[4 * lane + r] = packed;
         }
-      }
+  }
 }
 
 // A stored affine code: value = code * scale + low, both as their float16 bits say.

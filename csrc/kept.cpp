@@ -40,7 +40,7 @@ void read_values(const KvsLayout& l, const uint8_t* page, int first, int last, f
   for (int t = first; t < last; ++t, to += l.head_dim) {
     const float* from = s.panels + (ptrdiff_t)t * COLUMNS;
     for (int d = 0; d < l.head_dim; d += COLUMNS, from += (ptrdiff_t)l.tile_tokens * COLUMNS)
-      std::copy(from, from + COLUMNS, to + d);
+      std::copy(from, from + std::min(COLUMNS, l.head_dim - d), to + d);
     if (l.value_rotated) hadamard(to, l.head_dim);
   }
 }

@@ -1,4 +1,4 @@
-// Orthonormal Walsh-Hadamard transform of one head row.
+// Orthonormal rotation of one head row (`hadamard` in kvserve/pages/reference.py).
 #pragma once
 #include <cmath>
 
@@ -26,7 +26,7 @@ KVS_INLINE VF lane_butterflies(VF x) {
 }
 
 // In place; n is a power of two and a multiple of 16. Its own inverse.
-inline void hadamard(float* x, int n) {
+inline void walsh_hadamard(float* x, int n) {
   for (int i = 0; i < n; i += VL) storeu(x + i, lane_butterflies(loadu(x + i)));
   for (int half = VL; half < n; half *= 2)
     for (int i = 0; i < n; i += 2 * half)
@@ -37,6 +37,12 @@ inline void hadamard(float* x, int n) {
       }
   const float norm = 1.0f / std::sqrt(float(n));
   for (int i = 0; i < n; i += VL) storeu(x + i, loadu(x + i) * norm);
+}
+
+// In place; n is a multiple of 16. Blocks of the largest power of two that divides it.
+inline void hadamard(float* x, int n) {
+  const int size = n & -n;
+  for (int i = 0; i < n; i += size) walsh_hadamard(x + i, size);
 }
 
 }  // namespace kvs

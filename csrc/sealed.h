@@ -3,6 +3,8 @@
 // Every phase (factors of q, dots, softmax, factors of p, dots) runs over all pages of the batch before the next one
 // starts: a phase is a chain of reductions, and the chains of different pages overlap.
 #pragma once
+#include <algorithm>
+
 #include "codes.h"
 #include "softmax.h"
 
@@ -10,7 +12,7 @@ namespace kvs {
 
 constexpr int MAX_PAGES = 4;     // of a batch
 constexpr int MAX_GROUPS = 8;    // of a page: 256 channels / 32
-constexpr int MAX_FACTORS = 4 * (256 + 64);  // of a page and head: groups of tokens * (channels + boosted ones)
+constexpr int MAX_FACTORS = 4 * (256 + 128);  // of a page and head: groups of tokens * (channels + boosted ones)
 
 // Per-thread buffers for MAX_PAGES pages and H <= MAX_HEADS heads.
 struct PageScratch {
@@ -72,16 +74,21 @@ KVS_INLINE VF scale_queries(const Heads& heads, const uint16_t* scale, float* x,
   return top;
 }
 
+// Factors of the boosted channels fill whole vectors; those behind them are 0.
+KVS_INLINE int boost_factors(const KvsLayout& l) { return (l.boost_channels + LANES - 1) / LANES * LANES; }
+
 // boost_x[h][r] = 4 * x[h][index[r]]. Returns max |boost_x|, per lane.
 template <int H>
-KVS_INLINE VF gather_boosted(const uint8_t* index, int rows, PageScratch& s) {
-  for (int r = 0; r < rows; ++r)
+KVS_INLINE VF gather_boosted(const KvsLayout& l, const uint8_t* index, PageScratch& s) {
+  const int factors = boost_factors(l);
+  for (int r = 0; r < l.boost_channels; ++r)
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) s.boost_x[h * MAX_SEALED_DIM + r] = s.x[h * MAX_SEALED_DIM + index[r]];
   VF top = {};
   for (int h = 0; h < H; ++h) {
     float* x = s.boost_x + h * MAX_SEALED_DIM;
-    for (int r = 0; r < rows; r += VL) {
+    std::fill(x + l.boost_channels, x + factors, 0.0f);
+    for (int r = 0; r < factors; r += VL) {
       const VF v = loadu(x + r) * 4.0f;
       storeu(x + r, v);
       top = vmax(top, vabs(v));
@@ -94,27 +101,27 @@ KVS_INLINE VF gather_boosted(const uint8_t* index, int rows, PageScratch& s) {
 template <int BITS, int H>
 KVS_INLINE void query_factors(const KvsLayout& l, const uint8_t* page, int group, int index, const Heads& heads,
                               PageScratch& s) {
-  const int rows = l.head_dim + l.boost_channels;
+  const int rows = l.head_dim + boost_factors(l);
   const uint16_t* scale = (const uint16_t*)(page + l.key_scales) + group * 2 * l.head_dim;
   const float limit = factor_limit<BITS>(rows);
   VF lows[H];
   VF tops = scale_queries<H>(heads, scale, s.x, lows);
-  if (l.boost_channels) tops = vmax(tops, gather_boosted<H>(page + l.key_boost_index, l.boost_channels, s));
+  if (l.boost_channels) tops = vmax(tops, gather_boosted<H>(l, page + l.key_boost_index, s));
   const float top = hmax(tops), inverse = top > 0 ? limit / top : 0.0f, unit = top / limit;
   s.unit[index] = unit;
   for (int h = 0; h < H; ++h) {
     int16_t* to = s.factors + (index * H + h) * rows;
     VF lost = round_factors(s.x + h * MAX_SEALED_DIM, l.head_dim, inverse, to);
     if (l.boost_channels)
-      lost += round_factors(s.boost_x + h * MAX_SEALED_DIM, l.boost_channels, inverse, to + l.head_dim);
+      lost += round_factors(s.boost_x + h * MAX_SEALED_DIM, boost_factors(l), inverse, to + l.head_dim);
     s.low_dot[index][h] = hsum(lows[h] + lost * (MIDDLE_CODE<BITS> * unit));
   }
 }
 
-// scores[h][t] = q[h] . K[t] for 16 * SUBS tokens of one group, from token `first` of the page on.
+// scores[h][t] = q[h] . K[t] for 16 * SUBS tokens of one group, from token `first` of the page on; `rows` factors a head.
 template <int BITS, int H, int SUBS>
-KVS_INLINE void score_columns(const Codes& codes, int first, int index, float* scores, const PageScratch& s) {
-  const int rows = codes.rows + codes.boost_rows;
+KVS_INLINE void score_columns(const Codes& codes, int rows, int first, int index, float* scores,
+                              const PageScratch& s) {
   const int16_t* x = s.factors + index * H * rows;
   for (int lane = 0; lane < LANES; lane += VL) {
     VF sums[H][SUBS];
@@ -130,7 +137,7 @@ KVS_INLINE void score_columns(const Codes& codes, int first, int index, float* s
 // scores[h][i * tile_tokens + t] = q[h] . K[t] of page i
 template <int BITS, int H>
 void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
-  const int groups = l.tile_tokens / l.key_group;
+  const int groups = l.tile_tokens / l.key_group, rows = l.head_dim + boost_factors(l);
   for (int i = 0; i < pages.count; ++i) {
     pages.prefetch_quarter(i, 0);
     for (int g = 0; g < groups; ++g) query_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, heads, s);
@@ -143,9 +150,9 @@ void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, Pag
     for (int g = 0; g < groups; ++g) {
       const int first = g * l.key_group, index = i * groups + g;
       if (l.key_group % 64)
-        score_columns<BITS, H, 2>(codes, first, index, scores, s);
+        score_columns<BITS, H, 2>(codes, rows, first, index, scores, s);
       else
-        for (int t = 0; t < l.key_group; t += 64) score_columns<BITS, H, 4>(codes, first + t, index, scores, s);
+        for (int t = 0; t < l.key_group; t += 64) score_columns<BITS, H, 4>(codes, rows, first + t, index, scores, s);
     }
   }
 }
@@ -193,9 +200,13 @@ KVS_INLINE void weight_factors(const KvsLayout& l, const uint8_t* page, int grou
 template <int BITS, int H, int SUBS>
 KVS_INLINE void weigh_columns(const Codes& codes, int first, int index, const Heads& heads, const PageScratch& s) {
   const int16_t* x = s.factors + index * H * codes.rows;
+  const bool folded = BITS == 2 && SUBS == 2 && heads.head_dim - first / 64 * 64 < 64;
   for (int lane = 0; lane < LANES; lane += VL) {
     VF sums[H][SUBS];
-    dot_columns<BITS, H, SUBS>(codes, {x, nullptr, codes.rows}, first, lane, s.unit[index], sums);
+    if (folded)
+      dot_folded<BITS, H, SUBS>(codes, x, first, lane, s.unit[index], sums);
+    else
+      dot_columns<BITS, H, SUBS>(codes, {x, nullptr, codes.rows}, first, lane, s.unit[index], sums);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
@@ -220,10 +231,9 @@ void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, Pag
     const Codes codes{pages.pages[i] + l.value_codes, nullptr, l.tile_tokens, 0};
     for (int g = 0; g < groups; ++g) {
       const int first = g * l.value_group, index = i * groups + g;
-      if (l.value_group % 64)
-        weigh_columns<BITS, H, 2>(codes, first, index, heads, s);
-      else
-        for (int d = 0; d < l.value_group; d += 64) weigh_columns<BITS, H, 4>(codes, first + d, index, heads, s);
+      int d = 0;
+      for (; d + 64 <= l.value_group; d += 64) weigh_columns<BITS, H, 4>(codes, first + d, index, heads, s);
+      for (; d < l.value_group; d += 32) weigh_columns<BITS, H, 2>(codes, first + d, index, heads, s);
     }
   }
 }

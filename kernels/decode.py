@@ -161,7 +161,7 @@ def store_rows(result, rows, row_mask, COLUMNS: tl.constexpr, G: tl.constexpr):
     """Write float32 [M, block_dim] to the rows at the addresses [M], turned back where values are rotated."""
     if G.rotated:
         for first in range(0, G.head_dim, COLUMNS):
-            turned = rotated_columns(result, first, COLUMNS, G.head_dim, rows.dtype.element_ty == tl.float32)
+            turned = rotated_columns(result, first, COLUMNS, rows.dtype.element_ty == tl.float32, G)
             d = first + tl.arange(0, COLUMNS)
             tl.store(rows[:, None] + d[None, :], turned.to(rows.dtype.element_ty), mask=row_mask[:, None])
     else:

@@ -34,23 +34,41 @@ def _affine(low, high, top: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(
-    section, codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, BY_COLUMN: tl.constexpr
-):
-    """Pack int32 codes [ROWS, COLUMNS], or [COLUMNS, ROWS] BY_COLUMN, as `pack_codes` does."""
-    PLANES: tl.constexpr = 8 // BITS
-    BLOCKS: tl.constexpr = COLUMNS // (16 * PLANES)
-    row_shift, plane_shift = 8 * tl.arange(0, 4), BITS * tl.arange(0, PLANES)
-    quad, block, lane = tl.arange(0, ROWS // 4), tl.arange(0, BLOCKS), tl.arange(0, 16)
-    if BY_COLUMN:
-        split = tl.reshape(codes, [BLOCKS, PLANES, 16, ROWS // 4, 4])
-        words = tl.sum(tl.sum(split << row_shift[None, None, None, None, :], 4) << plane_shift[None, :, None, None], 1)
-        at = block[:, None, None] * (ROWS * 4) + quad[None, None, :] * 16 + lane[None, :, None]
-    else:
-        split = tl.reshape(codes, [ROWS // 4, 4, BLOCKS, PLANES, 16])
-        words = tl.sum(tl.sum(split << plane_shift[None, None, None, :, None], 3) << row_shift[None, :, None, None], 1)
-        at = block[None, :, None] * (ROWS * 4) + quad[:, None, None] * 16 + lane[None, None, :]
-    tl.store(section.to(tl.pointer_type(tl.int32)) + at, words)
+def _store_key_codes(section, codes, G: tl.constexpr):
+    """Pack int32 codes [tile_tokens, block_dim], channels as rows, as `pack_codes` does."""
+    PLANES: tl.constexpr = 8 // G.key_bits
+    BLOCKS: tl.constexpr = G.tile_tokens // (16 * PLANES)
+    row_shift, plane_shift = 8 * tl.arange(0, 4), G.key_bits * tl.arange(0, PLANES)
+    block, lane = tl.arange(0, BLOCKS)[:, None, None], tl.arange(0, 16)[None, :, None]
+    quad = tl.arange(0, G.block_dim // 4)[None, None, :]
+    split = tl.reshape(codes, [BLOCKS, PLANES, 16, G.block_dim // 4, 4])
+    words = tl.sum(tl.sum(split << row_shift[None, None, None, None, :], 4) << plane_shift[None, :, None, None], 1)
+    at = block * (G.head_dim * 4) + quad * 16 + lane
+    exist = quad < G.head_dim // 4
+    tl.store(section.to(tl.pointer_type(tl.int32)) + at, words, mask=exist)
+
+
+@triton.jit
+def _store_value_codes(section, codes, G: tl.constexpr):
+    """Pack int32 codes [tile_tokens, block_dim] as `pack_codes` does; they are 0 from head_dim on."""
+    PLANES: tl.constexpr = 8 // G.value_bits
+    WIDTH: tl.constexpr = 16 * PLANES
+    BLOCKS: tl.constexpr = G.block_dim // WIDTH
+    QUADS: tl.constexpr = G.tile_tokens // 4
+    row_shift, plane_shift = 8 * tl.arange(0, 4), G.value_bits * tl.arange(0, PLANES)
+    split = tl.reshape(codes, [QUADS, 4, BLOCKS, PLANES, 16])
+    words = tl.sum(tl.sum(split << plane_shift[None, None, None, :, None], 3) << row_shift[None, :, None, None], 1)
+    quad, lane = tl.arange(0, QUADS)[:, None, None], tl.arange(0, 16)[None, None, :]
+    block = tl.arange(0, BLOCKS)[None, :, None]
+    to = section.to(tl.pointer_type(tl.int32))
+    exist = block < G.head_dim // WIDTH
+    tl.store(to + block * (QUADS * 16) + quad * 16 + lane, words, mask=exist)
+    if G.head_dim % WIDTH:
+        last: tl.constexpr = G.head_dim // WIDTH
+        halves = tl.reshape(tl.sum(tl.where(block == last, words, 0), 1), [2, QUADS // 2, 16])
+        folded = tl.sum(halves << (4 * tl.arange(0, 2))[:, None, None], 0)
+        quad = tl.arange(0, QUADS // 2)[:, None]
+        tl.store(to + last * (QUADS * 16) + quad * 16 + tl.arange(0, 16)[None, :], folded)
 
 
 @triton.jit
@@ -64,10 +82,10 @@ def _key_codes(grouped, low, high, BITS: tl.constexpr):
 
 @triton.jit
 def _boosted(low, high, G: tl.constexpr):
-    """Place [head_dim] of each channel among the boosted ones, ascending, and whether it is one (reference: widest)."""
-    spread = tl.max(high, 0) - tl.min(low, 0)
-    d = tl.arange(0, G.head_dim)
-    spread_column = tl.reshape(spread, [G.head_dim, 1])
+    """Place [block_dim] of each channel among the boosted ones, ascending, and whether it is one (the widest are)."""
+    d = tl.arange(0, G.block_dim)
+    spread = tl.where(d < G.head_dim, tl.max(high, 0) - tl.min(low, 0), float("-inf"))
+    spread_column = tl.reshape(spread, [G.block_dim, 1])
     before = (spread_column > spread[None, :]) | ((spread_column == spread[None, :]) & (d[:, None] < d[None, :]))
     chosen = tl.sum(before.to(tl.int32), 0) < G.boost_channels
     return tl.cumsum(chosen.to(tl.int32), 0) - 1, chosen
@@ -75,10 +93,10 @@ def _boosted(low, high, G: tl.constexpr):
 
 @triton.jit
 def _store_boost(page, fine, place, chosen, G: tl.constexpr):
-    """The upper two bits of the boosted channels' codes [tokens, head_dim], and the channels themselves."""
+    """The upper two bits of the boosted channels' codes [tokens, block_dim], and the channels themselves."""
     BLOCKS: tl.constexpr = G.tile_tokens // 64
-    d, block, lane = tl.arange(0, G.head_dim), tl.arange(0, BLOCKS), tl.arange(0, 16)
-    split = tl.reshape(fine >> 2, [BLOCKS, 4, 16, G.head_dim])
+    d, block, lane = tl.arange(0, G.block_dim), tl.arange(0, BLOCKS), tl.arange(0, 16)
+    split = tl.reshape(fine >> 2, [BLOCKS, 4, 16, G.block_dim])
     packed = tl.sum(split << (2 * tl.arange(0, 4))[None, :, None, None], 1).to(tl.uint8)
     in_block = (place // 4 * 64 + place % 4)[None, None, :] + (lane * 4)[None, :, None]
     at = page + G.key_boost_codes + block[:, None, None] * (G.boost_channels * 16) + in_block
@@ -89,7 +107,7 @@ def _store_boost(page, fine, place, chosen, G: tl.constexpr):
 @triton.jit
 def _encode_key(page, key, first_counted, G: tl.constexpr):
     T: tl.constexpr = G.tile_tokens
-    D: tl.constexpr = G.head_dim
+    D: tl.constexpr = G.block_dim
     GROUPS: tl.constexpr = T // G.key_group
     grouped = tl.reshape(key, [GROUPS, G.key_group, D])
     t = tl.arange(0, GROUPS)[:, None] * G.key_group + tl.arange(0, G.key_group)[None, :]
@@ -106,17 +124,18 @@ def _encode_key(page, key, first_counted, G: tl.constexpr):
         scale = tl.where(chosen[None, :], fine_scale, scale)
         stored_low = tl.where(chosen[None, :], fine_low, stored_low)
         _store_boost(page, tl.reshape(fine, [T, D]), place, chosen, G)
-    _store_codes(page + G.key_codes, tl.reshape(codes, [T, D]), D, T, G.key_bits, True)
-    at = tl.arange(0, GROUPS)[:, None] * (2 * D) + tl.arange(0, D)[None, :]
-    scales = (page + G.key_scales).to(tl.pointer_type(tl.float16))
-    tl.store(scales + at, scale.to(tl.float16))
-    tl.store(scales + at + D, stored_low.to(tl.float16))
+    _store_key_codes(page + G.key_codes, tl.reshape(codes, [T, D]), G)
+    group, d = tl.arange(0, GROUPS)[:, None], tl.arange(0, D)[None, :]
+    at = (page + G.key_scales).to(tl.pointer_type(tl.float16)) + group * (2 * G.head_dim) + d
+    exist = d < G.head_dim
+    tl.store(at, scale.to(tl.float16), mask=exist)
+    tl.store(at + G.head_dim, stored_low.to(tl.float16), mask=exist)
 
 
 @triton.jit
 def _encode_value(page, value, G: tl.constexpr):
     T: tl.constexpr = G.tile_tokens
-    D: tl.constexpr = G.head_dim
+    D: tl.constexpr = G.block_dim
     top: tl.constexpr = (1 << G.value_bits) - 1
     token = tl.arange(0, T)
     scales = (page + G.value_scales).to(tl.pointer_type(tl.float16))
@@ -124,20 +143,26 @@ def _encode_value(page, value, G: tl.constexpr):
         codes, scale = _symmetric(value, top, G)
         tl.store(scales + token, tl.minimum(scale, _FLOAT16_MAX).to(tl.float16))
     else:
-        GROUPS: tl.constexpr = D // G.value_group
-        grouped = tl.reshape(value, [T, GROUPS, G.value_group])
-        scale, low = _affine(tl.min(grouped, 2), tl.max(grouped, 2), top)
+        GROUPS: tl.constexpr = D // G.value_group if G.value_group < G.head_dim else 1
+        CHANNELS: tl.constexpr = D // GROUPS
+        group = tl.arange(0, GROUPS)[None, :]
+        grouped = tl.reshape(value, [T, GROUPS, CHANNELS])
+        in_head = group[:, :, None] * CHANNELS + tl.arange(0, CHANNELS)[None, None, :] < G.head_dim
+        smallest = tl.min(tl.where(in_head, grouped, float("inf")), 2)
+        scale, low = _affine(smallest, tl.max(tl.where(in_head, grouped, float("-inf")), 2), top)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         codes = tl.reshape(_code((grouped - low[:, :, None]) * inverse[:, :, None], top), [T, D])
-        at = tl.arange(0, GROUPS)[None, :] * (2 * T) + token[:, None]
-        tl.store(scales + at, scale.to(tl.float16))
-        tl.store(scales + at + T, low.to(tl.float16))
-    _store_codes(page + G.value_codes, codes.to(tl.int32), T, D, G.value_bits, False)
+        at = group * (2 * T) + token[:, None]
+        exist = group * CHANNELS < G.head_dim
+        tl.store(scales + at, scale.to(tl.float16), mask=exist)
+        tl.store(scales + at + T, low.to(tl.float16), mask=exist)
+    codes = tl.where((tl.arange(0, D) < G.head_dim)[None, :], codes, 0.0)
+    _store_value_codes(page + G.value_codes, codes.to(tl.int32), G)
 
 
 @triton.jit
 def _symmetric(value, top: tl.constexpr, G: tl.constexpr):
-    """Mid-rise codes [tokens, head_dim] and steps [tokens] (`quantise_symmetric`)."""
+    """Mid-rise codes [tokens, block_dim] and steps [tokens] (`quantise_symmetric`)."""
     half_top: tl.constexpr = top / 2
     step: tl.constexpr = _STEP_2 if G.value_bits == 2 else (_STEP_4 if G.value_bits == 4 else _STEP_8)
     scale = tl.maximum(tl.sqrt_rn(tl.sum(value * value, 1) / G.head_dim) * step, _MIN_SCALE)
@@ -145,7 +170,7 @@ def _symmetric(value, top: tl.constexpr, G: tl.constexpr):
     for _ in tl.static_range(2):
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         codes = _code(value * inverse[:, None] + half_top, top)
-        centred = codes - half_top
+        centred = tl.where((tl.arange(0, G.block_dim) < G.head_dim)[None, :], codes - half_top, 0.0)
         scale = tl.maximum(tl.div_rn(tl.sum(value * centred, 1), tl.sum(centred * centred, 1)), _MIN_SCALE)
     return codes, scale
 

@@ -32,6 +32,7 @@ class Geometry(NamedTuple):
 
     head_dim: int
     block_dim: int  # head_dim, rounded up to a power of two
+    rotation_dim: int  # channels that a rotation mixes: the largest power of two that divides head_dim
     num_kv_heads: int
     group: int
     group_rows: int  # rows of a dot that takes the query heads of one KV head: group, rounded up
@@ -54,6 +55,7 @@ class Geometry(NamedTuple):
     key_bits: int = 0
     key_group: int = 0
     boost_channels: int = 0
+    block_boost: int = 0  # boost_channels, rounded up to a power of two
     value_bits: int = 0
     value_group: int = 0
     rotated: bool = False
@@ -80,6 +82,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     common = Geometry(
         head_dim=layout.head_dim,
         block_dim=triton.next_power_of_2(layout.head_dim),
+        rotation_dim=layout.head_dim & -layout.head_dim,
         num_kv_heads=spec.num_kv_heads,
         group=spec.group,
         group_rows=group_rows,
@@ -109,6 +112,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     return paged._replace(
         **{name: getattr(layout, name) for name in ("key_group", "boost_channels", "value_group")},
         **{name: getattr(sections, name) for name in offsets},
+        block_boost=triton.next_power_of_2(layout.boost_channels) if layout.boost_channels else 0,
         key_bits=policy.key.bits,
         value_bits=policy.value.bits,
         rotated=policy.value.rotate,

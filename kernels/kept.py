@@ -18,41 +18,51 @@ READ_TOKENS = 32
 
 
 @triton.jit
-def _code_at(section, row, column, ALL_ROWS: tl.constexpr, BITS: tl.constexpr, mask):
+def _code_at(
+    section, row, column, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr, BITS: tl.constexpr, mask
+):  # fmt: skip
     """One code per element of row and column, which broadcast; section [N, 1] are addresses (load_codes in bytes)."""
-    in_block = column % (128 // BITS)
-    at = column // (128 // BITS) * (ALL_ROWS * 16) + row // 4 * 64 + in_block % 16 * 4 + row % 4
+    WIDTH: tl.constexpr = 128 // BITS
+    in_block = column % WIDTH
+    if ALL_COLUMNS % WIDTH:
+        lower = (column // WIDTH == ALL_COLUMNS // WIDTH) & (row >= ALL_ROWS // 2)
+        row = row - tl.where(lower, ALL_ROWS // 2, 0)
+        in_block += tl.where(lower, WIDTH // 2, 0)
+    at = column // WIDTH * (ALL_ROWS * 16) + row // 4 * 64 + in_block % 16 * 4 + row % 4
     byte = tl.load(section + at, mask=mask, other=0).to(tl.int32)
     return (byte >> (in_block // 16 * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def _page_key(pages, column, mask, G: tl.constexpr):
-    """Keys of tokens in column [N, 1] of the pages at the addresses [N, 1], float32 [N, head_dim]."""
-    d = tl.arange(0, G.head_dim)[None, :]
-    code = _code_at(pages + G.key_codes, d, column, G.head_dim, G.key_bits, mask)
+    """Keys of tokens in column [N, 1] of the pages at the addresses [N, 1], float32 [N, block_dim]."""
+    d = tl.arange(0, G.block_dim)[None, :]
+    in_head = mask & (d < G.head_dim)
+    code = _code_at(pages + G.key_codes, d, column, G.head_dim, G.tile_tokens, G.key_bits, in_head)
     for i in range(G.boost_channels):
         channel = tl.load(pages + G.key_boost_index + i, mask=mask, other=0).to(tl.int32)
-        upper = _code_at(pages + G.key_boost_codes, i, column, G.boost_channels, 2, mask)
+        upper = _code_at(pages + G.key_boost_codes, i, column, G.boost_channels, G.tile_tokens, 2, mask)
         code += tl.where(channel == d, 4 * upper, 0)
     at = column // G.key_group * (2 * G.head_dim) + d
     scales = (pages + G.key_scales).to(tl.pointer_type(tl.float16))
-    scale, low = tl.load(scales + at, mask=mask, other=0.0), tl.load(scales + at + G.head_dim, mask=mask, other=0.0)
+    scale = tl.load(scales + at, mask=in_head, other=0.0)
+    low = tl.load(scales + at + G.head_dim, mask=in_head, other=0.0)
     return code.to(tl.float32) * scale.to(tl.float32) + low.to(tl.float32)
 
 
 @triton.jit
 def _page_value(pages, column, mask, G: tl.constexpr):
-    """Values of tokens in column [N, 1] of the pages at the addresses [N, 1], float32 [N, head_dim]; still rotated."""
-    d = tl.arange(0, G.head_dim)[None, :]
-    code = _code_at(pages + G.value_codes, column, d, G.tile_tokens, G.value_bits, mask).to(tl.float32)
+    """Values of tokens in column [N, 1] of the pages at the addresses [N, 1], float32 [N, block_dim]; still rotated."""
+    d = tl.arange(0, G.block_dim)[None, :]
+    in_head = mask & (d < G.head_dim)
+    code = _code_at(pages + G.value_codes, column, d, G.tile_tokens, G.head_dim, G.value_bits, in_head).to(tl.float32)
     scales = (pages + G.value_scales).to(tl.pointer_type(tl.float16))
     if G.rotated:
         value = (code - 0.5 * ((1 << G.value_bits) - 1)) * tl.load(scales + column, mask=mask, other=0.0).to(tl.float32)
     else:
         at = d // G.value_group * (2 * G.tile_tokens) + column
-        low = tl.load(scales + at + G.tile_tokens, mask=mask, other=0.0).to(tl.float32)
-        value = code * tl.load(scales + at, mask=mask, other=0.0).to(tl.float32) + low
+        low = tl.load(scales + at + G.tile_tokens, mask=in_head, other=0.0).to(tl.float32)
+        value = code * tl.load(scales + at, mask=in_head, other=0.0).to(tl.float32) + low
     return value
 
 

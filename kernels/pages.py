@@ -116,18 +116,30 @@ def slot_of(table, t, is_sink, head, mask, block_stride, head_stride, G: tl.cons
 
 @triton.jit
 def load_codes(
-    section, row0, column0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALL_ROWS: tl.constexpr, BITS: tl.constexpr
-):
-    """Codes [row0.. + ROWS, column0.. + COLUMNS] of a matrix of ALL_ROWS rows, int32 [ROWS, COLUMNS] (pack_codes).
+    section, row0, column0, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALL_ROWS: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Codes [row0.. + ROWS, column0.. + COLUMNS] of a matrix of ALL_ROWS x ALL_COLUMNS, int32 [ROWS, COLUMNS].
 
-    A 32-bit word holds four rows of 8 / BITS columns that lie 16 apart; column0 starts a block of 128 / BITS columns.
+    A 32-bit word holds four rows of 8 / BITS columns that lie 16 apart (`pack_codes`); column0 starts a block of
+    128 / BITS columns. What is asked for outside the matrix is any code.
     """
     PLANES: tl.constexpr = 8 // BITS
     BLOCKS: tl.constexpr = COLUMNS // (16 * PLANES)
     quad = (row0 // 4 + tl.arange(0, ROWS // 4))[:, None, None]
     block = (column0 // (16 * PLANES) + tl.arange(0, BLOCKS))[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
-    words = tl.load(section.to(tl.pointer_type(tl.int32)) + block * (ALL_ROWS * 4) + quad * 16 + lane)
+    at = section.to(tl.pointer_type(tl.int32)) + block * (ALL_ROWS * 4) + quad * 16 + lane
+    if (ROWS <= ALL_ROWS) & (COLUMNS <= ALL_COLUMNS):
+        words = tl.load(at)
+    else:
+        inside = (quad < ALL_ROWS // 4) & (block * (16 * PLANES) < ALL_COLUMNS)
+        if ALL_COLUMNS % (16 * PLANES):
+            lower = (block == ALL_COLUMNS // (16 * PLANES)) & (quad >= ALL_ROWS // 8)
+            words = tl.load(at - tl.where(lower, ALL_ROWS * 2, 0), mask=inside, other=0)
+            words = tl.where(lower, words >> 4, words)  # a folded block has the lower rows in its right half
+        else:
+            words = tl.load(at, mask=inside, other=0)
     shift = 8 * tl.arange(0, 4)[:, None] + BITS * tl.arange(0, PLANES)[None, :]
     codes = (words[:, None, :, None, :] >> shift[None, :, None, :, None]) & ((1 << BITS) - 1)
     return tl.reshape(codes, [ROWS, COLUMNS])
@@ -156,6 +168,17 @@ def halves(page, offset, index):
 
 
 @triton.jit
+def channel_halves(page, offset, d, G: tl.constexpr):
+    """Float16 numbers of the channels d [block_dim] at `offset` of a page, as float32; 0 from head_dim on."""
+    at = (page + offset).to(tl.pointer_type(tl.float16)) + d
+    if G.block_dim == G.head_dim:
+        result = tl.load(at).to(tl.float32)
+    else:
+        result = tl.load(at, mask=d < G.head_dim, other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
 def sealed_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexpr, G: tl.constexpr):
     """query [M, block_dim] times the keys of one chunk, float32 [M, CHUNK]."""
     if G.dense_pages:
@@ -177,13 +200,15 @@ def _coded_scores(query, query_rows, row_mask, page, column0, CHUNK: tl.constexp
     D: tl.constexpr = G.head_dim
     DTYPE: tl.constexpr = query.dtype
     GROUPS: tl.constexpr = (CHUNK + G.key_group - 1) // G.key_group
-    d = tl.arange(0, D)
-    codes = as_float(load_codes(page + G.key_codes, 0, column0, D, CHUNK, D, G.key_bits), G.key_bits, DTYPE)
+    d = tl.arange(0, G.block_dim)
+    codes = load_codes(page + G.key_codes, 0, column0, G.block_dim, CHUNK, D, G.tile_tokens, G.key_bits)
+    codes = as_float(codes, G.key_bits, DTYPE)
     wide = query.to(tl.float32)
     scores = tl.zeros([query.shape[0], CHUNK], tl.float32)
     for g in tl.static_range(GROUPS):
         first = (column0 // G.key_group + g) * 2 * D
-        scale, low = halves(page, G.key_scales, first + d), halves(page, G.key_scales, first + D + d)
+        scale = channel_halves(page, G.key_scales + first * 2, d, G)
+        low = channel_halves(page, G.key_scales + (first + D) * 2, d, G)
         peak = tl.max(scale, 0) if tl.float16 == DTYPE else 1.0  # float16 has no room for query times scale
         part = peak * dot((wide * (scale / peak)[None, :]).to(DTYPE), codes)
         part += tl.sum(wide * low[None, :], 1)[:, None]
@@ -198,10 +223,18 @@ def _boost_scores(
     query_rows, row_mask, page, column0, first, peak, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr
 ):
     """What the two upper bits of the boosted channels add to the scores."""
-    index = tl.load(page + G.key_boost_index + tl.arange(0, G.boost_channels)).to(tl.int32)
-    query = tl.load(query_rows[:, None] + index[None, :], mask=row_mask[:, None], other=0.0).to(tl.float32)
+    i = tl.arange(0, G.block_boost)
+    boosted = row_mask[:, None]
+    if G.block_boost == G.boost_channels:
+        index = tl.load(page + G.key_boost_index + i).to(tl.int32)
+    else:
+        index = tl.load(page + G.key_boost_index + i, mask=i < G.boost_channels, other=0).to(tl.int32)
+        boosted &= (i < G.boost_channels)[None, :]
+    query = tl.load(query_rows[:, None] + index[None, :], mask=boosted, other=0.0).to(tl.float32)
     scale = halves(page, G.key_scales, first + index) / peak
-    codes = load_codes(page + G.key_boost_codes, 0, column0, G.boost_channels, CHUNK, G.boost_channels, 2)
+    codes = load_codes(
+        page + G.key_boost_codes, 0, column0, G.block_boost, CHUNK, G.boost_channels, G.tile_tokens, 2
+    )  # fmt: skip
     return 4.0 * peak * dot((query * scale[None, :]).to(DTYPE), as_float(codes, 2, DTYPE))
 
 
@@ -223,16 +256,17 @@ def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.cons
 @triton.jit
 def _coded_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr):
     """`sealed_values` of coded values; the scale of each token goes into its weight where a token has one scale."""
-    D: tl.constexpr = G.head_dim
+    D: tl.constexpr = G.block_dim
     T: tl.constexpr = G.tile_tokens
-    NUM_GROUPS: tl.constexpr = D // G.value_group
     token = row0 + tl.arange(0, CHUNK)
-    codes = load_codes(page + G.value_codes, row0, 0, CHUNK, D, T, G.value_bits)
-    if NUM_GROUPS > 1:
-        group = tl.arange(0, NUM_GROUPS)
-        at = group[None, :] * (2 * T) + token[:, None]
-        scales = tl.where(used[:, None], halves(page, G.value_scales, at), 0.0)
-        lows = tl.where(used[:, None], halves(page, G.value_scales, at + T), 0.0)
+    codes = load_codes(page + G.value_codes, row0, 0, CHUNK, D, T, G.head_dim, G.value_bits)
+    if G.value_group < G.head_dim:
+        NUM_GROUPS: tl.constexpr = D // G.value_group
+        group = tl.arange(0, NUM_GROUPS)[None, :]
+        at = (page + G.value_scales).to(tl.pointer_type(tl.float16)) + group * (2 * T) + token[:, None]
+        exist = used[:, None] & (group < G.head_dim // G.value_group)
+        scales = tl.load(at, mask=exist, other=0.0).to(tl.float32)
+        lows = tl.load(at + T, mask=exist, other=0.0).to(tl.float32)
         grouped = tl.reshape(as_float(codes, G.value_bits, tl.float32), [CHUNK, NUM_GROUPS, G.value_group])
         value = tl.reshape(grouped * scales[:, :, None] + lows[:, :, None], [CHUNK, D])
         result = dot(weights.to(DTYPE), value.to(DTYPE))
@@ -278,17 +312,20 @@ def dense_row(
 
 
 @triton.jit
-def rotated_columns(rows, first, COLUMNS: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr):
-    """Columns [first, first + COLUMNS) of rows [M, D] times the Hadamard matrix (`hadamard`), float32 [M, COLUMNS].
+def rotated_columns(rows, first, COLUMNS: tl.constexpr, EXACT: tl.constexpr, G: tl.constexpr):
+    """Columns [first, first + COLUMNS) of rows [M, block_dim] times the rotation (`hadamard`), float32 [M, COLUMNS].
 
     16-bit rows, and the two bfloat16 halves of float32 rows, run on tensor cores; float32 rows are only multiplied as
     such where EXACT.
     """
-    x = tl.arange(0, D)[:, None] & (first + tl.arange(0, COLUMNS))[None, :]
+    d, column = tl.arange(0, G.block_dim)[:, None], (first + tl.arange(0, COLUMNS))[None, :]
+    x = d & column & (G.rotation_dim - 1)
     x ^= x >> 4
     x ^= x >> 2
     x ^= x >> 1
     signs = (1 - 2 * (x & 1)).to(tl.float32)
+    if G.rotation_dim < G.block_dim:
+        signs = tl.where(d // G.rotation_dim == column // G.rotation_dim, signs, 0.0)
     if rows.dtype != tl.float32:
         sums = dot(rows, signs.to(rows.dtype))
     elif EXACT:
@@ -297,4 +334,4 @@ def rotated_columns(rows, first, COLUMNS: tl.constexpr, D: tl.constexpr, EXACT: 
         upper = rows.to(tl.bfloat16)
         lower = (rows - upper.to(tl.float32)).to(tl.bfloat16)
         sums = dot(upper, signs.to(tl.bfloat16)) + dot(lower, signs.to(tl.bfloat16))
-    return sums * (D**-0.5)
+    return sums * (G.rotation_dim**-0.5)

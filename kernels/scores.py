@@ -20,8 +20,10 @@ SCORE_ROWS = 32
 
 
 @triton.jit
-def _place_of_chunk(chunk, kept_tokens, end, stored, CHUNK: tl.constexpr, G: tl.constexpr):
+def place_of_chunk(chunk, kept_tokens, end, stored, sealed, CHUNK: tl.constexpr, G: tl.constexpr):
     """Where the tokens of a chunk are: sinks of an evicted request first, then its kept tokens, then those from `end`.
+
+    Of `stored` tokens, those before `sealed` are in pages.
 
     Returns:
         in_sequence: the chunk's place after the sink chunk, as `page_of_chunk` counts.
@@ -43,7 +45,6 @@ def _place_of_chunk(chunk, kept_tokens, end, stored, CHUNK: tl.constexpr, G: tl.
     in_page = is_kept
     is_dense = used
     if not G.dense:
-        sealed = stored // G.tile_tokens * G.tile_tokens
         in_page = is_kept | ((is_lead == 0) & (end + (in_sequence - kept_chunks) * CHUNK < sealed))
         is_dense = used & tl.where(is_kept, t < 0, (t < G.sink_tokens) | (t >= sealed))
     return in_sequence, in_page, is_dense, tl.where(is_kept, 0, t), column, used
@@ -65,8 +66,11 @@ def scores_kernel(
     kept_tokens, first_page = 0, 0
     if blocks is not None:
         first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
-    in_sequence, in_page, is_dense, t, column, used = _place_of_chunk(chunk, kept_tokens, end, stored, CHUNK, G)
-    in_tail = tl.full([CHUNK], 1, tl.int1) if G.dense else t >= stored // G.tile_tokens * G.tile_tokens
+    sealed = 0 if G.dense else stored // G.tile_tokens * G.tile_tokens
+    in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
+        chunk, kept_tokens, end, stored, sealed, CHUNK, G
+    )  # fmt: skip
+    in_tail = t >= sealed
     slots = slot_of(table, t, in_tail == 0, head, is_dense, block_stride, head_stride, G)
     has_dense = tl.max(is_dense.to(tl.int32), 0) > 0
     d = tl.arange(0, G.block_dim)

@@ -45,7 +45,7 @@ def stage_kernel(
     out += G.head_dim
     if G.rotated:
         for first in range(0, G.head_dim, COLUMNS):
-            turned = rotated_columns(rows, first, COLUMNS, G.head_dim, True)
+            turned = rotated_columns(rows, first, COLUMNS, True, G)
             columns = first + tl.arange(0, COLUMNS)
             tl.store(out + columns[None, :], _rounded(turned, G), mask=(token < num_tokens)[:, None])
     else:

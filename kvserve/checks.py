@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvserve.pages.head_dims import DENSE_HEAD_DIMS, check_compressed
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import check_rate
 
-COMPRESSED_HEAD_DIMS = (64, 128, 256)
-DENSE_HEAD_DIMS = range(32, 257, 16)
 # --attention-backend values that do not take kvserve's backend away.
 OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 
@@ -151,10 +150,11 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
         return  # an unusual config: the plugin sees the real value
     if head_dim not in DENSE_HEAD_DIMS:
         raise UnsupportedError(f"{name} has head_dim {head_dim}, kvserve supports multiples of 16 up to 256; {_STOCK}")
-    if not policy.is_dense and head_dim not in COMPRESSED_HEAD_DIMS:
-        raise UnsupportedError(
-            f"policy {policy.name} supports head_dim 64, 128 and 256, {name} has {head_dim}; use --policy none"
-        )
+    if not policy.is_dense:
+        try:
+            check_compressed(head_dim, policy.name, name)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
 
 
 def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:

@@ -1,6 +1,7 @@
 """Triton decides on import whether it interprets: without a GPU the kernels are imported under its interpreter."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,43 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+# Of the command line's tests. Imported where used: the GPU tests run without what the command line needs.
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Replaces the launch of a server by a record of what it would have been."""
+    from kvserve.cli import launch
+
+    calls = []
+    monkeypatch.setattr(launch, "launch", lambda *arguments: calls.append(arguments) or 0)
+    return calls
+
+
+@pytest.fixture
+def refusal(started, capsys):
+    """Runs a command line that must be refused, and returns its message."""
+
+    from kvserve.cli import main
+
+    def run(*arguments):
+        assert main(list(arguments)) == 2
+        assert started == []
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("kvserve: error: ") and output.err.count("\n") == 1
+        return output.err
+
+    return run
+
+
+@pytest.fixture
+def default_model(monkeypatch):
+    """There is one, with the config of LLAMA."""
+    from cli_cases import LLAMA
+
+    from kvserve.cli import launch, serve
+
+    monkeypatch.setattr(launch, "prepare_default_model", lambda: Path("/cache/default"))
+    monkeypatch.setattr(serve, "read_model_config", lambda model: LLAMA)

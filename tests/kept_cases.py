@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from attention_cases import POISON, make_batch
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.base import Batch, LayerSpec, PagedAttention, Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.pages.kept import Kept, KeptTable, pages_per_block
 from kvserve.pages.layout import PageLayout
@@ -19,6 +19,7 @@ from kvserve.policies.base import Policy
 
 NUM_LAYERS = 3
 LAYERS = (0, 2)  # attended to; the middle layer's cells hold nothing but kept pages of the others
+SPARE = 7  # columns behind all tokens
 ABSURD = 1 << 30  # a block id that crashes whoever follows it
 
 
@@ -59,6 +60,25 @@ class KeptCase:
         key, value = (self.new_rows(rows) for rows in (self.key[layer], self.value[layer]))
         attention.forward(query, key, value, arena[:, :, layer], batch or self.batch, output, lse)
         return output, lse
+
+    def received(
+        self, attention: PagedAttention, layer: int, power: int, asked: list[int], batch: Batch | None = None
+    ) -> dict[int, torch.Tensor]:
+        """What the tokens of the requests `asked` received, on top of ones, and SPARE columns behind them.
+
+        Args:
+            batch: this case's, on the device to run on; None: on the CPU.
+        """
+        batch = batch or self.batch
+        device, query = batch.seq_lens.device, torch.cat(self.query[layer])
+        columns = {r: self.asks[r].computed + self.asks[r].new + SPARE for r in asked}
+        sums = {r: torch.ones(self.spec.num_kv_heads, n, device=device) for r, n in columns.items()}
+        key, value = (self.new_rows(rows).to(device) for rows in (self.key[layer], self.value[layer]))
+        cells, query = self.arena.clone().to(device)[:, :, layer], query.to(device)
+        attention.forward(
+            query, key, value, cells, batch, torch.empty_like(query), received=Received(power, sums)
+        )  # fmt: skip
+        return {r: table.cpu() for r, table in sums.items()}
 
     def new_rows(self, rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([r[ask.computed :] for r, ask in zip(rows, self.asks, strict=True)])

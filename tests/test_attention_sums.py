@@ -122,7 +122,7 @@ def test_the_reference_pays_to_what_each_head_of_an_evicted_request_holds(family
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_codec_and_head_dim_matches_the_reference(family: str, head_dim: int, isa: str):
     case = stored_case(family, (1, 63, 64, 65, 200), head_dim=head_dim)

@@ -300,8 +300,8 @@ def test_disjoint_slices_share_no_place_and_fewer_are_the_first_of_more() -> Non
 # -- simulation -----------------------------------------------------------------------------------------------------
 
 
-def random_rows(heads: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(heads, tokens, 64, generator=torch.Generator().manual_seed(seed))
+def random_rows(heads: int, tokens: int, seed: int = 0, head_dim: int = 64) -> torch.Tensor:
+    return torch.randn(heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed))
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -323,15 +323,16 @@ def test_a_simulated_policy_is_plain_attention_within_the_first_tile_and_close_t
     assert (fine - expected).square().mean() < 1e-4 * expected.square().mean()
 
 
+@pytest.mark.parametrize("head_dim", [64, 96])
 @pytest.mark.parametrize("name", ["int8", "kivi-4bit", "kivi-2bit", "boost-2bit"])
-def test_the_simulation_agrees_with_the_pages_it_does_not_know(name: str) -> None:
+def test_the_simulation_agrees_with_the_pages_it_does_not_know(name: str, head_dim: int) -> None:
     policy = load_policy(name)
     assert policy.key is not None and policy.value is not None
-    layout = PageLayout.build(policy, 64, policy.tile_tokens, torch.float32)
-    key, value = random_rows(1, 64, 1), random_rows(1, 64, 2)
-    stored = value[0] @ hadamard(64) if policy.value.rotate else value[0]
+    layout = PageLayout.build(policy, head_dim, policy.tile_tokens, torch.float32)
+    key, value = random_rows(1, 64, 1, head_dim), random_rows(1, 64, 2, head_dim)
+    stored = value[0] @ hadamard(head_dim) if policy.value.rotate else value[0]
     page_key, page_value = decode_page(encode_page(key[0], stored, layout, policy.sink_tokens), layout)
-    read = page_value @ hadamard(64) if policy.value.rotate else page_value
+    read = page_value @ hadamard(head_dim) if policy.value.rotate else page_value
     sinks = policy.sink_tokens
     found = simulate_keys(key, policy.key, policy.tile_tokens, sinks)[0]
     assert (found[sinks:] - page_key[sinks:]).square().mean() < 1e-6
@@ -346,9 +347,10 @@ def test_sinks_do_not_widen_the_range_of_their_group() -> None:
 
 
 def test_the_fast_hadamard_transform_is_orthonormal() -> None:
-    x = random_rows(1, 8)
-    torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), x)
-    torch.testing.assert_close(hadamard_transform(x), x @ hadamard(64))
+    for head_dim in (64, 96):
+        x = random_rows(1, 8, head_dim=head_dim)
+        torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), x)
+        torch.testing.assert_close(hadamard_transform(x), x @ hadamard(head_dim))
 
 
 def test_quantised_values_stay_within_half_a_step() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_manager import Simulation
 
 from kvserve.attention.base import LayerSpec
-from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError, check_model
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import MixedLayout, PageLayout
@@ -42,7 +42,7 @@ def arena_views(layout: MixedLayout, num_blocks: int, num_kv_heads: int) -> tupl
 
 @given(
     codecs=st.lists(st.sampled_from(CODECS), min_size=1, max_size=6), base=st.sampled_from(CODECS),
-    head_dim=st.sampled_from([64, 128, 256]), block_size=st.sampled_from([64, 128]),
+    head_dim=st.sampled_from([64, 96, 128, 256]), block_size=st.sampled_from([64, 128]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_every_byte_of_the_arena_belongs_to_one_layer_at_most(codecs, base, head_dim, block_size) -> None:
@@ -71,15 +71,20 @@ def test_all_layers_read_the_same_row_of_blocks() -> None:
     assert layout.layers[0].tail_blocks == alone.tail_blocks > 1
 
 
-@pytest.mark.parametrize("base", ["kivi-2bit", "dense"])
-def test_each_layer_attends_in_the_shared_arena_as_the_reference_does_in_its_own(base: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [("kivi-2bit", "native"), ("dense", "native"), pytest.param("kivi-2bit", "triton", marks=pytest.mark.slow)],
+)
+def test_each_layer_attends_in_the_shared_arena_as_the_reference_does_in_its_own(base: str, kind: str) -> None:
     """Prefill in two chunks and decode, layer after layer in every step."""
+    if kind == "triton":
+        pytest.importorskip("triton")
     layout = mixed({0: "dense", 1: "boost-2bit", -1: "int8"}, 4, base)
     spec, total = LayerSpec(4, 2, 0.125), 205
     generator = torch.Generator().manual_seed(0)
     arena, views = arena_views(layout, layout.blocks_for(total) + 2, 2)
     row = torch.randperm(len(arena), generator=generator).int()[None, : layout.blocks_for(total)]
-    kernels = [NativeAttention(layer, spec) for layer in layout.layers]
+    kernels = [make_attention(kind, layer, spec) for layer in layout.layers]
     references = [ReferenceAttention(layer, spec) for layer in layout.layers]
     alone, reference_cells = (
         [torch.full((len(arena), 2, layer.cell_bytes), POISON, dtype=torch.uint8) for layer in layout.layers]
@@ -161,4 +166,4 @@ def test_a_model_without_such_layers_is_refused_by_its_config(layers: dict[int, 
 
 def test_kernels_take_the_pages_of_one_layer_only() -> None:
     with pytest.raises(ValueError, match="layout of one layer"):
-        NativeAttention(mixed({0: "int8"}, 2), LayerSpec(2, 2, 1.0))
+        make_attention("native", mixed({0: "int8"}, 2), LayerSpec(2, 2, 1.0))

@@ -40,7 +40,7 @@ def check(isa: str, *arguments, tolerance: float = TOLERANCE, **options) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_matches_the_reference_for_every_codec_and_head_dim(family: str, head_dim: int, isa: str):
     check(isa, family, LENGTHS, head_dim=head_dim)

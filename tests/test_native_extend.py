@@ -63,7 +63,7 @@ def test_chunks_that_start_and_end_around_a_tile_border_match_the_reference(fami
     check(case)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_head_dim_matches_the_reference(family, head_dim):
     check(build_case(make_policy(family), computed=[110], new_tokens=[30], head_dim=head_dim, num_kv_heads=1))

@@ -8,6 +8,7 @@ from attention_cases import make_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, quantise_min_max, unpack_codes
 from kvserve.policies.base import KeyCodec, Policy, ValueCodec
@@ -28,12 +29,12 @@ def random_tile(layout: PageLayout, seed: int = 0) -> tuple[torch.Tensor, torch.
 @settings(max_examples=30, deadline=None)
 @given(
     bits=st.sampled_from([2, 4, 8]),
-    quads=st.integers(1, 20),
-    blocks=st.integers(1, 3),
+    quads=st.integers(1, 10).map(lambda pairs: 2 * pairs),
+    blocks=st.sampled_from([0.5, 1, 1.5, 2, 3]),
     seed=st.integers(0, 1000),
 )
 def test_unpacking_undoes_packing(bits: int, quads: int, blocks: int, seed: int):
-    rows, columns = 4 * quads, blocks * 128 // bits
+    rows, columns = 4 * quads, max(16, int(blocks * 128 / bits) // 16 * 16)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed)).int()
     packed = pack_codes(codes, bits)
     assert packed.numel() == rows * columns * bits // 8
@@ -54,7 +55,20 @@ def test_a_code_sits_where_the_format_says(bits: int):
         assert packed.count_nonzero() == 1
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_folded_half_block_has_the_lower_rows_in_its_right_half():
+    rows, columns = 16, 96  # 64 columns fill a block, 32 are left
+    for row, column in [(0, 64), (7, 79), (2, 95), (8, 64), (13, 80), (15, 95)]:
+        codes = torch.zeros(rows, columns, dtype=torch.int32)
+        codes[row, column] = 3
+        packed = pack_codes(codes, 2)
+        plane, lane = divmod(column - 64, 16)
+        folded_row = row % 8
+        byte = rows * 16 + (folded_row // 4 * 16 + lane) * 4 + folded_row % 4
+        assert packed[byte] == 3 << 2 * (plane + (2 if row >= 8 else 0))
+        assert packed.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoded_key_is_within_half_a_step_of_its_group(family: str, head_dim: int):
     layout = build(family, head_dim)
@@ -70,9 +84,10 @@ def test_a_decoded_key_is_within_half_a_step_of_its_group(family: str, head_dim:
     assert ((decoded - key).view_as(groups).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("family", ["int8", "kivi-4", "kivi-2"])
-def test_a_decoded_value_is_within_half_a_step_of_its_group(family: str):
-    layout = build(family, 128)
+def test_a_decoded_value_is_within_half_a_step_of_its_group(family: str, head_dim: int):
+    layout = build(family, head_dim)
     key, value = random_tile(layout)
     _, decoded = decode_page(encode_page(key, value, layout), layout)
     groups = value.view(layout.tile_tokens, -1, layout.value_group)
@@ -91,7 +106,7 @@ def test_a_rotated_value_has_the_distortion_of_the_optimal_uniform_quantiser(bit
 
 
 def test_the_rotation_is_orthonormal_and_its_own_inverse():
-    for head_dim in (64, 128, 256):
+    for head_dim in COMPRESSED_HEAD_DIMS:
         matrix = hadamard(head_dim)
         assert torch.allclose(matrix @ matrix, torch.eye(head_dim), atol=1e-5)
 
@@ -151,3 +166,12 @@ def test_a_dense_page_is_its_rows_in_the_models_dtype(dtype: torch.dtype, head_d
 def test_pages_cost_what_the_policy_promises():
     assert build("kivi-2", 64).bits_per_element() == pytest.approx(2.75, abs=0.3)
     assert build("int8", 128).bits_per_element() < 8.5
+    assert build("kivi-2", 96).bits_per_element() == build("kivi-2", 64).bits_per_element() + 0.25  # smaller groups
+    assert build("boosted", 96).bits_per_element() <= build("boosted", 64).bits_per_element()
+
+
+def test_value_groups_are_the_policys_or_the_largest_that_divide_a_head():
+    kivi, whole = make_policy("kivi-2"), make_policy("int8")
+    groups = [PageLayout.build(kivi, head_dim, 64, torch.float32).value_group for head_dim in (64, 96, 128, 160, 192)]
+    assert groups == [64, 32, 64, 32, 64]
+    assert PageLayout.build(whole, 96, 64, torch.float32).value_group == 96

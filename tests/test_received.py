@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import make_policy
-from kept_cases import LAYERS, Ask, KeptCase, build_kept_case
+from kept_cases import LAYERS, SPARE, Ask, build_kept_case
 
 from kvserve.attention.base import PagedAttention, Received
 from kvserve.attention.native import NativeAttention, available_isas
@@ -21,17 +21,6 @@ ASKS = [
     Ask(0, 2200, 1),
     Ask(0, 0, 1),
 ]
-SPARE = 7  # columns behind all tokens
-
-
-def received_of(attention: PagedAttention, case: KeptCase, layer: int, power: int, asked: list[int]) -> Received:
-    """What the requests `asked` received, on top of ones."""
-    heads = case.spec.num_kv_heads
-    sums = {r: torch.ones(heads, ASKS[r].computed + ASKS[r].new + SPARE) for r in asked}
-    received, arena, query = Received(power, sums), case.arena.clone(), torch.cat(case.query[layer])
-    key, value = (case.new_rows(rows) for rows in (case.key[layer], case.value[layer]))
-    attention.forward(query, key, value, arena[:, :, layer], case.batch, torch.empty_like(query), received=received)
-    return received
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -42,23 +31,24 @@ def test_decode_rows_add_what_their_tokens_receive(family, power, group, sinks, 
     case = build_kept_case(make_policy(family, 64, sinks), ASKS, group=group, exact=True)
     asked = [0, 1, 3, 4, 5]
     for layer in LAYERS:
-        native = received_of(NativeAttention(case.layout, case.spec, isa), case, layer, power, asked)
-        expected = received_of(ReferenceAttention(case.layout, case.spec), case, layer, power, asked)
+        native = case.received(NativeAttention(case.layout, case.spec, isa), layer, power, asked)
+        expected = case.received(ReferenceAttention(case.layout, case.spec), layer, power, asked)
         for r in asked:
-            torch.testing.assert_close(native.sums[r], expected.sums[r], rtol=1e-3, atol=2e-5)
-            assert (native.sums[r][:, -SPARE:] == 1).all()
+            torch.testing.assert_close(native[r], expected[r], rtol=1e-3, atol=2e-5)
+            assert (native[r][:, -SPARE:] == 1).all()
 
 
 def test_the_probabilities_of_a_kv_heads_queries_sum_to_their_number():
     case = build_kept_case(make_policy("kivi-2"), ASKS)
-    sums = received_of(NativeAttention(case.layout, case.spec), case, 0, 1, [0, 1, 3, 4]).sums
+    sums = case.received(NativeAttention(case.layout, case.spec), 0, 1, [0, 1, 3, 4])
     for table in sums.values():
         torch.testing.assert_close((table - 1).sum(1), torch.full((2,), float(case.spec.group)), rtol=1e-4, atol=1e-3)
 
 
-def test_sums_that_kernels_cannot_add_to_are_refused():
+@pytest.mark.parametrize("kernels", [NativeAttention, ReferenceAttention])
+def test_sums_that_kernels_cannot_add_to_are_refused(kernels: type[PagedAttention]):
     case = build_kept_case(make_policy("kivi-2"), ASKS)
-    attention, query = NativeAttention(case.layout, case.spec), torch.cat(case.query[0])
+    attention, query = kernels(case.layout, case.spec), torch.cat(case.query[0])
     rows = [case.new_rows(rows) for rows in (case.key[0], case.value[0])]
     for table in (torch.zeros(3, 300), torch.zeros(2, 300).double(), torch.zeros(300, 2).T):
         with pytest.raises(ValueError, match=r"received.sums must be contiguous float32 \[2, columns\]"):

@@ -193,10 +193,14 @@ def test_what_a_gpu_cannot_do_is_refused(
         EngineSettings.from_vllm_config(gpu)
 
 
-def test_codecs_of_single_layers_are_refused_on_a_gpu(gpu: VllmConfig) -> None:
-    gpu.additional_config = {"kvserve": {"policy": "int8", "set": {"layers": {"0": "dense"}}}}
-    with pytest.raises(UnsupportedError, match="only the CPU kernels"):
-        EngineSettings.from_vllm_config(gpu)
+def test_layers_of_different_codecs_run_on_the_triton_kernels(
+    gpu: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu.additional_config = {"kvserve": {"policy": "kivi-2bit", "set": {"layers": {"0": "dense"}}}}
+    monkeypatch.setattr(measured, "CUDA_IS_FASTER", {measured.Format((9, 0), 64, 2, 2)})
+    monkeypatch.setattr(measured, "CUDA_LIBRARY", tmp_path)
+    settings = EngineSettings.from_vllm_config(gpu)
+    assert settings is not None and settings.kernels == "triton"
 
 
 def test_the_backend_of_another_plugin_stays_in_place_and_is_refused(gpu: VllmConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_cases import engine, generate, random_prompts, steps
@@ -21,21 +22,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "lengths", "max_tokens"),
+    ("policy", "changes", "lengths", "max_tokens"),
     [
         # Around the tile of 64 tokens; the longest prompt comes in chunks of 128.
-        ("none", [5, 64, 280], 8),
-        ("kivi-2bit", [5, 64, 280], 8),
-        ("kv-compress", [5, 64, 280], 8),
-        ("kv-compress-live", [150], 67),  # cut with the prompt and again 64 tokens later
+        ("none", {}, [5, 64, 280], 8),
+        ("kivi-2bit", {}, [5, 64, 280], 8),
+        ("kivi-2bit", {"layers": {0: "int8"}}, [5, 64, 280], 8),
+        ("kv-compress", {}, [5, 64, 280], 8),
+        ("kv-compress-live", {}, [150], 67),  # cut with the prompt and again 64 tokens later
+        ("h2o", {"eviction.rate": None, "eviction.max_tokens": 128}, [150], 67),  # adds up what tokens receive
     ],
 )
 def test_triton_kernels_write_the_text_of_the_native_ones(
-    policy: str, lengths: list[int], max_tokens: int, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    policy: str, changes: dict[str, Any], lengths: list[int], max_tokens: int, model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     prompts, texts = random_prompts(lengths), {}
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # tests/conftest.py has imported the kernels so
     for kernels in ("native", "triton"):
-        with engine(model, policy, kernels=kernels, **OPTIONS) as llm:
+        with engine(model, policy, changes, kernels, **OPTIONS) as llm:
             texts[kernels] = [steps(output) for output in generate(llm, prompts, max_tokens, logprobs=2)]
     assert_same_texts(texts["native"], texts["triton"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import POISON, make_policy
-from kept_cases import LAYERS, Ask, KeptCase, build_kept_case, write_kept
+from kept_cases import LAYERS, SPARE, Ask, KeptCase, build_kept_case, write_kept
 
 pytest.importorskip("triton")
-from triton_cases import DEVICE, cells_on, run
+from triton_cases import DEVICE, batch_on, cells_on, run
 
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
@@ -99,6 +99,37 @@ def test_attention_sums_over_what_each_head_holds_equal_the_reference(family: st
         expected = reference.attention_sums(query, cells, row, *how)
         sums = attention.attention_sums(query.to(DEVICE), cells_on(DEVICE, cells), row.to(DEVICE), *how)
         torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
+
+
+# Evicted or whole, a new token that completes a tile, a head that keeps nothing, several rows, a first token.
+RECEIVING = [
+    *(Ask(128, 200, 1, (70, 3, 0, 124)), Ask(0, 70, 1), Ask(64, 71, 5, (60, 17))),
+    *(Ask(64, 127, 1, (0, 9, 60, 33)), Ask(0, 0, 1)),
+]
+
+
+@pytest.mark.parametrize(("power", "sinks"), [(1, 4), pytest.param(2, 0, marks=slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tokens_receive_in_a_decode_step_equals_the_reference(family: str, power: int, sinks: int):
+    """Keys that the codec represents exactly: they are the same before and after their tile is full."""
+    case = build_kept_case(make_policy(family, 64, sinks), RECEIVING, exact=True)
+    asked = [0, 1, 3, 4]
+    for layer in LAYERS[1:]:
+        found = case.received(
+            TritonAttention(case.layout, case.spec), layer, power, asked, batch_on(DEVICE, case.batch)
+        )
+        expected = case.received(ReferenceAttention(case.layout, case.spec), layer, power, asked)
+        for r in asked:
+            torch.testing.assert_close(found[r], expected[r], rtol=1e-3, atol=2e-5)
+            assert (found[r][:, -SPARE:] == 1).all()
+
+
+def test_the_probabilities_of_a_kv_heads_queries_sum_to_their_number():
+    """Also where the step's token completes a tile, whose keys its query saw as they were."""
+    case = build_kept_case(make_policy("kivi-2"), RECEIVING)
+    attention, batch = TritonAttention(case.layout, case.spec), batch_on(DEVICE, case.batch)
+    for table in case.received(attention, 2, 1, [0, 1, 3, 4], batch).values():
+        torch.testing.assert_close((table - 1).sum(1), torch.full((2,), float(case.spec.group)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("poison", [0xFF, pytest.param(0x7B, marks=slow)])

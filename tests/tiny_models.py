@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -31,7 +32,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama-gqa-64": LlamaConfig(
         **{**COMMON, "hidden_size": 192}, num_attention_heads=6, num_key_value_heads=2, head_dim=64
     ),
-    "llama-mqa-128": LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=1, head_dim=128),
+    "phi3-mha-96": Phi3Config(
+        **{**COMMON, "hidden_size": 192}, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
+    ),
     "llama-mha-256": LlamaConfig(**COMMON, num_attention_heads=2, num_key_value_heads=2, head_dim=256),
     "qwen2-bias": Qwen2Config(**{**COMMON, "hidden_size": 256}, num_attention_heads=4, num_key_value_heads=2),
     "qwen3-qk-norm": Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=128),

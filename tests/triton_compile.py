@@ -19,6 +19,7 @@ from attention_cases import Case, build_case, make_policy
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels import geometry
 from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptTable, arena_of, write_header
@@ -63,6 +64,13 @@ def launch_plain(case: Case) -> None:
     attention = TritonAttention(case.layout, case.spec)
     case.run(attention)
     attention.attention_sums(case.query[:9], case.cells, ROW, 80, NOT_KEPT, 2)
+    if case.layout.sections:
+        launch_received(attention, case)
+
+
+def launch_received(attention: TritonAttention, case: Case) -> None:
+    received = Received(2, {0: torch.zeros(case.spec.num_kv_heads, 80)})
+    attention.forward(case.query, case.key, case.value, case.cells, case.batch, case.query.clone(), received=received)
 
 
 def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
@@ -79,6 +87,7 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
         write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
     attention.read_kept(cells, 0, kept)
     attention.attention_sums(case.query[:9], cells, ROW, 80, kept, 2)
+    launch_received(attention, case)
 
 
 def main(arguments: list[str]) -> None:

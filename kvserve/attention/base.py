@@ -124,10 +124,19 @@ class PagedAttention(ABC):
         self.attend(query, cells, batch, staged, output, lse)
         self.store_tail(cells, batch, staged)
         if received:
-            self.add_received(query, cells, batch, received)
+            self.check_received(received)
+            self.add_received(query, cells, batch, staged, lse, received)
 
-    def add_received(self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, received: Received) -> None:
-        """What `forward` adds to `received`, from keys as they are stored after the step."""
+    def add_received(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        staged: torch.Tensor,
+        lse: torch.Tensor | None,
+        received: Received,
+    ) -> None:
+        """What `forward` adds to `received`, here from keys as they are stored after the step."""
         for request, sums in received.sums.items():
             row = int(batch.query_start_loc[request])
             kept = batch.kept.of_request(request) if batch.kept else NOT_KEPT
@@ -254,6 +263,15 @@ class PagedAttention(ABC):
         Raises:
             TypeError, ValueError: the rows do not fit the layer or the request, or the layer has a sliding window.
         """
+
+    def check_received(self, received: Received) -> None:
+        """Reject sums that kernels cannot add to."""
+        for table in received.sums.values():
+            if table.dtype != torch.float32 or table.shape[0] != self.spec.num_kv_heads or not table.is_contiguous():
+                raise ValueError(
+                    f"received.sums must be contiguous float32 [{self.spec.num_kv_heads}, columns], "
+                    f"got {table.dtype} {list(table.shape)}"
+                )
 
     def check_kept(self, batch: Batch) -> None:
         """Reject evicted requests in a layer that cannot have them."""

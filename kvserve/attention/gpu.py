@@ -27,13 +27,15 @@ CUDA_IS_FASTER: frozenset[Format] = frozenset()
 
 
 def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: tuple[int, int]) -> str:
-    """cuda where they were measured faster and are built, else triton.
+    """cuda where they were measured faster and are built, else triton; so too where layers differ.
 
     Args:
         model_dtype: of queries and outputs.
         capability: compute capability of the device.
     """
     key, value = layout.policy.key, layout.policy.value
-    if key is None or value is None or model_dtype not in CUDA_DTYPES or not CUDA_LIBRARY.exists():
+    if not CUDA_LIBRARY.exists() or model_dtype not in CUDA_DTYPES:
+        return "triton"
+    if layout.policy.layers or key is None or value is None:
         return "triton"
     return "cuda" if Format(capability, layout.head_dim, key.bits, value.bits) in CUDA_IS_FASTER else "triton"

@@ -123,6 +123,8 @@ class NativeAttention(PagedAttention):
         lse: torch.Tensor | None = None,
         received: Received | None = None,
     ) -> None:
+        if received:
+            self.check_received(received)
         num_tokens = key.shape[0]
         staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
         self._library.kvs_forward(
@@ -136,7 +138,7 @@ class NativeAttention(PagedAttention):
             self._query_rows("query", query),
             self._query_rows("output", output),
             _lse_pointer(lse),
-            kvs_received(received, batch.num_reqs, self.spec) if received else None,
+            kvs_received(received, batch.num_reqs) if received else None,
         )
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:

@@ -105,15 +105,10 @@ def kvs_arena(cells: torch.Tensor, layout: PageLayout) -> KvsArena:
     return KvsArena(cells.data_ptr(), cells.stride(0), cells.stride(1), layout.cell_bytes, layer, num_layers)
 
 
-def kvs_received(received: Received, num_reqs: int, spec: LayerSpec) -> KvsReceived:
-    """Raises ValueError where sums cannot be added to."""
+def kvs_received(received: Received, num_reqs: int) -> KvsReceived:
+    """Sums that must have passed `PagedAttention.check_received`."""
     sums, columns = (pointer * num_reqs)(), (int64 * num_reqs)()
     for request, table in received.sums.items():
-        if table.dtype != torch.float32 or table.shape[0] != spec.num_kv_heads or not table.is_contiguous():
-            raise ValueError(
-                f"received.sums must be contiguous float32 [{spec.num_kv_heads}, columns], "
-                f"got {table.dtype} {list(table.shape)}"
-            )
         sums[request], columns[request] = table.data_ptr(), table.shape[1]
     struct = KvsReceived(received.power, ctypes.addressof(sums), ctypes.addressof(columns))
     struct.arrays = (sums, columns)  # type: ignore[attr-defined]  # they live as long

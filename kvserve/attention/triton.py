@@ -11,13 +11,14 @@ from kvserve.attention.base import (
     LayerSpec,
     PagedAttention,
     Power,
+    Received,
     Reduction,
     check_batch,
     check_cells,
     check_lse,
     check_rows,
 )
-from kvserve.kernels import decode, extend, scores, store
+from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, geometry_of
 from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, make_headers, num_layers_of, read_headers
@@ -74,6 +75,35 @@ class TritonAttention(PagedAttention):
     ) -> None:
         """Attention of the requests that bring exactly one token; `launch`: parameters of kernels/decode.py."""
         decode.decode(self.geometry, tables, query, staged, output, lse, self.spec.scale, **launch)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        received: Received | None = None,
+    ) -> None:
+        if received and lse is None:  # the denominators of what tokens receive
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        super().forward(query, key, value, cells, batch, output, lse, received)
+
+    def add_received(
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        batch: Batch,
+        staged: torch.Tensor,
+        lse: torch.Tensor | None,
+        received: Received,
+    ) -> None:
+        """What `forward` adds to `received`: what its queries paid, to keys as they saw them."""
+        assert lse is not None
+        tables = self._tables(cells, batch)
+        received_sums.add_received(self.geometry, tables, query, staged, lse, self.spec.scale, received)
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
         store.store_tail(self.geometry, self._tables(cells, batch), staged)

@@ -159,7 +159,7 @@ def run_checks(run: Run) -> list[dict[str, Any]]:
 
     if run.dry:
         return [check_one(name, 64, 2, "triton", True) for name in FORMATS]
-    sizes = [*itertools.product((64, 128), (1, 4, 8)), (256, 4)]
+    sizes = [*itertools.product((64, 128), (1, 4, 8)), (96, 4), (256, 4)]
     cases = [
         (name, *size, kernels)
         for name, size in itertools.product(FORMATS, sizes)
@@ -312,6 +312,9 @@ def time_others(run: Run) -> None:
             del step
         if name == "none":
             continue
+        step = gpu_cases.decode_step(name, work, dtype, run.device)
+        run.add("attention received, added up", name, work, run.time_us(step.receiver(), graph=False))
+        del step
         launch, _ = gpu_cases.compaction(name, work, dtype, run.device)
         run.add("compaction to half, 1 request", name, work, run.time_us(launch, graph=False))
         sizes = gpu_cases.Workload(work.context // 4, work.batch, work.head_dim, work.group, work.num_kv_heads)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Batch, LayerSpec, Received
 from kvserve.attention.cuda import CudaAttention
 from kvserve.attention.gpu import CUDA_LIBRARY
 from kvserve.attention.reference import ReferenceAttention
@@ -114,6 +114,15 @@ class Step:
         """`attend` with other launch parameters than the kernel's own."""
         tables = Tables.of(self.attention.layout, self.cells, self.batch, 1)
         self.attention.decode(self.query, tables, self.staged, self.output, None, **launch)
+
+    def receiver(self) -> Callable[[], None]:
+        """A call that adds up the attention that tokens receive in the step."""
+        heads, columns = self.cells.shape[1], int(self.batch.seq_lens.max())
+        sums = {r: torch.zeros(heads, columns, device=self.cells.device) for r in range(self.batch.num_reqs)}
+        lse = torch.empty(self.query.shape[:2], device=self.cells.device)
+        self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output, lse)
+        asked = (self.query, self.cells, self.batch, self.staged, lse, Received(2, sums))
+        return lambda: self.attention.add_received(*asked)
 
     def store(self) -> None:
         self.attention.store_sealed(self.cells, self.batch, self.staged)

@@ -31,14 +31,18 @@ def fp16(x: torch.Tensor) -> torch.Tensor:
 
 
 def hadamard_transform(x: torch.Tensor) -> torch.Tensor:
-    """Fast orthonormal Walsh-Hadamard transform of the last dim (its own inverse)."""
-    size, width = x.shape[-1], 1
+    """Fast orthonormal Walsh-Hadamard transform of the last dim (its own inverse).
+
+    Where that is no power of two, of each block of the largest power of two that divides it.
+    """
+    size, width = x.shape[-1] & -x.shape[-1], 1
+    x = x.unflatten(-1, (-1, size))
     while width < size:
         pairs = x.reshape(*x.shape[:-1], size // (2 * width), 2, width)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([a + b, a - b], -2).reshape(*x.shape[:-1], size)
         width *= 2
-    return x / math.sqrt(size)
+    return x.flatten(-2) / math.sqrt(size)
 
 
 def round_trip_min_max(x: torch.Tensor, bits: int, dim: int, ignored: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,7 +91,8 @@ def simulate_values(value: torch.Tensor, codec: ValueCodec) -> torch.Tensor:
     if codec.rotate:
         return hadamard_transform(round_trip_symmetric(hadamard_transform(value), codec.bits))
     heads, tokens, dim = value.shape
-    group = min(codec.group_size or dim, dim)
+    group = codec.group_size if 0 < codec.group_size < dim else dim
+    group = math.gcd(group, dim)
     return round_trip_min_max(value.reshape(heads, tokens, dim // group, group), codec.bits, 3).reshape(value.shape)
 
 

@@ -68,11 +68,6 @@ class EngineSettings:
             policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
             model.get_num_layers(parallel),
         )  # fmt: skip
-        if policy.layers and kernels != "native":
-            raise UnsupportedError(
-                f"policy {policy.name} gives layers their own codecs, which only the CPU kernels have been tried with; "
-                "drop layers, or serve on a CPU with --kernels native"
-            )
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
         settings.check_own_limit(model.get_head_size(), model.max_model_len)

@@ -18,10 +18,12 @@ slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, gcd
 from typing import TYPE_CHECKING
 
 import torch
+
+from kvserve.pages.head_dims import check_compressed
 
 if TYPE_CHECKING:  # the kernels need no pydantic
     from kvserve.policies.base import Policy
@@ -188,9 +190,8 @@ class PageLayout:
 
     @property
     def value_group(self) -> int:
-        """Channels that share one value scale."""
-        assert self.policy.value is not None
-        return min(self.policy.value.group_size or self.head_dim, self.head_dim)
+        """Channels that share one value scale: the policy's group_size, or less where it does not divide head_dim."""
+        return value_group(self.policy, self.head_dim)
 
     @property
     def boost_channels(self) -> int:
@@ -287,12 +288,16 @@ def boost_channels(policy: Policy, head_dim: int) -> int:
     return int(head_dim * policy.key.boost_fraction) if policy.key else 0
 
 
+def value_group(policy: Policy, head_dim: int) -> int:
+    """Channels of a value that share one scale."""
+    assert policy.value is not None
+    group_size = policy.value.group_size or head_dim
+    return head_dim if group_size >= head_dim else gcd(group_size, head_dim)
+
+
 def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int | None) -> None:
-    if not policy.is_dense and head_dim not in (64, 128, 256):
-        raise ValueError(
-            f"policy {policy.name} supports head_dim 64, 128 and 256, the model has {head_dim}; "
-            "use --policy none for this model"
-        )
+    if not policy.is_dense:
+        check_compressed(head_dim, policy.name, "the model")
     if block_size % policy.tile_tokens:
         raise ValueError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
@@ -310,8 +315,7 @@ def _dense_page(policy: Policy, head_dim: int, dtype: torch.dtype) -> PageSectio
 def _sections(policy: Policy, head_dim: int) -> PageSections:
     assert policy.key is not None and policy.value is not None
     tokens, boosted = policy.tile_tokens, boost_channels(policy, head_dim)
-    value_group = min(policy.value.group_size or head_dim, head_dim)
-    value_scale_elements = tokens if policy.value.rotate else 2 * tokens * head_dim // value_group
+    value_scale_elements = tokens if policy.value.rotate else 2 * tokens * head_dim // value_group(policy, head_dim)
     offset, starts = 0, []
     for size in (
         head_dim * tokens * policy.key.bits // 8,

@@ -9,6 +9,9 @@ and column `block * (128 / b) + plane * 16 + lane` sits in bits [plane * b, plan
 a lane hold one column of four rows. For K the rows are channels and the columns tokens; for V the rows are tokens and
 the columns channels.
 
+Columns that fill half a block are folded: the block has half of the rows, the upper ones in its left half of the planes
+and the lower ones in its right half. Only 2-bit values of an odd multiple of 32 channels have such a block.
+
 A dense page is its tokens' dense slots one after the other, [tile_tokens][K row, V row][head_dim] of the model's dtype.
 """
 
@@ -27,17 +30,26 @@ FLOAT16_MAX = 65504.0  # scales and lows saturate
 
 
 def hadamard(head_dim: int) -> torch.Tensor:
-    """Orthonormal Sylvester-Hadamard matrix, float32 [head_dim, head_dim]; symmetric, its own inverse."""
+    """Orthonormal rotation of a head, float32 [head_dim, head_dim]; symmetric, its own inverse.
+
+    Sylvester's matrix; where head_dim is no power of two, of the largest one that divides it, in equal blocks along the
+    diagonal.
+    """
+    size = head_dim & -head_dim
     matrix = torch.ones(1, 1)
-    while matrix.shape[0] < head_dim:
+    while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / head_dim**0.5
+    return torch.block_diag(*[matrix / size**0.5] * (head_dim // size))
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack integer codes [rows, columns] into bytes, uint8 [rows * columns * bits / 8]."""
     rows, columns = codes.shape
     planes = 8 // bits
+    if columns % (planes * LANES):
+        half = planes * LANES // 2
+        folded = torch.cat([codes[: rows // 2, -half:], codes[rows // 2 :, -half:]], 1)
+        return torch.cat([pack_codes(codes[:, :-half], bits), pack_codes(folded, bits)])
     split = codes.to(torch.int32).reshape(rows // 4, 4, columns // (planes * LANES), planes, LANES)
     shifts = (torch.arange(planes, dtype=torch.int32) * bits).reshape(1, 1, 1, planes, 1)
     packed = (split << shifts).sum(3, dtype=torch.int32)  # [quad, row of the quad, block, lane]
@@ -47,6 +59,11 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_codes(data: torch.Tensor, bits: int, rows: int, columns: int) -> torch.Tensor:
     """Inverse of `pack_codes`: uint8 bytes to int32 codes [rows, columns]."""
     planes = 8 // bits
+    if columns % (planes * LANES):
+        half = planes * LANES // 2
+        whole = unpack_codes(data[: rows * (columns - half) * bits // 8], bits, rows, columns - half)
+        folded = unpack_codes(data[whole.numel() * bits // 8 :], bits, rows // 2, 2 * half)
+        return torch.cat([whole, torch.cat([folded[:, :half], folded[:, half:]])], 1)
     packed = data.to(torch.int32).reshape(columns // (planes * LANES), rows // 4, LANES, 4)
     shifts = torch.arange(planes, dtype=torch.int32) * bits
     codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)  # [block, quad, lane, row of the quad, plane]
