@@ -44,7 +44,7 @@ def decode_case(name: str) -> tuple[NativeAttention, torch.Tensor, Batch]:
     policy = load_policy(name)
     layout = PageLayout.build(policy, HEAD_DIM, 64, torch.float32)
     attention = NativeAttention(layout, LayerSpec(HEADS, KV_HEADS, HEAD_DIM**-0.5))
-    row_blocks, kept_blocks = layout.blocks_for(CONTEXT), CONTEXT // RATE // 64
+    row_blocks, kept_blocks = layout.blocks_for(CONTEXT + 1), CONTEXT // RATE // 64
     table = torch.arange(REQUESTS * row_blocks, dtype=torch.int32).view(REQUESTS, row_blocks)
     cells = torch.zeros(REQUESTS * (row_blocks + kept_blocks), KV_HEADS, 1, layout.cell_bytes, dtype=torch.uint8)
     key, value = (torch.randn(CONTEXT, KV_HEADS, HEAD_DIM) for _ in range(2))

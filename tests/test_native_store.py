@@ -169,3 +169,11 @@ def test_wrong_tensors_are_refused_by_name():
         attention.store(case.key, case.value, case.cells, wide)
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
         NativeAttention(case.layout, LayerSpec(5, 2, 1.0))
+
+
+@pytest.mark.parametrize("family", ["kivi-2", "dense"])
+def test_a_block_table_that_ends_before_the_last_block_is_refused(family: str):
+    case = build_case(make_policy(family), computed=[128], new_tokens=[1])
+    case.batch.block_table = case.batch.block_table[:, :-1]
+    with pytest.raises(ValueError, match=r"129 tokens needs \d+ entries of block_table"):
+        case.run(NativeAttention(case.layout, case.spec))

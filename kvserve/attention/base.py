@@ -356,6 +356,15 @@ def check_batch(batch: Batch) -> None:
         check_kept_table(batch.kept, batch.num_reqs)
 
 
+def check_width(batch: Batch, layout: PageLayout) -> None:
+    """Reject a block table on the CPU whose rows end before their request's last block."""
+    longest, width = max(batch.seq_lens.tolist(), default=0), batch.block_table.shape[1]
+    if layout.blocks_for(longest) > width:
+        raise ValueError(
+            f"a request of {longest} tokens needs {layout.blocks_for(longest)} entries of block_table, it has {width}"
+        )
+
+
 def check_kept_table(kept: KeptTable, num_reqs: int) -> None:
     """Reject a `Batch.kept` that the kernels cannot read."""
     for name, table in zip(kept._fields, kept, strict=True):

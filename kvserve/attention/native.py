@@ -24,6 +24,7 @@ from kvserve.attention.base import (
     check_batch,
     check_cells,
     check_lse,
+    check_width,
 )
 from kvserve.attention.structs import (
     KvsArena,
@@ -213,6 +214,7 @@ class NativeAttention(PagedAttention):
         self.check_kept(batch)
         if batch.native is None:  # once for all layers of a step
             check_batch(batch)
+            check_width(batch, self.layout)
             batch.native = kvs_batch(batch)
         native: KvsBatch = batch.native
         return native
