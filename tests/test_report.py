@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvserve.engine.report import EngineReport, describe_eviction, describe_switched_off
+from kvserve.engine.report import EngineReport, describe_codecs, describe_eviction, describe_switched_off
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 
@@ -39,6 +39,20 @@ def test_a_policy_without_pages_and_one_with_codes_are_reported_as_such():
     assert "dense, float32: 32 bits per element" in report("none", torch.float32).table()
     table = report("int8", torch.float32).table()
     assert "K 8-bit per channel" in table and "tile of 64 tokens and the first 0, in float16" in table
+
+
+@pytest.mark.parametrize(
+    ("policy", "head_dim", "groups"),
+    [
+        ("kivi-2bit", 128, "V 2-bit per token, groups of 64;"),
+        ("kivi-2bit", 96, "V 2-bit per token, groups of 32 (64 asked, they do not divide 96);"),
+        ("int8", 96, "V 8-bit per token, groups of 96;"),
+        ("boost-2bit", 64, "V 2-bit rotated, one scale per token;"),
+        ("boost-2bit", 96, "V 2-bit rotated in blocks of 32 channels, one scale per token;"),
+    ],
+)
+def test_the_startup_table_says_which_channels_share_a_scale(policy: str, head_dim: int, groups: str):
+    assert groups in describe_codecs(PageLayout.build(load_policy(policy), head_dim, 64, torch.bfloat16))
 
 
 def test_the_startup_table_shows_the_kernels():

@@ -170,12 +170,24 @@ def describe_codecs(layout: PageLayout) -> str:
         dtype = str(layout.dense_dtype).removeprefix("torch.")
         return f"dense{' pages' if layout.sections else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
     boost = f", {layout.boost_channels} channels at {key.bits + 2} bits" if layout.boost_channels else ""
-    rotation = "rotated, one scale per token" if value.rotate else f"per token, groups of {layout.value_group}"
     return (
-        f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; V {value.bits}-bit {rotation}; "
+        f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; "
+        f"V {value.bits}-bit {describe_value_groups(layout)}; "
         f"{layout.bits_per_element():.2f} bits per element"
         + (" on average over the layers" if isinstance(layout, MixedLayout) else "")
     )
+
+
+def describe_value_groups(layout: PageLayout) -> str:
+    """Which channels of a value share a scale, and which were asked to."""
+    value, head_dim = layout.policy.value, layout.head_dim
+    assert value is not None
+    if value.rotate:
+        block = head_dim & -head_dim
+        return f"rotated{'' if block == head_dim else f' in blocks of {block} channels'}, one scale per token"
+    asked = value.group_size or head_dim
+    differs = "" if layout.value_group == min(asked, head_dim) else f" ({asked} asked, they do not divide {head_dim})"
+    return f"per token, groups of {layout.value_group}{differs}"
 
 
 def describe_layers(layout: PageLayout) -> str:
