@@ -1,4 +1,4 @@
-# make serve        set everything up (the first time takes minutes), then serve the default model on port 8000
+# make serve        set everything up (the first time takes minutes), then serve the default model with boost-2bit
 # make test         lint and the fast tests           make test-full    all tests
 # make bench        compare the policies              make clean        remove build products
 # make atlas        every policy and its peers, measured and drawn (about two hours): docs/atlas.md
@@ -8,7 +8,7 @@
 # make sanitize-gpu some GPU tests under compute-sanitizer
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
-# Options, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`:
+# Options: POLICY, PORT, MODEL, ARGS, as in `make serve POLICY=int8 PORT=9000 ARGS="--max-model-len 4096"`
 POLICY ?= boost-2bit
 PORT ?= 8000
 MODEL ?=

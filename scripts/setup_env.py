@@ -6,7 +6,7 @@ second run takes about a second.
 
 Environment variables:
     PYTHON           interpreter for the environment (default: the first of python3.11 to 3.14 that is found)
-    KVSERVE_DEVICE   cpu or gpu (default: cpu until kvserve has GPU kernels, see GPU_KERNELS)
+    KVSERVE_DEVICE   cpu or gpu (default: cpu, see GPU_UNASKED)
     KVSERVE_VENV     the environment's folder (default: .venv)
 """
 
@@ -35,8 +35,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")
 MIN_FREE_GB = 8
-# Once kvserve has them: set up for the GPU where nvidia-smi lists one.
-GPU_KERNELS = False
+# Whether to set up for the GPU unasked where nvidia-smi lists one: not before a GPU has run the kernels.
+GPU_UNASKED = False
 
 
 def main() -> None:
@@ -148,9 +148,11 @@ def wants_gpu() -> bool:
         return device == "gpu"
     smi = shutil.which("nvidia-smi")
     has_gpu = smi is not None and "GPU" in subprocess.run([smi, "-L"], stdout=subprocess.PIPE, text=True).stdout
-    if has_gpu and not GPU_KERNELS:
-        step("found a GPU, but kvserve has CPU kernels only: setting up for the CPU")
-    return has_gpu and GPU_KERNELS
+    if has_gpu and not GPU_UNASKED:
+        step(
+            "found a GPU; setting up for the CPU, since no GPU has run kvserve's kernels yet (KVSERVE_DEVICE=gpu uses it)"
+        )
+    return has_gpu and GPU_UNASKED
 
 
 def install_gpu_vllm(installed: dict) -> None:

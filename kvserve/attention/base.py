@@ -119,12 +119,15 @@ class PagedAttention(ABC):
             lse: float32 [num_tokens, num_heads], contiguous; written with the natural log of the softmax denominator.
             received: asks for the attention that each token receives, summed over the query heads of its KV head.
         """
+        if received:
+            self.check_received(received)
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse is None else lse
         staged = self.stage(key, value)
         self.store_sealed(cells, batch, staged)
         self.attend(query, cells, batch, staged, output, lse)
         self.store_tail(cells, batch, staged)
         if received:
-            self.check_received(received)
+            assert lse is not None
             self.add_received(query, cells, batch, staged, lse, received)
 
     def add_received(
@@ -133,10 +136,14 @@ class PagedAttention(ABC):
         cells: torch.Tensor,
         batch: Batch,
         staged: torch.Tensor,
-        lse: torch.Tensor | None,
+        lse: torch.Tensor,
         received: Received,
     ) -> None:
-        """What `forward` adds to `received`, here from keys as they are stored after the step."""
+        """What `forward` adds to `received`, here from keys as they are stored after the step.
+
+        Args:
+            staged: as `stage` returned it; lse: of this step, as `attend` wrote it.
+        """
         for request, sums in received.sums.items():
             row = int(batch.query_start_loc[request])
             kept = batch.kept.of_request(request) if batch.kept else NOT_KEPT

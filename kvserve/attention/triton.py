@@ -76,32 +76,16 @@ class TritonAttention(PagedAttention):
         """Attention of the requests that bring exactly one token; `launch`: parameters of kernels/decode.py."""
         decode.decode(self.geometry, tables, query, staged, output, lse, self.spec.scale, **launch)
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        received: Received | None = None,
-    ) -> None:
-        if received and lse is None:  # the denominators of what tokens receive
-            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        super().forward(query, key, value, cells, batch, output, lse, received)
-
     def add_received(
         self,
         query: torch.Tensor,
         cells: torch.Tensor,
         batch: Batch,
         staged: torch.Tensor,
-        lse: torch.Tensor | None,
+        lse: torch.Tensor,
         received: Received,
     ) -> None:
         """What `forward` adds to `received`: what its queries paid, to keys as they saw them."""
-        assert lse is not None
         tables = self._tables(cells, batch)
         received_sums.add_received(self.geometry, tables, query, staged, lse, self.spec.scale, received)
 
