@@ -149,9 +149,7 @@ def wants_gpu() -> bool:
     smi = shutil.which("nvidia-smi")
     has_gpu = smi is not None and "GPU" in subprocess.run([smi, "-L"], stdout=subprocess.PIPE, text=True).stdout
     if has_gpu and not GPU_UNASKED:
-        step(
-            "found a GPU; setting up for the CPU, since no GPU has run kvserve's kernels yet (KVSERVE_DEVICE=gpu uses it)"
-        )
+        step("found a GPU; setting up for the CPU, no GPU has run the kernels yet (KVSERVE_DEVICE=gpu uses it)")
     return has_gpu and GPU_UNASKED
 
 
