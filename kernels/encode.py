@@ -84,7 +84,11 @@ def _key_codes(grouped, low, high, BITS: tl.constexpr):
 def _boosted(low, high, G: tl.constexpr):
     """Place [block_dim] of each channel among the boosted ones, ascending, and whether it is one (the widest are)."""
     d = tl.arange(0, G.block_dim)
-    spread = tl.where(d < G.head_dim, tl.max(high, 0) - tl.min(low, 0), float("-inf"))
+    spread = tl.max(high, 0) - tl.min(low, 0)
+    spread = tl.where(
+        spread == spread, spread, float("inf")
+    )  # NaN sorts first, as in torch; as many are chosen as ever
+    spread = tl.where(d < G.head_dim, spread, float("-inf"))
     spread_column = tl.reshape(spread, [G.block_dim, 1])
     before = (spread_column > spread[None, :]) | ((spread_column == spread[None, :]) & (d[:, None] < d[None, :]))
     chosen = tl.sum(before.to(tl.int32), 0) < G.boost_channels
@@ -165,7 +169,7 @@ def _symmetric(value, top: tl.constexpr, G: tl.constexpr):
     """Mid-rise codes [tokens, block_dim] and steps [tokens] (`quantise_symmetric`)."""
     half_top: tl.constexpr = top / 2
     step: tl.constexpr = _STEP_2 if G.value_bits == 2 else (_STEP_4 if G.value_bits == 4 else _STEP_8)
-    scale = tl.maximum(tl.sqrt_rn(tl.sum(value * value, 1) / G.head_dim) * step, _MIN_SCALE)
+    scale = tl.maximum(tl.sqrt_rn(tl.div_rn(tl.sum(value * value, 1), G.head_dim * 1.0)) * step, _MIN_SCALE)
     codes = value
     for _ in tl.static_range(2):
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)

@@ -122,7 +122,7 @@ def load_codes(
     """Codes [row0.. + ROWS, column0.. + COLUMNS] of a matrix of ALL_ROWS x ALL_COLUMNS, int32 [ROWS, COLUMNS].
 
     A 32-bit word holds four rows of 8 / BITS columns that lie 16 apart (`pack_codes`); column0 starts a block of
-    128 / BITS columns. What is asked for outside the matrix is any code.
+    128 / BITS columns. Outside the matrix rows are 0, and columns any code.
     """
     PLANES: tl.constexpr = 8 // BITS
     BLOCKS: tl.constexpr = COLUMNS // (16 * PLANES)
@@ -242,6 +242,7 @@ def _boost_scores(
 def sealed_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr):
     """weights [M, CHUNK] times the values of one chunk, float32 [M, block_dim]; rotated values stay so.
 
+    Columns from head_dim on are finite, otherwise anything: `store_rows` leaves them out, rotations do not mix them in.
     Only the columns in `used` [CHUNK] exist: what a page holds in the others never enters.
     """
     if G.dense_pages:
@@ -264,9 +265,9 @@ def _coded_values(weights, used, page, row0, CHUNK: tl.constexpr, DTYPE: tl.cons
         NUM_GROUPS: tl.constexpr = D // G.value_group
         group = tl.arange(0, NUM_GROUPS)[None, :]
         at = (page + G.value_scales).to(tl.pointer_type(tl.float16)) + group * (2 * T) + token[:, None]
-        exist = used[:, None] & (group < G.head_dim // G.value_group)
-        scales = tl.load(at, mask=exist, other=0.0).to(tl.float32)
-        lows = tl.load(at + T, mask=exist, other=0.0).to(tl.float32)
+        exist = group < G.head_dim // G.value_group
+        scales = tl.where(used[:, None], tl.load(at, mask=exist, other=0.0).to(tl.float32), 0.0)
+        lows = tl.where(used[:, None], tl.load(at + T, mask=exist, other=0.0).to(tl.float32), 0.0)
         grouped = tl.reshape(as_float(codes, G.value_bits, tl.float32), [CHUNK, NUM_GROUPS, G.value_group])
         value = tl.reshape(grouped * scales[:, :, None] + lows[:, :, None], [CHUNK, D])
         result = dot(weights.to(DTYPE), value.to(DTYPE))

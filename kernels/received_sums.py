@@ -56,7 +56,9 @@ def received_kernel(
     in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
         tl.program_id(0), kept_tokens, end, seq_len, sealed, CHUNK, G
     )  # fmt: skip
-    if tl.max(used.to(tl.int32), 0) > 0:
+    columns = tl.load(wanted + 2)
+    used &= column < columns
+    if (tl.max(used.to(tl.int32), 0) > 0) & (seq_len - computed == 1):
         m, d = tl.arange(0, G.group_rows), tl.arange(0, G.block_dim)
         row_mask = m < G.group
         heads = head * G.group + m
@@ -82,7 +84,7 @@ def received_kernel(
         denominator = tl.load(lse + first_row.to(tl.int64) * num_heads + heads, mask=row_mask, other=0.0) * _LOG2_E
         weights = tl.exp2(scores * scale - denominator[:, None])
         weights = tl.where(row_mask[:, None], weights * weights if POWER == 2 else weights, 0.0)
-        sums = tl.load(wanted + 1).to(tl.pointer_type(tl.float32)) + head * tl.load(wanted + 2) + column
+        sums = tl.load(wanted + 1).to(tl.pointer_type(tl.float32)) + head * columns + column
         tl.store(sums, tl.load(sums, mask=used, other=0.0) + tl.sum(weights, 0), mask=used)
 
 
@@ -95,15 +97,24 @@ def add_received(
     scale: float,
     received: Received,
 ) -> None:
-    """Add to `received.sums` what the step's query rows paid to each token; not for the dense policy or a window.
+    """Add to `received.sums` what the query rows of requests that bring one token paid to each token.
+
+    Which requests those are comes from the host in every step: a CUDA graph cannot be captured with it.
 
     Args:
         query, staged: as the step attended with them (`decode`); the slots of the tile that it may have completed must
             not have been written since.
         lse: float32 [num_tokens, num_heads], contiguous; what attending gave.
         scale: softmax scale.
+
+    Raises:
+        ValueError: the policy has no pages, or the layer a sliding window.
     """
     sums = received.sums
+    if geometry.dense or geometry.sliding_window:
+        raise ValueError("sums of received attention need pages and a layer without sliding window")
+    if not sums:
+        return
     check_device(cells=tables.cells, query=query, staged=staged, lse=lse, **{f"sums of {r}": sums[r] for r in sums})
     wanted = torch.tensor([(r, table.data_ptr(), table.shape[1]) for r, table in sums.items()], dtype=torch.int64)
     # An evicted request's sinks, kept tokens and later tokens each start a chunk.

@@ -26,8 +26,8 @@ def add_sealed_chunk(
     """Attend to one chunk of a sealed page.
 
     Args:
-        accumulator, peak, total: float32 [M, head_dim], [M], [M]; the state so far.
-        query: [M, head_dim], its dtype is that of the dots; query_rows [M] are the rows' addresses.
+        accumulator, peak, total: float32 [M, block_dim], [M], [M]; the state so far.
+        query: [M, block_dim], its dtype is that of the dots; query_rows [M] are the rows' addresses.
         visible: bool [M, CHUNK]; used: bool [CHUNK], columns that exist.
         scale: softmax scale times log2(e).
     """

@@ -203,6 +203,25 @@ def test_layers_of_different_codecs_run_on_the_triton_kernels(
     assert settings is not None and settings.kernels == "triton"
 
 
+@pytest.mark.parametrize(
+    ("policy", "layers", "head_dim", "part"),
+    [
+        ("int8", {}, 64, "policy int8 (K 8-bit, V 8-bit)"),
+        ("kivi-2bit", {"-1": "dense"}, 64, "layer 1 (dense)"),
+        ("kivi-2bit", {}, 96, "head_dim 96"),
+    ],
+)
+def test_what_the_cuda_kernels_do_not_cover_is_named(
+    gpu: VllmConfig, monkeypatch: pytest.MonkeyPatch, policy: str, layers: dict[str, str], head_dim: int, part: str
+) -> None:
+    monkeypatch.setattr(ModelStub, "get_head_size", lambda self: head_dim)
+    gpu.additional_config = {"kvserve": {"policy": policy, "kernels": "cuda", "set": {"layers": layers}}}
+    with pytest.raises(
+        UnsupportedError, match=re.escape(f"--kernels cuda does not cover {part}; use --kernels triton")
+    ):
+        EngineSettings.from_vllm_config(gpu)
+
+
 def test_the_backend_of_another_plugin_stays_in_place_and_is_refused(gpu: VllmConfig) -> None:
     try:
         register_backend(AttentionBackendEnum.CUSTOM, "another.plugin.Backend")

@@ -79,7 +79,7 @@ def test_a_prefix_hit_gives_the_text_of_a_miss(client: OpenAI, base_url: str) ->
 def test_concurrent_requests_that_preempt_each_other_give_the_text_they_give_alone(
     client: OpenAI, base_url: str
 ) -> None:
-    names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah", "Goran", "Hana"]
+    names = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
     prompts = [f"{name} told this story. " + STORY * (3 + i % 3) + f"And {name} said:" for i, name in enumerate(names)]
     alone = [greedy_steps(client, prompt) for prompt in prompts]
     preempted_before = metrics(base_url)["vllm:num_preemptions_total", ""]

@@ -85,9 +85,9 @@ def test_16_bit_models_of_every_family_match_the_reference(family: str, dtype: t
     check(family, [70, 127], [20, 1], model_dtype=dtype, **SMALL)
 
 
-@pytest.mark.parametrize("family", ["kivi-2", "boosted"])
-def test_a_head_dim_that_is_no_power_of_two_matches_the_reference(family: str):
-    check(family, [64, 127], [1, 1], head_dim=96, **SMALL)
+@pytest.mark.parametrize(("family", "tile_tokens"), [("kivi-2", 64), ("kivi-2", 128), ("boosted", 64)])
+def test_a_head_dim_that_is_no_power_of_two_matches_the_reference(family: str, tile_tokens: int):
+    check(family, [tile_tokens, 2 * tile_tokens - 1], [1, 1], tile_tokens, head_dim=96, **SMALL)
 
 
 @slow
@@ -123,6 +123,20 @@ def test_a_sliding_window_hides_older_tokens(family: str, window: int):
 @pytest.mark.parametrize("family", ["dense", "dense-pages"])
 def test_a_dense_head_dim_that_is_no_power_of_two_matches_the_reference(family: str, head_dim: int):
     check(family, [70, 127], [20, 1], head_dim=head_dim, **SMALL)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_a_tile_of_keys_that_are_no_numbers_stays_in_its_page(head_dim: int):
+    policy = make_policy("boosted", sink_tokens=0)
+    case = build_case(policy, computed=[0], new_tokens=[64], model_dtype=torch.bfloat16, head_dim=head_dim, **SMALL)
+    case.key[:] = torch.nan
+    _, _, cells = run_case(case)
+    layout, block = case.layout, case.batch.block_table[0, case.layout.tile_row(0)]
+    others = torch.arange(len(cells)) != block
+    assert torch.equal(outside(cells), outside(case.cells)) and torch.equal(cells[others], case.cells[others])
+    page = cells[block, 0]
+    index = page[layout.sections.key_boost_index :][: layout.boost_channels]
+    assert (index < head_dim).all() and (index.diff() > 0).all()
 
 
 def test_requests_without_tokens_are_left_alone():
@@ -188,9 +202,11 @@ def test_staging_rounds_like_torch_and_saturates_float16(family: str):
     assert torch.equal(staged.cpu(), ReferenceAttention(case.layout, case.spec).stage(case.key, case.value))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_read_gives_sinks_pages_and_tail_as_stored(family: str):
-    case = build_case(make_policy(family), computed=[150, 40], new_tokens=[1, 1], **SMALL)
+@pytest.mark.parametrize(
+    ("family", "head_dim"), [*((family, 64) for family in FAMILIES), ("kivi-2", 96), ("boosted", 96)]
+)
+def test_read_gives_sinks_pages_and_tail_as_stored(family: str, head_dim: int):
+    case = build_case(make_policy(family), computed=[150, 40], new_tokens=[1, 1], head_dim=head_dim, **SMALL)
     cells, table = cells_on(DEVICE, case.cells), case.batch.block_table.to(DEVICE)
     attention, reference = TritonAttention(case.layout, case.spec), ReferenceAttention(case.layout, case.spec)
     for first, last in ((0, 150), (62, 66), (5, 5)):

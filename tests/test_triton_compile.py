@@ -20,11 +20,8 @@ FEW = (
 )
 ALL = ("boosted:96:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16", "dense-pages:128:4:bfloat16")
 MORE = (
-    "boosted:128:4:float16",
-    "kivi-2:128:4:bfloat16",
-    "int8:128:1:float16",
-    "boosted:256:1:bfloat16",
-    "kivi-4:128:4:float32",
+    *("boosted:128:4:float16", "kivi-2:128:4:bfloat16", "int8:128:1:float16", "boosted:256:1:bfloat16"),
+    *("kivi-4:128:4:float32", "kivi-2:160:4:float16", "boosted:224:4:bfloat16"),
 )
 
 

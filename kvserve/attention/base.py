@@ -366,7 +366,7 @@ def check_batch(batch: Batch) -> None:
 def check_width(batch: Batch, layout: PageLayout) -> None:
     """Reject a block table on the CPU whose rows end before their request's last block."""
     longest, width = max(batch.seq_lens.tolist(), default=0), batch.block_table.shape[1]
-    if layout.blocks_for(longest) > width:
+    if longest and layout.blocks_for(longest) > width:
         raise ValueError(
             f"a request of {longest} tokens needs {layout.blocks_for(longest)} entries of block_table, it has {width}"
         )

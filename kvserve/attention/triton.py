@@ -29,8 +29,8 @@ from kvserve.pages.reference import hadamard
 class TritonAttention(PagedAttention):
     """Attention by the Triton kernels, on CUDA tensors (any tensors in Triton's interpreter).
 
-    A decode step whose `Batch.max_query_len` is set reads no data back from the device: it can be captured in a CUDA
-    graph as long as its tensors keep their addresses.
+    A decode step whose `Batch.max_query_len` is set reads no data back from the device: without `received` it can be
+    captured in a CUDA graph as long as its tensors keep their addresses.
     """
 
     decode_kernels = "triton"  # which ones attend in steps of one token

@@ -16,7 +16,7 @@ import torch
 
 from kvserve.attention.base import Batch, LayerSpec, Received
 from kvserve.attention.cuda import CudaAttention
-from kvserve.attention.gpu import CUDA_LIBRARY
+from kvserve.attention.gpu import CUDA_HEAD_DIMS, CUDA_LIBRARY
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels.geometry import Tables
@@ -33,7 +33,6 @@ FORMATS: dict[str, tuple[int, int, float, int, int, bool, int] | None] = {
     "none": None,
 }
 CUDA_FORMATS = ("kivi-2bit", "boost-2bit", "kivi-4bit")
-CUDA_HEAD_DIMS = (64, 128)
 
 
 def kernels_for(name: str, head_dim: int, device: torch.device) -> list[str]:

@@ -91,14 +91,18 @@ class EngineSettings:
         """With what was measured fastest, where nobody named the kernels.
 
         Raises:
-            UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype.
+            UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype or a layer.
         """
-        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels
+        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels, uncovered_by_cuda
 
         if self.kernels == "cuda" and self.model_dtype not in CUDA_DTYPES:
             raise UnsupportedError(
                 f"--kernels cuda needs a model in float16 or bfloat16, this one is {self.model_dtype}; set --dtype, or "
                 "use --kernels triton"
+            )
+        if self.kernels == "cuda" and (uncovered := uncovered_by_cuda(self.layout(head_dim))):
+            raise UnsupportedError(
+                f"--kernels cuda does not cover {uncovered}; use --kernels triton, or drop the option"
             )
         if self.kernels_asked != "auto":
             return self

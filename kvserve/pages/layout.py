@@ -190,7 +190,7 @@ class PageLayout:
 
     @property
     def value_group(self) -> int:
-        """Channels that share one value scale: the policy's group_size, or less where it does not divide head_dim."""
+        """Channels that share one value scale: the policy's group_size, or what it and head_dim have in common."""
         return value_group(self.policy, self.head_dim)
 
     @property
