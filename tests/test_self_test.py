@@ -65,7 +65,7 @@ def test_the_option_is_a_switch(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "int8", "boost-2bit", "kv-compress-2bit", "kv-compress-live"])
 def test_shipped_policies_pass_on_the_default_model_and_publish_every_layer(policy: str) -> None:
-    with server(policy, 64_000_000, "--max-num-seqs", "8") as url:
+    with server(policy, 128_000_000, "--max-num-seqs", "8") as url:
         samples = metrics(url)
     for kind in ("codec", "cache"):
         assert 0 <= samples["kvserve:self_test_distance", kind] < 2
