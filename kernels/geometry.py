@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import PageLayout
 
@@ -32,7 +33,7 @@ class Geometry(NamedTuple):
 
     head_dim: int
     block_dim: int  # head_dim, rounded up to a power of two
-    rotation_dim: int  # channels that a rotation mixes: the largest power of two that divides head_dim
+    rotation_dim: int  # channels that a rotation mixes
     num_kv_heads: int
     group: int
     group_rows: int  # rows of a dot that takes the query heads of one KV head: group, rounded up
@@ -82,7 +83,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     common = Geometry(
         head_dim=layout.head_dim,
         block_dim=triton.next_power_of_2(layout.head_dim),
-        rotation_dim=layout.head_dim & -layout.head_dim,
+        rotation_dim=rotation_dim(layout.head_dim),
         num_kv_heads=spec.num_kv_heads,
         group=spec.group,
         group_rows=group_rows,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
+from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.pages.plan import held_blocks
 from kvserve.policies.limits import request_limit
@@ -183,7 +184,7 @@ def describe_value_groups(layout: PageLayout) -> str:
     value, head_dim = layout.policy.value, layout.head_dim
     assert value is not None
     if value.rotate:
-        block = head_dim & -head_dim
+        block = rotation_dim(head_dim)
         return f"rotated{'' if block == head_dim else f' in blocks of {block} channels'}, one scale per token"
     asked = value.group_size or head_dim
     differs = "" if layout.value_group == min(asked, head_dim) else f" ({asked} asked, they do not divide {head_dim})"

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.layout import LANES, PageLayout
 
 # Step of the optimal uniform mid-rise quantiser of a unit Gaussian (Max 1960, table II).
@@ -35,7 +36,7 @@ def hadamard(head_dim: int) -> torch.Tensor:
     Sylvester's matrix; where head_dim is no power of two, of the largest one that divides it, in equal blocks along the
     diagonal.
     """
-    size = head_dim & -head_dim
+    size = rotation_dim(head_dim)
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
