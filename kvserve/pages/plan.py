@@ -14,15 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from math import ceil
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from kvserve.pages.kept import Kept
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction
 from kvserve.policies.limits import check_rate, request_limit
-from kvserve.schedules.base import Limit
+from kvserve.schedules.base import Limit, Schedule
 
 
 class Cut(NamedTuple):
@@ -59,6 +58,66 @@ class RowStep:
     collects: bool = False
 
 
+@dataclass(frozen=True)
+class CutSizes:
+    """What cuts of one limit keep, by length alone.
+
+    A cut at `point` saves whole blocks. How many, `saved_blocks`, never falls with the point: `point - kept_at(point)`
+    does not, and rounding to blocks and the blocks that stay in any case keep the order. So of any compression points
+    the last saves most, and those that save no more than one before them need not be cuts at all.
+    """
+
+    schedule: Schedule
+    limit: Limit
+    block_size: int
+    sink_tokens: int
+    spared: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, layout: PageLayout, limit: Limit) -> CutSizes:
+        """Under a limit of a request, or of the policy that `layout` is of."""
+        policy = layout.policy
+        assert policy.eviction is not None
+        return cls(
+            policy.eviction.schedule, limit, layout.block_size, policy.sink_tokens, len(layout.spared_layers),
+            layout.num_layers or 1,
+        )  # fmt: skip
+
+    def kept_blocks(self, point: int) -> int:
+        """Kept blocks of a cut at `point`.
+
+        The limit counts every token that a KV head keeps on average: sinks, kept tokens and those behind the last whole
+        block. A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any
+        case, and all tokens of spared layers.
+        """
+        size = self.block_size
+        kept = self.schedule.kept_at(self.limit, point)
+        if kept >= point:
+            return point // size
+        wanted = kept - self.sink_tokens - point % size
+        return max(-(-wanted // size) if self.limit.rate else wanted // size, self.least_blocks(point))
+
+    def least_blocks(self, point: int) -> int:
+        """Kept blocks of a cut that leaves each head its protected tokens and a block, and spared layers everything."""
+        size, spared = self.block_size, self.spared
+        per_head = max(-((self.sink_tokens + point % size - self.limit.protected) // size), 1)
+        if not spared:
+            return per_head
+        return -(-(spared * (point // size) + (self.num_layers - spared) * per_head) // self.num_layers)
+
+    def saved_blocks(self, point: int) -> int:
+        """Blocks that a sequence cut at `point` lacks; 0 where a cut would not make it smaller."""
+        return max(point // self.block_size - self.kept_blocks(point), 0)
+
+    def first_saving(self, count: int, max_len: int) -> int:
+        """The first length at which a cut saves `count` blocks, one at least; max_len + 1 if it is longer than that."""
+        size = self.block_size
+        evicted = (count * size if self.limit.rate else (count - 1) * size + 1) - self.sink_tokens
+        per_head = -(-count * self.num_layers // (self.num_layers - self.spared))  # blocks of layers that are not spared
+        first = self.schedule.first_evicting(self.limit, max(evicted, 1), max_len)
+        return min(max(first, (per_head + 1) * size, self.limit.protected - self.sink_tokens + per_head * size), max_len + 1)
+
 @dataclass
 class EvictionPlan:
     """The cuts of one request, in order.
@@ -75,52 +134,45 @@ class EvictionPlan:
     max_len: int
     first_window: int = 0
     _cuts: list[Cut] = field(default_factory=lambda: [NO_CUT], init=False, repr=False, compare=False)
-    _length: int = field(default=0, init=False, repr=False, compare=False)  # all cuts up to here are in _cuts
+    _peaks: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)  # up to each cut
+    _is_complete: bool = field(default=False, init=False, repr=False, compare=False)  # no cut follows those known
+
+    @cached_property
+    def sizes(self) -> CutSizes:
+        """What the cuts keep."""
+        return CutSizes.of(self.layout, self.limit)
 
     def last_cut(self, length: int) -> Cut:
         """The last cut at or before `length` tokens; NO_CUT if there is none."""
-        while self._length <= length and self._find_next():
-            pass
         return self._cuts[self._position(length) - 1]
 
     def next_cut(self, length: int) -> Cut | None:
         """The first cut behind `length` tokens."""
-        while self._cuts[-1].point <= length and self._find_next():
-            pass
         return next(iter(self._cuts[self._position(length) :]), None)
 
     def _position(self, length: int) -> int:
-        """How many of the known cuts, NO_CUT included, are at or before `length`."""
+        """How many cuts, NO_CUT included, are at or before `length`; they and the next one are then known."""
+        while self._cuts[-1].point <= length and not self._is_complete:
+            self._find_next()
         return bisect_right(self._cuts, length, key=lambda cut: cut.point)
 
-    def _find_next(self) -> bool:
-        """Look at the next compression point; False where there is none."""
-        step = self.eviction.schedule.tokens_to_next_point(self.limit, self.prompt_len, self._length)
-        if step is None or self._length + step > self.max_len:
-            self._length = self.max_len + 1
-            return False
-        self._length += step
-        cut, last = self._cut_at(self._length), self._cuts[-1]
-        shrinks = cut.kept_blocks < last.kept_blocks + (cut.end - last.end) // self.layout.block_size
-        if shrinks and self.window_start(cut) >= self.first_window:
-            self._cuts.append(cut)
-        return True
+    def _find_next(self) -> None:
+        """Find the first compression point behind the known cuts that saves more than they do."""
+        last = self._cuts[-1]
+        saved = last.end // self.layout.block_size - last.kept_blocks
+        behind = max(last.point, self.first_window + self.eviction.window - 1 if self.first_window else 0)
+        length = max(self.sizes.first_saving(saved + 1, self.max_len), behind + 1)
+        step = self.eviction.schedule.tokens_to_next_point(self.limit, self.prompt_len, length - 1)
+        if step is None or length - 1 + step > self.max_len:
+            self._is_complete = True
+            return
+        cut = self._cut_at(length - 1 + step)
+        widest = self.layout.blocks_for(cut.point) - saved + cut.kept_blocks
+        self._cuts.append(cut)
+        self._peaks.append(max(self._peaks[-1], widest))
 
     def _cut_at(self, point: int) -> Cut:
-        """The limit counts every token that a KV head keeps on average: sinks, kept tokens and those from `end` on.
-
-        A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any case,
-        and all tokens of spared layers.
-        """
-        size = self.layout.block_size
-        end = point // size * size
-        kept = self.eviction.schedule.kept_at(self.limit, point)
-        if kept >= point:
-            return Cut(point, end, end // size)
-        others = self.layout.policy.sink_tokens + point - end
-        wanted = (kept - others) / size
-        least = least_kept_blocks(self.layout, self.limit, point)
-        return Cut(point, end, max(ceil(wanted) if self.limit.rate else int(wanted), least))
+        return Cut(point, point // self.layout.block_size * self.layout.block_size, self.sizes.kept_blocks(point))
 
     @property
     def computes_all(self) -> bool:
@@ -164,19 +216,7 @@ class EvictionPlan:
 
     def peak_blocks(self, num_tokens: int) -> int:
         """The most blocks that it holds on the way there; a cut needs the new kept blocks beside the old ones."""
-        held = self.held_blocks(num_tokens)  # finds the cuts, too
-        widest = [
-            self.layout.blocks_for(cut.point) - last.end // self.layout.block_size + last.kept_blocks + cut.kept_blocks
-            for last, cut in pairwise(self._cuts[: self._position(num_tokens)])
-        ]
-        return max([held, *widest])
-
-
-def least_kept_blocks(layout: PageLayout, limit: Limit, point: int) -> int:
-    """Kept blocks of a cut that leaves each head its protected tokens and a block, and spared layers everything."""
-    spared, num_layers, size = len(layout.spared_layers), layout.num_layers or 1, layout.block_size
-    per_head = max(ceil((limit.protected - layout.policy.sink_tokens - point % size) / size), 1)
-    return ceil((spared * (point // size) + (num_layers - spared) * per_head) / num_layers)
+        return max(self.held_blocks(num_tokens), self._peaks[self._position(num_tokens) - 1])
 
 
 def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int) -> int:
@@ -212,15 +252,15 @@ def check_limit(layout: PageLayout, limit: Limit, max_len: int) -> None:
 
 def _missing_tokens(layout: PageLayout, limit: Limit, max_len: int) -> int:
     """Tokens on average that a maximum lacks at the widest cut: the last, or one with the longest unfinished tile."""
-    eviction, size = layout.policy.eviction, layout.block_size
-    assert eviction is not None and limit.max_tokens is not None
+    sizes, size = CutSizes.of(layout, limit), layout.block_size
+    assert limit.max_tokens is not None
     if max_len <= limit.max_tokens:
         return 0
     widest = max(
-        least_kept_blocks(layout, limit, point) * size + layout.policy.sink_tokens + point % size
+        sizes.least_blocks(point) * size + layout.policy.sink_tokens + point % size
         for point in (max_len, max_len // size * size - 1)
     )
-    return max(widest - eviction.schedule.kept_at(limit, max_len), 0)
+    return max(widest - sizes.schedule.kept_at(limit, max_len), 0)
 
 
 def plan_eviction(layout: PageLayout, limit: Limit, prompt_len: int, max_len: int) -> EvictionPlan | None:
@@ -250,7 +290,38 @@ def peak_blocks(layout: PageLayout, prompt_len: int, max_len: int | None = None)
     return plan.peak_blocks(length) if plan else layout.blocks_for(length)
 
 
+@lru_cache(maxsize=64)
 def widest_request(layout: PageLayout, max_len: int) -> int:
     """The most blocks that any request of at most `max_len` tokens holds, under the policy's own limit."""
-    step = max(max_len // 16, 1)
-    return max(peak_blocks(layout, prompt_len, max_len) for prompt_len in range(max_len, 0, -step))
+    eviction = layout.policy.eviction
+    limit = eviction and request_limit(eviction, layout.policy, {})
+    return widest_under(layout, limit, max_len) if limit else layout.blocks_for(max_len)
+
+
+def widest_under(layout: PageLayout, limit: Limit, max_len: int) -> int:
+    """The most blocks that any request of at most `max_len` tokens holds under a limit.
+
+    Two compression points that follow each other decide what a request holds at the second one. Whatever the prompt,
+    they also follow each other at the end of one: as the last point of the prompt and the one before, or the one
+    behind. What a request holds there changes only with whole tiles and with the blocks that the two points save, so
+    the prompts at which one of these changes stand for all others.
+    """
+    sizes, tile = CutSizes.of(layout, limit), layout.tile_tokens
+    lengths = {1, max_len + 1, *range(tile, max_len + 1, tile)}
+    lengths |= {sizes.first_saving(count, max_len) for count in range(1, sizes.saved_blocks(max_len) + 1)}
+    prompts = sizes.schedule.prompts_at(limit, lengths)
+    return max(_widest_around(layout, sizes, n, max_len) for n in prompts if 1 <= n <= max_len)
+
+
+def _widest_around(layout: PageLayout, sizes: CutSizes, prompt_len: int, max_len: int) -> int:
+    """The most blocks at the last point of a prompt, at the point behind it, and in the end."""
+    schedule, limit, saved = sizes.schedule, sizes.limit, sizes.saved_blocks
+    step = schedule.tokens_to_next_point(limit, prompt_len, prompt_len)
+    widest = layout.blocks_for(max_len) - saved(schedule.last_point(limit, prompt_len, max_len))
+    for point in (schedule.last_point(limit, prompt_len, prompt_len), step and prompt_len + step):
+        if not point or point > max_len:
+            continue
+        before = saved(schedule.last_point(limit, prompt_len, point - 1))
+        if saved(point) > before:
+            widest = max(widest, layout.blocks_for(point) - before + sizes.kept_blocks(point))
+    return widest

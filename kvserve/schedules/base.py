@@ -15,6 +15,7 @@ end at every point on the way (`tokens_to_next_point`) also choose the tokens fr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, ClassVar
@@ -56,6 +57,20 @@ class Limit:
         limit = self.max_tokens if self.rate is None else ceil(length / self.rate)
         assert limit is not None
         return min(length, max(limit, self.protected))
+
+    def first_evicting(self, count: int, max_len: int) -> int:
+        """The first length that is `count` tokens, one at least, above its target; max_len + 1 if there is none."""
+        if self.rate is None:
+            return min(self.target(max_len + 1) + count, max_len + 1)
+        length = max_len + 1
+        if count * self.rate <= length * (self.rate - 1):
+            length = ceil(count * self.rate / (self.rate - 1))
+        length = max(length, count + self.protected)
+        while length <= max_len and length - self.target(length) < count:  # the division rounds
+            length += 1
+        while length - 1 - self.target(length - 1) >= count:
+            length -= 1
+        return min(length, max_len + 1)
 
 
 class Schedule(BaseModel, ABC):
@@ -119,6 +134,23 @@ class Schedule(BaseModel, ABC):
     def kept_at(self, limit: Limit, point: int) -> int:
         """Tokens per head right after compression at a point."""
         return limit.target(point)
+
+    def first_evicting(self, limit: Limit, count: int, max_len: int) -> int:
+        """The first length of which a cut leaves `count` tokens, one at least, less; max_len + 1 if there is none."""
+        return limit.first_evicting(count, max_len)
+
+    def prompts_at(self, limit: Limit, lengths: Iterable[int]) -> set[int]:
+        """Prompt lengths at which the last point of the prompt, or the one before or behind it, reaches a new length.
+
+        Between two of them none of the three points passes one of `lengths`; some may be no lengths of a prompt.
+        """
+        exempt, chunk = self._exempt(limit), self.chunk_tokens
+        _, interval = self._decode_points(limit, exempt + 1)
+        reached = {exempt + 1, *lengths}
+        prompts = reached | {length - interval for length in reached}
+        if chunk:
+            prompts |= {ceil(max(length, exempt + 1) / chunk) * chunk + 1 for length in reached}
+        return prompts
 
     def _exempt(self, limit: Limit) -> int:
         """Prompt lengths up to this are no compression points."""

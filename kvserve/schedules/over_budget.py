@@ -24,6 +24,9 @@ class OverBudget(Schedule):
     def kept_at(self, limit: Limit, point: int) -> int:
         return min(point, self._exempt(limit) + 1 - self._interval(limit))
 
+    def first_evicting(self, limit: Limit, count: int, max_len: int) -> int:
+        return min(self.kept_at(limit, max_len + 1) + count, max_len + 1)
+
     def _exempt(self, limit: Limit) -> int:
         if limit.max_tokens is None:
             raise ValueError("schedule over-budget needs a maximum of cached tokens; with a rate, use every-n")
