@@ -24,9 +24,10 @@ from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
+from kvserve.pages.admission import Admission
 from kvserve.pages.kept import Kept
-from kvserve.pages.plan import RowStep, check_limit, plan_eviction
-from kvserve.policies.limits import request_limit
+from kvserve.pages.plan import RowStep, check_limit
+from kvserve.policies.limits import PREFIX, request_limit
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -99,31 +100,60 @@ class KvserveConnector(KVConnectorBase_V1):
         self.accounting = Accounting(self.manager, self.block_bytes)
 
     def on_new_request(self, request: Request) -> None:
-        """Plan the eviction of a request's prompt; its `vllm_xargs` may change the policy's limit."""
+        """Plan the eviction of a request; refuse one that the pool can never hold."""
+        assert self.manager is not None
+        with self.manager.failures.guard(request.request_id):
+            self._admit(request)
+
+    def _admit(self, request: Request) -> None:
+        """Its `vllm_xargs` may change the policy's limit."""
         assert self.manager is not None and self.accounting is not None
         layout = self.manager.layout
         params = request.sampling_params
+        arguments = (params and params.extra_args) or {}
         try:
-            limit = request_limit(self.eviction, layout.policy, (params and params.extra_args) or {})
+            limit = request_limit(self.eviction, layout.policy, arguments)
             if limit:
                 check_limit(layout, limit, self.max_model_len)
-        except (ValueError, TypeError) as error:  # raising here would end the engine, not the request
+        except (ValueError, TypeError) as error:
             logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
             limit = request_limit(self.eviction, layout.policy, {})
         self.accounting.start(request, limit)
-        plan = plan_eviction(layout, limit, request.num_prompt_tokens, self.max_model_len) if limit else None
-        if plan is None:
-            return
-        self.manager.plans[request.request_id] = plan
-        if plan.computes_all:
-            request.skip_reading_prefix_cache = True
+        most = self.max_model_len if request.resumable else request.max_tokens  # its prompt grows
+        admission = Admission(layout, limit, request.num_prompt_tokens, most, self.max_model_len)
+        if not admission.fits(self.manager.usable_blocks):
+            own_limit = ", ".join(sorted(name for name in arguments if name.startswith(PREFIX)))
+            self.manager.failures.add(request.request_id, admission.refusal(self.manager.usable_blocks, own_limit))
+        elif admission.plan:
+            self.manager.plans[request.request_id] = admission.plan
+            if admission.plan.computes_all or not admission.fits_uncut(self.manager.usable_blocks):
+                request.skip_reading_prefix_cache = True
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are freed at once; the report of what they held goes into the answer."""
         assert self.manager is not None and self.accounting is not None
-        report = self.accounting.finish(request.request_id)
         self.manager.plans.pop(request.request_id, None)
-        return False, {"kvserve": report}
+        if request.request_id not in self.accounting.requests:  # it failed as it arrived
+            return False, None
+        with self.manager.failures.guard(request.request_id):
+            return False, {"kvserve": self.accounting.finish(request.request_id)}
+        return False, None
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether the request that got no blocks is better not preempted.
+
+        Its own last steps may be about to give some back, or it has failed and will give them all back.
+        """
+        assert self.manager is not None and self.accounting is not None
+        request_id = self.manager.asked_for
+        tracked = self.accounting.requests.get(request_id) if request_id else None
+        if request_id is None or tracked is None:
+            return False
+        computed, in_flight = tracked.request.num_computed_tokens, tracked.request.num_in_flight_tokens
+        with self.manager.failures.guard(request_id):
+            if self.manager.waits_for_own(request_id, computed, in_flight):
+                return True
+        return request_id in self.manager.failures
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return 0, False
@@ -140,9 +170,10 @@ class KvserveConnector(KVConnectorBase_V1):
         plans = StepPlans(ended=scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()))
         for request_id, before in computed.items():
             after = before + scheduler_output.num_scheduled_tokens[request_id]
-            row = self._row_step(request_id, before, after)
-            if row is not None:
-                plans.rows[self.manager.state_block(request_id)] = row
+            with self.manager.failures.guard(request_id):
+                row = self._row_step(request_id, before, after)
+                if row is not None:
+                    plans.rows[self.manager.state_block(request_id)] = row
         return plans
 
     def _row_step(self, request_id: str, before: int, after: int) -> RowStep | None:
@@ -165,13 +196,18 @@ class KvserveConnector(KVConnectorBase_V1):
 
     def take_evictions(self, worker_meta: StepEvictions | None) -> None:
         """What a step evicted, before vLLM finishes the requests that end with it."""
-        assert self.accounting is not None
-        if worker_meta is not None:
-            self.accounting.add(worker_meta)
+        assert self.manager is not None and self.accounting is not None
+        for request_id, evicted in worker_meta.requests.items() if worker_meta else ():
+            with self.manager.failures.guard(request_id):
+                self.accounting.add(StepEvictions({request_id: evicted}))
 
     def get_kv_connector_stats(self) -> CacheStats | None:
         """What the scheduler knows of a step; workers have their own channel."""
-        return self.accounting.take() if self.accounting else None
+        try:
+            return self.accounting.take() if self.accounting else None
+        except Exception:  # no request is to blame, and requests matter more than metrics
+            logger.exception("kvserve's metrics of a step are missing")
+            return None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:

@@ -2,6 +2,8 @@
 
 Seams: as `kvserve.engine.manager`, and `SingleTypeKVCacheManager.remove_skipped_blocks`, which vLLM calls at every step
 of a request with the number of tokens whose steps are over.
+
+What goes wrong here with the plan of one request ends that request (kvserve.engine.failures).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from kvserve.engine.failures import Failures
 from kvserve.engine.manager import PageManager
 from kvserve.pages.kept import NOT_KEPT, Kept
 from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
@@ -39,6 +42,8 @@ class EvictingPageManager(PageManager):
         kept: by request id, the kept blocks of its cuts that are not given back yet, the newest last. They are no part
             of the row: the worker learns of them through the connector.
         given_back: by request id, how many tile blocks have left its row.
+        failures: requests that cannot go on.
+        asked_for: the request whose need of blocks was asked for last.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,6 +51,8 @@ class EvictingPageManager(PageManager):
         self.plans: dict[str, EvictionPlan] = {}
         self.kept: dict[str, list[KeptBlocks]] = {}
         self.given_back: dict[str, int] = {}
+        self.failures = Failures()
+        self.asked_for: str | None = None
 
     @classmethod
     def of(cls, kv_cache_manager: KVCacheManager) -> EvictingPageManager:
@@ -53,6 +60,11 @@ class EvictingPageManager(PageManager):
         (manager,) = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, cls)
         return manager
+
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks that a request can get when it is alone; one of the pool's is vLLM's null block."""
+        return self.block_pool.num_gpu_blocks - 1
 
     def state_block(self, request_id: str) -> int:
         """Block id that identifies the request's row in the worker."""
@@ -73,6 +85,11 @@ class EvictingPageManager(PageManager):
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
+        with self.failures.guard(request_id):
+            self._leave_out_covered(request_id, num_local_computed_tokens)
+
+    def _leave_out_covered(self, request_id: str, num_local_computed_tokens: int) -> None:
+        """Leave out the cuts whose windows the prefix hit covers."""
         plan = self.plans.get(request_id)
         first = plan.next_cut(0) if plan else None
         if plan is None or first is None or num_local_computed_tokens <= plan.window_start(first):
@@ -90,20 +107,24 @@ class EvictingPageManager(PageManager):
         apply_admission_cap: bool = False, **kwargs: Any,
     ) -> int:  # fmt: skip
         """As PageManager, with kept blocks; for admission, what the request needs at its widest on the way."""
+        self.asked_for = request_id
         needed = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
         plan = self.plans.get(request_id)
         if plan is None:
             return needed
-        if apply_admission_cap:
-            return needed + plan.peak_blocks(num_tokens) - self.layout.blocks_for(num_tokens)
-        return needed + self._missing_kept(request_id, num_tokens).kept_blocks
+        with self.failures.guard(request_id):
+            if apply_admission_cap:
+                return needed + plan.peak_blocks(num_tokens) - self.layout.blocks_for(num_tokens)
+            return needed + self._missing_kept(request_id, num_tokens).kept_blocks
+        return self.block_pool.num_gpu_blocks  # more than there ever are: it gets none
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As PageManager; where the step reaches a cut, take its kept blocks too. Returns those of the row."""
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        cut = self._missing_kept(request_id, num_tokens)
-        if cut.kept_blocks:
-            self.kept.setdefault(request_id, []).append(KeptBlocks(cut, self._take(cut.kept_blocks)))
+        with self.failures.guard(request_id):
+            cut = self._missing_kept(request_id, num_tokens)
+            if cut.kept_blocks:
+                self.kept.setdefault(request_id, []).append(KeptBlocks(cut, self._take(cut.kept_blocks)))
         return new_blocks
 
     def _missing_kept(self, request_id: str, num_tokens: int) -> Cut:
@@ -117,13 +138,20 @@ class EvictingPageManager(PageManager):
         """Enter tile blocks of the prompt only: what follows was computed from an evicted cache."""
         plan = self.plans.get(request.request_id)
         if plan:
-            num_tokens = min(num_tokens, plan.reusable_tokens())
+            reusable = 0
+            with self.failures.guard(request.request_id):
+                reusable = plan.reusable_tokens()
+            num_tokens = min(num_tokens, reusable)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Give back what a cut replaces once its step is over: tile blocks, and the kept blocks of the cut before."""
+        with self.failures.guard(request_id):
+            self._give_back(request_id, processed_computed_tokens)
+
+    def _give_back(self, request_id: str, processed_computed_tokens: int) -> None:
         plan = self.plans.get(request_id)
         if plan is None or request_id not in self.req_to_blocks:
             return
@@ -135,6 +163,13 @@ class EvictingPageManager(PageManager):
             self._remove_blocks_in_range(request_id, layout.tile_row(1), layout.tile_row(tile_blocks))
         while len(entries) > 1 and entries[1].cut.point <= processed_computed_tokens:
             self.block_pool.free_blocks(entries.pop(0).blocks)
+
+    def waits_for_own(self, request_id: str, num_computed_tokens: int, num_in_flight_tokens: int) -> bool:
+        """Whether steps of the request that are under way will give back some of its blocks."""
+        plan = self.plans.get(request_id)
+        if plan is None or not num_in_flight_tokens:
+            return False
+        return plan.last_cut(num_computed_tokens) != plan.last_cut(num_computed_tokens - num_in_flight_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """As PageManager, with the kept blocks."""

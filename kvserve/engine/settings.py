@@ -62,6 +62,7 @@ class EngineSettings:
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
         check_model(vllm_config.model_config.hf_config.to_dict(), policy)
+        check_whole_prompts(vllm_config.scheduler_config, vllm_config.model_config.max_model_len)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         settings = cls(
@@ -143,13 +144,37 @@ def check_eviction(config: VllmConfig, window: int) -> None:
     _check_steps(config.scheduler_config, window)
 
 
+def _step_budget(scheduler: SchedulerConfig) -> tuple[str, int]:
+    """The option that bounds a step, and how many tokens that is."""
+    scheduled, batched = scheduler.max_num_scheduled_tokens, scheduler.max_num_batched_tokens
+    if scheduled is not None and scheduled < batched:
+        return "--max-num-scheduled-tokens", scheduled
+    return "--max-num-batched-tokens", batched
+
+
+def check_whole_prompts(scheduler: SchedulerConfig, max_model_len: int) -> None:
+    """Refuse steps that are too small for a prompt which must not be divided: it would wait for ever.
+
+    Raises:
+        UnsupportedError: naming the option.
+    """
+    option, budget = _step_budget(scheduler)
+    if not scheduler.enable_chunked_prefill and budget < max_model_len:
+        raise UnsupportedError(
+            f"without chunked prefill one step computes a whole prompt: {option} must be at least --max-model-len "
+            f"{max_model_len}, got {budget}"
+        )
+
+
 def _check_steps(scheduler: SchedulerConfig, window: int) -> None:
     """The window's rows must fit in a step beside one token of every other request, or they could wait for ever."""
-    needed = window + scheduler.max_num_seqs - 1
-    if scheduler.max_num_batched_tokens < needed:
+    option, budget = _step_budget(scheduler)
+    num_seqs = min(scheduler.max_num_seqs, scheduler.max_num_active_seqs or scheduler.max_num_seqs)
+    needed = window + num_seqs - 1
+    if budget < needed:
         raise UnsupportedError(
-            f"the scorer reads the last {window} prompt tokens in one step: --max-num-batched-tokens must be at least "
-            f"{needed} with --max-num-seqs {scheduler.max_num_seqs}, got {scheduler.max_num_batched_tokens}"
+            f"the scorer reads the last {window} prompt tokens in one step: {option} must be at least {needed} with "
+            f"--max-num-seqs {num_seqs}, got {budget}"
         )
     if 0 < scheduler.long_prefill_token_threshold < window:
         raise UnsupportedError(

@@ -87,9 +87,9 @@ class CutSizes:
     def kept_blocks(self, point: int) -> int:
         """Kept blocks of a cut at `point`.
 
-        The limit counts every token that a KV head keeps on average: sinks, kept tokens and those behind the last whole
-        block. A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay in any
-        case, and all tokens of spared layers.
+        The limit counts every token that a KV head keeps on average: sinks, kept tokens and those behind the last
+        whole block. A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay
+        in any case, and all tokens of spared layers.
         """
         size = self.block_size
         kept = self.schedule.kept_at(self.limit, point)
@@ -112,11 +112,12 @@ class CutSizes:
 
     def first_saving(self, count: int, max_len: int) -> int:
         """The first length at which a cut saves `count` blocks, one at least; max_len + 1 if it is longer than that."""
-        size = self.block_size
-        evicted = (count * size if self.limit.rate else (count - 1) * size + 1) - self.sink_tokens
-        per_head = -(-count * self.num_layers // (self.num_layers - self.spared))  # blocks of layers that are not spared
-        first = self.schedule.first_evicting(self.limit, max(evicted, 1), max_len)
-        return min(max(first, (per_head + 1) * size, self.limit.protected - self.sink_tokens + per_head * size), max_len + 1)
+        size, sinks = self.block_size, self.sink_tokens
+        evicted = (count * size if self.limit.rate else (count - 1) * size + 1) - sinks
+        unspared = -(-count * self.num_layers // (self.num_layers - self.spared))  # what the other layers have to save
+        least = max((unspared + 1) * size, self.limit.protected - sinks + unspared * size)
+        return min(max(self.schedule.first_evicting(self.limit, max(evicted, 1), max_len), least), max_len + 1)
+
 
 @dataclass
 class EvictionPlan:
@@ -217,6 +218,17 @@ class EvictionPlan:
     def peak_blocks(self, num_tokens: int) -> int:
         """The most blocks that it holds on the way there; a cut needs the new kept blocks beside the old ones."""
         return max(self.held_blocks(num_tokens), self._peaks[self._position(num_tokens) - 1])
+
+    def uncut_blocks(self, num_tokens: int) -> int:
+        """No fewer blocks than it holds on the way there whichever of its first cuts are left out.
+
+        Where there is one cut, exactly what it holds without.
+        """
+        row = self.layout.blocks_for(num_tokens)
+        if not self.eviction.schedule.repeats:
+            return row
+        boundary = num_tokens // self.layout.block_size * self.layout.block_size
+        return row + self.sizes.kept_blocks(boundary)  # no earlier cut keeps more
 
 
 def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int) -> int:
