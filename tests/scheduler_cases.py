@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,10 @@ class Engine:
     Args:
         num_blocks: blocks that requests can have; vLLM's null block comes on top.
         steps_ahead: steps that are scheduled before the output of the first is there; 1 as in asynchronous scheduling.
+
+    Attributes:
+        ended: the last outputs of requests.
+        least_free: the fewest blocks that were free once a step was scheduled.
     """
 
     def __init__(self, config: VllmConfig, num_blocks: int, steps_ahead: int = 0) -> None:
@@ -72,6 +75,7 @@ class Engine:
         self.steps_ahead, self.under_way = steps_ahead, deque[Any]()
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self.ended: dict[str, EngineCoreOutput] = {}
+        self.least_free = num_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -90,6 +94,7 @@ class Engine:
     def step(self) -> int:
         """Schedule a step, take the output of the oldest; returns how many tokens the new step computes."""
         output = self.scheduler.schedule()
+        self.least_free = min(self.least_free, self.free_blocks)
         live = [(name, self.scheduler.requests.get(name)) for name in output.num_scheduled_tokens]
         due = {name for name, request in live if request and not request.is_prefill_chunk}
         self.under_way.append((output, due))
@@ -118,7 +123,3 @@ class Engine:
             idle = 0 if self.step() else idle + 1
             assert idle <= 2 + self.steps_ahead, f"nothing is scheduled of {sorted(self.scheduler.requests)}"
         raise AssertionError(f"{sorted(self.scheduler.requests)} do not end")
-
-
-def random_prompt(generator: random.Random, length: int) -> list[int]:
-    return [generator.randrange(1, 512) for _ in range(length)]

@@ -241,6 +241,38 @@ def test_the_scheduler_finishes_requests_inside_update_from_output() -> None:
     assert AsyncScheduler.update_from_output is Scheduler.update_from_output
 
 
+def test_a_request_can_be_ended_with_an_error_and_a_reason_before_the_next_outputs() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+    from vllm.v1.request import Request, RequestStatus
+
+    assert parameters(Scheduler.add_request) == ["self", "request"]
+    assert parameters(Scheduler.finish_requests) == ["self", "request_ids", "finished_status"]
+    assert RequestStatus.get_finished_reason(RequestStatus.FINISHED_ERROR) == FinishReason.ERROR
+    assert "self.finished_req_ids.add(" in inspect.getsource(Scheduler._free_request)  # so another step follows
+    assert "if self.finished_req_ids:" in inspect.getsource(Scheduler.has_finished_requests)
+    last = EngineCoreOutput("name", [], finish_reason=FinishReason.ERROR, stop_reason="why", kv_transfer_params={})
+    assert EngineCoreOutputs().outputs is not EngineCoreOutputs(outputs=[last]).outputs
+    assert {"client_index", "take_events", "trace_headers", "resumable", "max_tokens"} <= set(
+        dir(Request) + inspect.getsource(Request.__init__).replace("self.", " ").replace(":", " ").split()
+    )
+    source = inspect.getsource(Scheduler.schedule)
+    refused, pending = source.index("if new_blocks is not None:"), source.index("has_pending_block_frees()")
+    assert refused < pending < source.index("preempted_req = max(")
+    assert parameters(KVConnectorBase_V1.has_pending_block_frees) == ["self"]
+
+
+def test_what_bounds_a_step() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    assert "token_budget = self.max_num_scheduled_tokens" in source
+    assert "input_budget = self.scheduler_config.max_num_batched_tokens" in source
+    assert "not self.scheduler_config.enable_chunked_prefill" in source
+    assert "self.max_num_active_reqs" in source and "long_prefill_token_threshold" in source
+
+
 def test_the_schedulers_connector_stats_reach_the_stat_loggers_once_a_step() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -20,7 +20,13 @@ from kvserve.attention import gpu as measured
 from kvserve.checks import UnsupportedError
 from kvserve.engine import plugin, selector
 from kvserve.engine.backend import KvserveBackend, backend_for
-from kvserve.engine.settings import CONNECTOR_CONFIG, SCHEDULER_PATH, EngineSettings
+from kvserve.engine.settings import (
+    CONNECTOR_CONFIG,
+    SCHEDULER_PATH,
+    EngineSettings,
+    _check_steps,
+    check_whole_prompts,
+)
 from kvserve.engine.spec import PageSpec
 from kvserve.policies.loading import load_policy
 
@@ -75,6 +81,7 @@ def test_the_plugin_refuses_what_the_command_line_refuses(section: str | None, f
         (None, {}, "--kv-transfer-config"),
         (KVTransferConfig(**CONNECTOR_CONFIG), {"scheduler_cls": None}, "--scheduler-cls"),
         (KVTransferConfig(**CONNECTOR_CONFIG), {"max_num_seqs": 32, "max_num_batched_tokens": 62}, "at least 63"),
+        (KVTransferConfig(**CONNECTOR_CONFIG), {"max_num_seqs": 4, "max_num_scheduled_tokens": 24}, "scheduled-tokens"),
         (KVTransferConfig(**CONNECTOR_CONFIG), {"long_prefill_token_threshold": 31}, "--long-prefill-token-threshold"),
     ],
 )
@@ -86,6 +93,33 @@ def test_eviction_is_refused_without_what_it_needs_in_the_scheduler(transfer, sc
         object.__setattr__(config.scheduler_config, field, value)
     with pytest.raises(UnsupportedError, match=re.escape(option)):
         EngineSettings.from_vllm_config(config)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"max_num_seqs": 4, "max_num_scheduled_tokens": 35},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 35, "max_num_scheduled_tokens": 64},
+        {"max_num_seqs": 64, "max_num_active_seqs": 4, "max_num_scheduled_tokens": 35},
+        {"max_num_seqs": 4, "long_prefill_token_threshold": 32},
+    ],
+)
+def test_the_smallest_steps_that_hold_the_window_beside_all_other_requests_are_accepted(scheduler) -> None:
+    config = SchedulerConfig(max_model_len=512, is_encoder_decoder=False, max_num_batched_tokens=512)
+    for field, value in scheduler.items():
+        setattr(config, field, value)
+    _check_steps(config, window=32)
+    if "long_prefill_token_threshold" not in scheduler:
+        with pytest.raises(UnsupportedError, match="at least 36"):
+            _check_steps(config, window=33)
+
+
+def test_steps_too_small_for_a_prompt_that_must_not_be_divided_are_refused() -> None:
+    config = SchedulerConfig(max_model_len=512, is_encoder_decoder=False, max_num_batched_tokens=512)
+    config.enable_chunked_prefill, config.max_num_scheduled_tokens = False, 511
+    with pytest.raises(UnsupportedError, match="--max-num-scheduled-tokens must be at least --max-model-len 512"):
+        check_whole_prompts(config, 512)
+    check_whole_prompts(config, 511)
 
 
 def test_the_dense_policy_keeps_vllms_spec() -> None:

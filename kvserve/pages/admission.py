@@ -80,4 +80,4 @@ class Admission:
 
 
 def _kept(limit: Limit) -> str:
-    return f"one of {limit.rate:g}" if limit.rate else f"{limit.max_tokens} tokens"
+    return f"one of {limit.rate:g} tokens" if limit.rate else f"{limit.max_tokens} tokens"
