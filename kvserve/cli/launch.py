@@ -142,6 +142,7 @@ def _configure_cpu(args: argparse.Namespace) -> None:
         # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
+    _keep_seeds_apart(args)
     if args.kv_transfer_config and RESERVED_CORES not in os.environ:
         # vLLM takes a second core from each worker that has a KV connector; this one moves no KV.
         os.environ[RESERVED_CORES] = str(args.tensor_parallel_size * args.pipeline_parallel_size)
@@ -165,6 +166,17 @@ def _add_the_probe(args: argparse.Namespace) -> None:
     if args.worker_extension_cls:
         raise UsageError("the self-test brings its own --worker-extension-cls; drop yours, or add --no-self-test")
     args.worker_extension_cls = EXTENSION_PATH
+
+
+def _keep_seeds_apart(args: argparse.Namespace) -> None:
+    """The worker that survives a request with a seed whose prompt takes several steps."""
+    from kvserve.engine.settings import CPU_WORKER_PATH
+
+    if args.worker_cls not in ("auto", CPU_WORKER_PATH):
+        raise UsageError(
+            "on a CPU kvserve brings its own worker, since a request with a seed can end vLLM's; drop --worker-cls"
+        )
+    args.worker_cls = CPU_WORKER_PATH
 
 
 def _size_the_pool(args: argparse.Namespace) -> None:

@@ -112,12 +112,11 @@ class KvserveConnector(KVConnectorBase_V1):
         params = request.sampling_params
         arguments = (params and params.extra_args) or {}
         try:
-            limit = request_limit(self.eviction, layout.policy, arguments)
+            limit = request_limit(self.eviction, layout.policy, arguments, self.max_model_len)
             if limit:
                 check_limit(layout, limit, self.max_model_len)
-        except (ValueError, TypeError) as error:
-            logger.warning("request %s: %s; the policy's own limit applies", request.request_id, error)
-            limit = request_limit(self.eviction, layout.policy, {})
+        except ValueError as error:  # LLM(...) does not know the policy, so that not all is refused before
+            return self.manager.failures.add(request.request_id, str(error))
         self.accounting.start(request, limit)
         most = self.max_model_len if request.resumable else request.max_tokens  # its prompt grows
         admission = Admission(layout, limit, request.num_prompt_tokens, most, self.max_model_len)

@@ -14,6 +14,7 @@ from uuid import uuid4
 from fastapi import FastAPI, Response
 
 from kvserve.engine.metrics import publish_self_test
+from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.request_limits import RequestLimits
 from kvserve.engine.self_test import is_requested, run_self_test, why_not
 from kvserve.engine.settings import EngineSettings
@@ -55,6 +56,7 @@ class ReadyEndpoint:
             self.layout = settings.layout(config.model_config.get_head_size())
             self.max_model_len = config.model_config.max_model_len
             self.policy = settings.policy
+            RequestCheck.server = self
             if is_requested(config) and why_not(config) is None:
                 publish_self_test(await run_self_test(engine_client, settings))
 

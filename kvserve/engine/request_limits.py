@@ -1,23 +1,39 @@
 """HTTP 400 for requests that ask for an eviction which cannot be done.
 
-Seam: `EndpointPlugin.attach_router` gets the API server's app, to which this adds an ASGI middleware. In the scheduler,
-where a limit takes effect, a wrong one could only be logged.
+Seam: `EndpointPlugin.attach_router` gets the API server's app, to which this adds an ASGI middleware. vLLM itself would
+notice some of it (kvserve/engine/request_check.py), but a streamed answer has begun by then with status 200.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvserve.pages.plan import check_limit
-from kvserve.policies.limits import PREFIX, check_request, request_limit
+from kvserve.engine.request_check import check_arguments
+from kvserve.policies.limits import PREFIX, short
+
+# Where the bodies of vLLM's routes that generate have a request's arguments; None: nowhere, the route drops them.
+XARGS, EXTRA_ARGS = "vllm_xargs", "sampling_params.extra_args"
+COMPLETION_ROUTES: Mapping[str, str | None] = {
+    "/v1/chat/completions": XARGS,
+    "/v1/chat/completions/batch": XARGS,
+    "/v1/completions": XARGS,
+    "/v1/responses": XARGS,
+    "/v1/messages": XARGS,
+    "/invocations": XARGS,
+    "/inference/v1/generate": EXTRA_ARGS,
+    "/generative_scoring": None,
+    "/v1/structured_decisions": None,
+    "/cohere/v2/chat": None,
+}
 
 
 class RequestLimits:
-    """Checks `vllm_xargs` of POST bodies; everything else passes untouched.
+    """Checks the bodies of requests that generate; everything else passes untouched and unread.
 
     Args:
         state: an object whose `policy` is the Policy in effect, or None while it is not known; its `layout`, the pages
@@ -28,18 +44,26 @@ class RequestLimits:
         self.app, self.state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or self.state.policy is None:
+        route = _route(scope)
+        if route not in COMPLETION_ROUTES or self.state.policy is None:
             return await self.app(scope, receive, send)
         messages = await _body_messages(receive)
-        refusal = _refusal(b"".join(message.get("body", b"") for message in messages), self.state)
+        refusal = _refusal(b"".join(message.get("body", b"") for message in messages), self.state, route)
         if refusal is not None:
-            error = {"message": refusal, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
-            return await JSONResponse({"error": error}, 400)(scope, receive, send)
+            return await JSONResponse(_error_body(refusal, route), 400)(scope, receive, send)
 
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
 
         await self.app(scope, replay, send)
+
+
+def _route(scope: Scope) -> str:
+    """The path of a POST request below the server's --root-path; "" for everything else."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return ""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    return str(path[len(root) :] if path.startswith(f"{root}/") else path)
 
 
 async def _body_messages(receive: Receive) -> list[Message]:
@@ -49,22 +73,58 @@ async def _body_messages(receive: Receive) -> list[Message]:
     return messages
 
 
-def _refusal(body: bytes, state: Any) -> str | None:
+def _refusal(body: bytes, state: Any, route: str = "/v1/completions") -> str | None:
     """Why the request cannot be served; None where it can, or is no business of kvserve."""
-    if PREFIX.encode() not in body:
+    if not _may_name_an_argument(body):
         return None
     try:
-        content = json.loads(body)
-    except ValueError:
+        content = json.loads(body)  # as FastAPI does, so that both see the same keys
+    except (ValueError, RecursionError):
         return None  # vLLM says what is wrong with it
-    arguments = content.get("vllm_xargs") if isinstance(content, dict) else None
-    if not isinstance(arguments, dict):
+    if not isinstance(content, dict):
         return None
     try:
-        check_request(arguments, state.policy)
-        limit = state.policy.eviction and request_limit(state.policy.eviction, state.policy, arguments)
-        if limit:
-            check_limit(state.layout, limit, state.max_model_len)
+        arguments = _arguments(content, route)
+        if arguments:
+            check_arguments(arguments, state)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _may_name_an_argument(body: bytes) -> bool:
+    """Whether parsing is worthwhile: in UTF-8 a key is written out, or with escapes."""
+    return json.detect_encoding(body) != "utf-8" or PREFIX.encode() in body or b"\\u" in body
+
+
+def _arguments(content: dict[str, Any], route: str) -> dict[str, Any]:
+    """The arguments of a request that are kvserve's.
+
+    Raises:
+        ValueError: some stand where vLLM would drop them.
+    """
+    where, params = COMPLETION_ROUTES[route], content.get("sampling_params")
+    places = {
+        "": _own(content),
+        XARGS: _own(content.get(XARGS)),
+        EXTRA_ARGS: _own(params.get("extra_args")) if isinstance(params, dict) else {},
+    }
+    own = places.pop(where) if where else {}
+    misplaced = sorted(name for place in places.values() for name in place)
+    if misplaced and where:
+        raise ValueError(f"{route} reads limits in {where} only; move {short(misplaced[0])} there")
+    if misplaced or (own and content.get("use_beam_search")):
+        kind = "a beam search" if where else route
+        raise ValueError(f"{kind} takes no limits of a request's own, so drop {short(min(misplaced or own))}")
+    return own
+
+
+def _own(place: Any) -> dict[str, Any]:
+    if not isinstance(place, dict):
+        return {}
+    return {name: value for name, value in place.items() if name.startswith(PREFIX)}
+
+
+def _error_body(message: str, route: str) -> dict[str, Any]:
+    error = {"message": message, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
+    return {"type": "error", "error": error} if route == "/v1/messages" else {"error": error}

@@ -27,6 +27,7 @@ CONNECTOR_CONFIG = {
     "kv_connector": CONNECTOR_NAME, "kv_role": "kv_producer", "kv_connector_module_path": "kvserve.engine.connector",
 }  # fmt: skip
 SCHEDULER_PATH = "kvserve.engine.scheduler.make_scheduler"
+CPU_WORKER_PATH = "kvserve.engine.cpu_worker.SeededCpuWorker"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 Bits = Literal[2, 4, 8]
+MAX_RATE = 1024
+LONGEST = 2**31 - 1  # tokens of a sequence; vLLM counts positions in 32 bits
 
 
 class _Part(BaseModel):
@@ -90,8 +92,8 @@ class Eviction(_Part):
 
     scorer: Any
     budget: Any
-    rate: Annotated[float | None, Field(ge=1, le=1024)] = None
-    max_tokens: Annotated[int | None, Field(ge=64)] = None
+    rate: Annotated[float | None, Field(ge=1, le=MAX_RATE)] = None
+    max_tokens: Annotated[int | None, Field(ge=64, le=LONGEST)] = None
     spare_layers: tuple[Annotated[int, Field(strict=True)], ...] = ()
     schedule: Annotated[Any, Field(validate_default=True)] = None
 

@@ -1,0 +1,103 @@
+"""A request's own limit is checked before it enters the engine, whichever way it came: any route, or `LLM(...)`.
+
+Seam: the entry point group `vllm.logits_processors`. Before it hands a request to the engine, vLLM calls the class
+method `validate_params` of each class named there and refuses the request where that raises: with HTTP 400, or with the
+exception from `LLM.generate`. As a logits processor this one changes nothing.
+
+The classes of both model runners are instantiated in the workers with different arguments; this one suits both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from kvserve.pages.plan import check_limit
+from kvserve.policies.limits import PREFIX, check_request, own_limit, request_limit
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.kvserve")
+
+
+def check_arguments(arguments: Mapping[str, Any], state: Any) -> None:
+    """Refuse a request by its arguments; `state` as of RequestLimits.
+
+    Raises:
+        ValueError: one sentence that names the argument and what it takes.
+    """
+    check_request(arguments, state.policy, state.max_model_len)
+    eviction = state.policy.eviction
+    limit = eviction and request_limit(eviction, state.policy, arguments, state.max_model_len)
+    if limit:
+        check_limit(state.layout, limit, state.max_model_len)
+
+
+class RequestCheck(LogitsProcessor):
+    """Refuses requests; leaves logits alone.
+
+    Attributes:
+        server: what `RequestLimits` knows of this process's server; None with `LLM(...)`, whose policy only the engine
+            knows, so that here only types and ranges are checked.
+    """
+
+    server: Any = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
+        self._dropped_by = _policy_without_eviction(vllm_config)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse limits that cannot be followed.
+
+        Raises:
+            ValueError: one sentence that names the argument and what it takes.
+        """
+        arguments = sampling_params.extra_args
+        if not arguments:
+            return
+        if cls.server is not None and cls.server.policy is not None:
+            check_arguments(arguments, cls.server)
+        else:
+            own_limit(arguments)
+
+    # -- model runner V1 ------------------------------------------------------------------------------------------
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        for _, params, *_ in batch_update.added if batch_update else ():
+            self._note(params)
+
+    # -- model runner V2 ------------------------------------------------------------------------------------------
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        self._note(sampling_params)
+        return False
+
+    def apply(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return logits
+
+    def _note(self, params: SamplingParams) -> None:
+        """Say that a policy which evicts nothing drops a request's limits; a server refuses them."""
+        own = [name for name in (params and params.extra_args) or () if str(name).startswith(PREFIX)]
+        if own and self._dropped_by:
+            logger.warning("policy %s evicts nothing, so %s has no effect", self._dropped_by, ", ".join(sorted(own)))
+
+
+def _policy_without_eviction(vllm_config: VllmConfig) -> str | None:
+    """The name of the policy in effect, if there is one and it evicts nothing."""
+    from kvserve.engine.settings import CONFIG_KEY
+    from kvserve.policies.loading import policy_from_config
+
+    additional: Any = vllm_config.additional_config
+    section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    policy = policy_from_config(section) if section else None
+    return policy.name if policy and policy.eviction is None else None
