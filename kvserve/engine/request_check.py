@@ -4,7 +4,7 @@ Seam: the entry point group `vllm.logits_processors`. Before it hands a request 
 method `validate_params` of each class named there and refuses the request where that raises: with HTTP 400, or with the
 exception from `LLM.generate`. As a logits processor this one changes nothing.
 
-The classes of both model runners are instantiated in the workers with different arguments; this one suits both.
+Both model runners instantiate such classes in their workers, each with other arguments; this one suits both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
 from kvserve.pages.plan import check_limit
 from kvserve.policies.limits import PREFIX, check_request, own_limit, request_limit
@@ -39,7 +40,7 @@ def check_arguments(arguments: Mapping[str, Any], state: Any) -> None:
         check_limit(state.layout, limit, state.max_model_len)
 
 
-class RequestCheck(LogitsProcessor):
+class RequestCheck(ProcessorV1, ProcessorV2):
     """Refuses requests; leaves logits alone.
 
     Attributes:

@@ -27,7 +27,7 @@ COMPLETION_ROUTES: Mapping[str, str | None] = {
     "/invocations": XARGS,
     "/inference/v1/generate": EXTRA_ARGS,
     "/generative_scoring": None,
-    "/v1/structured_decisions": None,
+    "/v1/systemone": None,
     "/cohere/v2/chat": None,
 }
 

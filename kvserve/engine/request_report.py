@@ -30,7 +30,7 @@ def request_report(tokens_cached: int, bytes_held: int, limit: Limit | None, las
     if last is None or tokens_cached < last.num_tokens:  # not evicted, or preempted and not evicted again
         rate, kept = 1.0, float(tokens_cached)
     else:
-        rate, kept = last.num_tokens / last.mean_kept, last.mean_kept + tokens_cached - last.num_tokens
+        rate, kept = last.num_tokens / max(last.mean_kept, 1), last.mean_kept + tokens_cached - last.num_tokens
     report: dict[str, Any] = {"tokens_cached": tokens_cached, "tokens_kept": round(kept, 2), "bytes_held": bytes_held}
     if limit is not None and limit.max_tokens is not None:
         report["max_tokens_requested"] = limit.max_tokens
