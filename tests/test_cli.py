@@ -119,6 +119,7 @@ def parsed(**changes) -> argparse.Namespace:
         data_parallel_size=1,
         kv_transfer_config=None,
         scheduler_cls=None,
+        worker_cls="auto",
         worker_extension_cls="",
     )
     return argparse.Namespace(**{**defaults, **changes})
@@ -144,6 +145,17 @@ def test_the_policy_travels_with_its_content(default_model):
     assert policy_from_config(args.additional_config["kvserve"]) == policy
     json.dumps(args.additional_config)
     assert args.block_size == 64
+
+
+def test_a_cpu_gets_the_worker_that_survives_seeds_and_no_other(default_model):
+    args = parsed()
+    launch.configure(args, KIVI)
+    assert args.worker_cls == "kvserve.engine.cpu_worker.SeededCpuWorker"
+    with pytest.raises(UsageError, match="drop --worker-cls"):
+        launch.configure(parsed(worker_cls="my.Worker"), KIVI)
+    gpu = parsed(worker_cls="my.Worker")
+    launch.configure(gpu, KIVI, device="cuda")
+    assert gpu.worker_cls == "my.Worker"
 
 
 def test_the_default_model_and_its_names(default_model):

@@ -166,10 +166,83 @@ def test_ready_endpoint_satisfies_the_plugin_protocol() -> None:
     assert isinstance(ReadyEndpoint(), EndpointPlugin)
 
 
-@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins"])
+PLUGINS = ["general_plugins", "endpoint_plugins", "stat_logger_plugins", "logits_processors"]
+
+
+@pytest.mark.parametrize("group", PLUGINS)
 def test_entry_points_resolve(group: str) -> None:
-    (entry,) = [entry for entry in entry_points(group=group) if entry.name == "kvserve"]
-    assert callable(entry.load())
+    entries = [entry for entry in entry_points(group=f"vllm.{group}") if entry.name == "kvserve"]
+    assert len(entries) == 1, "the installed metadata is older than pyproject.toml: install kvserve again"
+    assert callable(entries[0].load())
+
+
+def test_vllm_checks_the_params_of_every_request_with_the_classes_of_the_entry_points() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.sample import logits_processor as v1
+    from vllm.v1.worker.gpu.sample.logits_processor import loader as v2
+
+    from kvserve.engine.request_check import RequestCheck
+
+    assert v1.LOGITSPROCS_GROUP == v2.LOGITSPROCS_GROUP == "vllm.logits_processors"
+    assert "self._validate_params(params, " in inspect.getsource(InputProcessor.process_inputs)
+    assert "self.validate_logits_processors_params(params)" in inspect.getsource(InputProcessor._validate_params)
+    assert issubclass(RequestCheck, v1.LogitsProcessor) and issubclass(RequestCheck, v2.LogitsProcessor)
+    assert parameters(v1.LogitsProcessor.validate_params) == parameters(v2.LogitsProcessor.validate_params)
+    # With speculative decoding workers refuse those of --logits-processors, and never ask for those of entry points.
+    source = inspect.getsource(v1.build_logitsprocs)
+    assert source.index("if vllm_config.speculative_config:") < source.index("_load_custom_logitsprocs(")
+
+
+def test_a_logits_processor_that_does_nothing_suits_both_model_runners() -> None:
+    from types import SimpleNamespace
+
+    from kvserve.engine.request_check import RequestCheck
+
+    config = SimpleNamespace(additional_config={})
+    of_v1, of_v2 = RequestCheck(config, "cpu", False), RequestCheck(config, None)
+    assert of_v1.is_argmax_invariant() and of_v1.update_state(None) is None and of_v1.apply("logits") == "logits"
+    assert of_v2.add_request(0, None) is False and of_v2.apply("logits", "context") == "logits"
+
+
+def test_every_post_route_that_generates_is_known() -> None:
+    from fastapi.routing import APIRoute
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kvserve.engine.request_limits import COMPLETION_ROUTES
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    routes = build_app(args, ("generate",)).routes
+    posts = {route.path for route in routes if isinstance(route, APIRoute) and "POST" in route.methods}
+    others = {
+        path for path in posts if path.endswith(("/render", "/derender", "/cancel", "/count_tokens", "elastic_ep"))
+    }
+    others |= {"/tokenize", "/detokenize", "/ping", "/inference/v1/abort_requests"}
+    # Cohere's route needs Cohere's library, and VLLM_ENABLE_COHERE_API.
+    assert posts - others == COMPLETION_ROUTES.keys() - {"/cohere/v2/chat"}
+
+
+def test_generators_of_a_cpu_cannot_be_set_back_as_vllm_does_it() -> None:
+    import torch
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from kvserve.engine.cpu_worker import SeededCpuWorker
+    from kvserve.engine.settings import CPU_WORKER_PATH
+
+    with pytest.raises(RuntimeError):
+        torch.Generator(device="cpu").get_offset()
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert "gen = self.input_batch.generators.get(int(i))" in source and "self.discard_request_mask.np" in source
+    assert "generators=self.generators" in inspect.getsource(InputBatch._make_sampling_metadata)
+    sampling = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "self._sample(" in sampling and "self._bookkeeping_sync(" in sampling
+    assert "self.model_runner.sample_tokens(" in inspect.getsource(Worker.sample_tokens)
+    assert "sample_tokens" not in vars(CPUWorker)
+    assert CPU_WORKER_PATH == f"{SeededCpuWorker.__module__}.{SeededCpuWorker.__qualname__}"
 
 
 def test_config_carries_additional_config() -> None:
