@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 RATE, MAX_TOKENS, OFF = "kvserve_rate", "kvserve_max_tokens", "kvserve_off"
@@ -117,3 +118,56 @@ BAD_TEXTS = [
     b'{"vllm_xargs": {"kvserve_rate": 4}}\xff',
     b"kvserve_rate=4",
 ]
+
+
+@dataclass(frozen=True)
+class BadRequest:
+    """One POST that must be answered with HTTP 400."""
+
+    route: str
+    body: bytes
+
+
+def bad_requests(model: str, count: int, evicts: bool) -> list[BadRequest]:
+    """`count` different ones: the texts above, and random arguments in every spelling on several routes.
+
+    Args:
+        evicts: whether the server's policy does; one that doesn't takes no argument at all.
+    """
+    found: dict[tuple[str, bytes], None] = {("/v1/completions", text): None for text in BAD_TEXTS}
+
+    @settings(
+        max_examples=20 * count, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(arguments, spellings, st.sampled_from(sorted(BODIES)))
+    def collect(given: dict[str, Any], spelling: Spelling, route: str) -> None:
+        names_one = any(name.startswith("kvserve_") for name in given)
+        if len(found) < count and (wanted(given) is BAD or (names_one and not evicts)):
+            found[route, spelling.write({"model": model} | body_of(route, given))] = None
+
+    collect()
+    assert len(found) == count
+    return [BadRequest(*key) for key in found]
+
+
+def body_of(route: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A small request for a route of vLLM's, with arguments where the route reads them."""
+    body = BODIES[route]
+    if "sampling_params" in body:
+        return body | {"sampling_params": body["sampling_params"] | {"extra_args": arguments}}
+    return body | {"vllm_xargs": arguments}
+
+
+TEXT = "The harbour master counted the boats twice that evening, for the storm had come in early. " * 12
+MESSAGES = [{"role": "user", "content": TEXT}]
+SHORT = {"max_tokens": 3, "temperature": 0}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": TEXT, **SHORT},
+    "/v1/chat/completions": {"messages": MESSAGES, **SHORT},
+    "/v1/chat/completions/batch": {"messages": [MESSAGES, MESSAGES], **SHORT},
+    "/v1/responses": {"input": TEXT, "max_output_tokens": 3, "temperature": 0},
+    "/v1/messages": {"messages": MESSAGES, **SHORT},
+    "/invocations": {"prompt": TEXT, **SHORT},
+    "/inference/v1/generate": {"token_ids": [11 + i for i in range(300)], "sampling_params": SHORT},
+}
