@@ -1,4 +1,4 @@
-"""A real server and what clients send: bad requests are refused at once and harm nothing; good ones get their reports."""
+"""A real server and what clients send: bad requests are refused at once and harm nothing, good ones get reports."""
 
 from __future__ import annotations
 
