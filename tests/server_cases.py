@@ -28,8 +28,8 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def server(policy: str, pool_bytes: int, *options: str) -> Iterator[str]:
-    """The base URL of a server with `policy` and the default model; it is shut down at the end."""
+def server(policy: str, pool_bytes: int, *options: str, log: Path | None = None) -> Iterator[str]:
+    """The base URL of a server with `policy` and the default model; it is shut down at the end, and `log` stays."""
     port = free_port()
     command = [
         *(sys.executable, "-m", "kvserve.cli", "--policy", policy, "--host", "127.0.0.1", "--port", str(port)),
@@ -38,7 +38,7 @@ def server(policy: str, pool_bytes: int, *options: str) -> Iterator[str]:
     ]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+        log = log or Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
         try:

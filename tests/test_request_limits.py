@@ -29,6 +29,7 @@ from kvserve.engine.stats import Evicted
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.limits import own_limit, request_limit
 from kvserve.policies.loading import load_policy
+from kvserve.schedules.base import Limit
 
 PATH = "/v1/chat/completions"
 UNTOUCHED = "/tokenize"
@@ -195,16 +196,18 @@ def test_what_json_brings_is_refused_with_a_sentence_or_planned_as_asked(
     assert (refusal is not None) == (expected is BAD)
     if refusal is not None:
         assert "kvserve_" in refusal and len(refusal) < 300 and refusal.isascii() and "\n" not in refusal
-    planned = plan_of(connector, arguments)
-    if refusal is None and connector.accounting is not None:
+    limit, failure = taken_in(connector, arguments)
+    if failure is not None:
+        assert expected is BAD and "kvserve_" in failure and "kvserve failed" not in failure
+    if refusal is None:
         rate, max_tokens, off = expected
         default = rate is None and max_tokens is None
-        limit = None if off else (4.0 if default else rate, max_tokens)
-        assert (planned and (planned.rate, planned.max_tokens)) == limit
+        asked = None if off else (4.0 if default else rate, max_tokens)
+        assert (limit and (limit.rate, limit.max_tokens)) == asked
 
 
-def plan_of(connector: KvserveConnector, arguments: dict[str, Any]) -> Any:
-    """The limit under which the scheduler takes a request in; it gets the arguments as vLLM types them, unchecked."""
+def taken_in(connector: KvserveConnector, arguments: dict[str, Any]) -> tuple[Limit | None, str | None]:
+    """The limit under which the scheduler takes a request in, or why it ends; nobody has checked the arguments."""
     try:
         typed = Xargs.model_validate({"vllm_xargs": arguments}).vllm_xargs
     except ValidationError:
@@ -213,12 +216,15 @@ def plan_of(connector: KvserveConnector, arguments: dict[str, Any]) -> Any:
     params.extra_args = typed  # vLLM refuses integers of more than 64 bits
     request = EngineRequest("a request", list(range(1500)), params, None)
     connector.on_new_request(request)
-    plan = connector.manager.plans.pop("a request", None)
-    limit = connector.accounting.requests["a request"].limit
-    report = connector.accounting.finish("a request")
-    msgspec.msgpack.encode(report), json.dumps(report, allow_nan=False)
+    failure = connector.manager.failures.take().get("a request")
+    plan = connector.manager.plans.get("a request")
+    limit = None if failure else connector.accounting.requests["a request"].limit
     assert plan is None or (0 < plan.next_cut(0).point <= MAX_MODEL_LEN and plan.limit == limit)
-    return limit
+    _, report = connector.request_finished(request, [])
+    msgspec.msgpack.encode(report)
+    json.dumps(report, allow_nan=False)
+    assert (report is None) == (failure is not None)
+    return limit, failure
 
 
 @given(arguments=arguments)
