@@ -10,48 +10,17 @@ run. It must be its own process, since Triton decides on import whether it inter
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import triton
 from attention_cases import Case, build_case, make_policy
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
 
 from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
-from kvserve.kernels import geometry
+from kvserve.bench.gpu_compile import SHARED_BYTES, compile_only, use_target
 from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptTable, arena_of, write_header
 
-SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # what one program may have
 ROW = torch.arange(9, dtype=torch.int32)
-
-
-def compile_only() -> list[Any]:
-    """Let every launch compile and not run; returns where the compiled kernels are collected."""
-    compiled: list[Any] = []
-    launch = JITFunction.run
-
-    def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(launch(self, *arguments, grid=grid, warmup=True, **options))
-
-    JITFunction.run = run
-    geometry.interpreted = lambda: True  # CPU tensors are good enough
-    return compiled
-
-
-def use_target(architecture: int) -> None:
-    """Launches are for `architecture` from now on."""
-    properties = {"max_shared_mem": SHARED_BYTES[architecture]}
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", architecture, 32),
-            get_current_device=lambda: architecture,  # a kernel's compiled forms are kept by device
-            get_current_stream=lambda device: 0,
-            utils=SimpleNamespace(get_device_properties=lambda device: properties),
-        )
-    )
 
 
 def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:

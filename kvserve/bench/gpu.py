@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from kvserve.bench.gpu_targets import Row, targets
+from kvserve.bench.gpu_targets import Row, table_lines, targets
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ERROR_LIMIT = 3e-2  # bfloat16 weights and outputs, on values of order 1
@@ -115,7 +115,7 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns 0, or 1 where a kernel disagrees with the reference."""
     parser = argparse.ArgumentParser(prog="kvserve.bench.gpu", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/gpu-<device>.json)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/gpu-<device>-bench.json)")
     parser.add_argument("--time-limit-s", type=float, default=480, help="start no workload after this many seconds")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
     options = parser.parse_args(arguments)
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if options.dry_run else "cuda")
     name = "dry-run" if options.dry_run else torch.cuda.get_device_name().lower().replace(" ", "-")
-    output = options.output or (None if options.dry_run else RESULTS / f"gpu-{name}.json")
+    output = options.output or (None if options.dry_run else RESULTS / f"gpu-{name}-bench.json")
     run = Run(device, options.dry_run, time.monotonic() + options.time_limit_s, output)
     run.checks = run_checks(run)
     if failed := [check for check in run.checks if not check["passed"]]:
@@ -330,15 +330,7 @@ def time_others(run: Run) -> None:
 def print_table(run: Run) -> None:
     """The rows, in aligned columns, what was left out, and the targets."""
     print(f"copy bandwidth {run.copy_bytes_per_s / 1e9:.0f} GB/s{' (interpreted: no measurement)' if run.dry else ''}")
-    head = ("what", "variant", "context", "batch", "head_dim", "group", "us", "MB", "of copy", "vs 16 bit", "launches")
-    columns = "{:36} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>9} {:>8} {:>9} {:>8}"
-    print(columns.format(*head))
-    for row in run.rows:
-        moved = "" if row.moved_bytes is None else f"{row.moved_bytes / 1e6:.1f}"
-        share = "" if row.copy_share is None else f"{row.copy_share:.0%}"
-        speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
-        time_us, launches = f"{row.time_us:.1f}", "" if row.launches is None else row.launches
-        print(columns.format(row.what, row.variant, *row.sizes, time_us, moved, share, speedup, launches))
+    print("\n".join(table_lines(run.rows)))
     for line in run.left_out:
         print("left out:", line)
     for target in targets(run.rows):

@@ -167,6 +167,19 @@ class SdpaGqa(Sdpa):
         return attend(query, self.key, self.value, enable_gqa=True)[:, :, 0]
 
 
+class SdpaCudnn(Sdpa):
+    """cuDNN's attention behind torch's, which torch does not choose by itself."""
+
+    name = "sdpa, cudnn"
+    runs_on_cpu = False
+
+    def attend(self) -> torch.Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return super().attend()
+
+
 class FlashInfer(Baseline):
     """FlashInfer's BatchDecodeWithPagedKVCacheWrapper, planned for CUDA graphs."""
 
@@ -383,7 +396,7 @@ class VllmTurboQuant3(VllmTurboQuant):
 
 
 BASELINES: tuple[type[Baseline], ...] = (
-    *(Sdpa, SdpaGqa, FlashInfer, FlashInferTensorCores, FlashAttention),
+    *(Sdpa, SdpaGqa, SdpaCudnn, FlashInfer, FlashInferTensorCores, FlashAttention),
     *(VllmFlashAttention, VllmTriton, VllmTritonFp8, VllmTurboQuantK8V4, VllmTurboQuant4, VllmTurboQuant3),
 )
 

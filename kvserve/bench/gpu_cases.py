@@ -33,6 +33,7 @@ FORMATS: dict[str, tuple[int, int, float, int, int, bool, int] | None] = {
     "none": None,
 }
 CUDA_FORMATS = ("kivi-2bit", "boost-2bit", "kivi-4bit")
+DENSE_PAGES = "dense"  # pages that can be evicted, in the model's dtype: checked, and not timed
 
 
 def kernels_for(name: str, head_dim: int, device: torch.device) -> list[str]:
@@ -68,8 +69,11 @@ class Workload:
 
 def layout_of(name: str, head_dim: int, dtype: torch.dtype, state_blocks: int = 0) -> PageLayout:
     """The page layout of a format, in blocks of 64 tokens."""
-    bits = FORMATS[name]
-    policy: Any = SimpleNamespace(name=name, is_dense=bits is None, has_pages=bits is not None, dense_pages=False)
+    paged = name == DENSE_PAGES
+    bits = None if paged else FORMATS[name]
+    policy: Any = SimpleNamespace(
+        name=name, is_dense=bits is None, has_pages=paged or bits is not None, dense_pages=paged
+    )
     policy.tile_tokens, policy.sink_tokens, policy.eviction, policy.layers = 64, 0, None, ()
     policy.key = policy.value = None
     if bits is not None:

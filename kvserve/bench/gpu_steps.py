@@ -126,16 +126,26 @@ class Runner:
     commit: str | None = None
     after: Callable[[Journal], None] = lambda journal: None
     say: Callable[[str], None] = print
+    _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
     def run(self, groups: Iterable[Sequence[Step]]) -> None:
+        """All of them; where it is interrupted, the steps that run are ended, too."""
         for group in groups:
             todo = [step for step in group if not self._is_done(step)]
             with ThreadPoolExecutor(max(len(todo), 1)) as pool:
-                for step, record in zip(todo, pool.map(self._run_one, todo), strict=True):
-                    self.journal.records[step.name] = record
-                    self.after(self.journal)
-                    self.journal.save()
-                    self.say(line_of(step.name, record))
+                try:
+                    for step, record in zip(todo, pool.map(self._run_one, todo), strict=True):
+                        self._keep(step, record)
+                except BaseException:
+                    for child in list(self._children):
+                        end_group(child)
+                    raise
+
+    def _keep(self, step: Step, record: Record) -> None:
+        self.journal.records[step.name] = record
+        self.after(self.journal)
+        self.journal.save()
+        self.say(line_of(step.name, record))
 
     def _is_done(self, step: Step) -> bool:
         record = self.journal.records.get(step.name)
@@ -154,13 +164,16 @@ class Runner:
             kept = earlier.result if earlier else None
             return Record(NOT_STARTED, f"{max(left, 0):.0f} s left, it needs {step.least_s:.0f}", result=kept)
         self.say(f"{step.name}: {step.what}, at most {limit:.0f} s")
-        record = run_step(step, limit, self.logs / f"{step.name}.log")
+        try:
+            record = run_step(step, limit, self.logs / f"{step.name}.log", self._children)
+        except OSError as error:
+            record = Record(FAILED, f"did not start: {error}")
         record.commit = self.commit
         return record
 
 
-def run_step(step: Step, limit_s: float, log: Path) -> Record:
-    """One step, ended with all its children after `limit_s`."""
+def run_step(step: Step, limit_s: float, log: Path, children: set[subprocess.Popen[bytes]]) -> Record:
+    """One step, ended with all its children after `limit_s`; its process is among `children` while it runs."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
         result = Path(folder) / "result.json"
@@ -169,6 +182,7 @@ def run_step(step: Step, limit_s: float, log: Path) -> Record:
             [*step.command, "--result", str(result)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=os.environ | step.environment, start_new_session=True,
         )  # fmt: skip
+        children.add(child)
         try:
             child.wait(limit_s)
             status, reason = _verdict(child.returncode)
@@ -176,6 +190,7 @@ def run_step(step: Step, limit_s: float, log: Path) -> Record:
             status, reason = TIMED_OUT, f"did not end within {limit_s:.0f} s"
         finally:
             end_group(child)
+            children.discard(child)
         seconds = time.monotonic() - start
         record = Record(status, reason, round(seconds, 1), round(limit_s, 1), at, result=_read_json(result))
     if status != PASSED:

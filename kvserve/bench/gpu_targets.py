@@ -13,7 +13,13 @@ VLLM_16_BIT = ("vllm, flash attention", "vllm, triton")
 
 @dataclass
 class Row:
-    """One line of the table; times in microseconds, None where there is no such number."""
+    """One line of the table; times in microseconds, None where there is no such number.
+
+    Attributes:
+        time_us: the median where it was measured again and again; low_us and high_us: its range.
+        speedup: over the fastest 16-bit decode; low_speedup and high_speedup: the range of the repeats.
+        launches: kernels, copies and fills.
+    """
 
     what: str
     variant: str
@@ -24,8 +30,12 @@ class Row:
     time_us: float
     moved_bytes: int | None = None
     copy_share: float | None = None
-    speedup: float | None = None  # over the fastest 16-bit decode
-    launches: int | None = None  # kernels, copies and fills
+    speedup: float | None = None
+    launches: int | None = None
+    low_us: float | None = None
+    high_us: float | None = None
+    low_speedup: float | None = None
+    high_speedup: float | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -58,6 +68,50 @@ class Target(NamedTuple):
 VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 MAIN = (32768, 16, 128, 4)  # context, batch, head_dim, group
 SMALL = ((4096, 1, 128, 4), (4096, 4, 128, 4))
+
+
+HEADLINE = (*TWO_BITS, *FOUR_BITS, DENSE)
+COLUMNS = "{:36} {:24} {:>8} {:>6} {:>8} {:>6} {:>10} {:>17} {:>9} {:>8} {:>9} {:>8}"
+HEADINGS = (
+    *("what", "variant", "context", "batch", "head_dim", "group"),
+    *("us", "range", "MB", "of copy", "vs 16 bit", "launches"),
+)
+
+
+def table_lines(rows: Iterable[Row]) -> list[str]:
+    """The rows in aligned columns."""
+    lines = [COLUMNS.format(*HEADINGS)]
+    for row in rows:
+        span = "" if row.low_us is None or row.high_us is None else f"{row.low_us:.1f} .. {row.high_us:.1f}"
+        moved = "" if row.moved_bytes is None else f"{row.moved_bytes / 1e6:.1f}"
+        share = "" if row.copy_share is None else f"{row.copy_share:.0%}"
+        speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
+        numbers = (f"{row.time_us:.1f}", span, moved, share, speedup, "" if row.launches is None else row.launches)
+        lines.append(COLUMNS.format(row.what, row.variant, *row.sizes, *numbers))
+    return lines
+
+
+def headline_lines(rows: Sequence[Row]) -> list[str]:
+    """One line for each format that is in use, at the main size and with its fastest kernels."""
+    own = fastest(rows, "decode", DENSE, MAIN)
+    return [f"{name:12} {_headline(fastest(rows, 'decode', name, MAIN), own)}" for name in HEADLINE]
+
+
+def _headline(row: Row | None, own: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    kernels = "CUDA" if row.variant.endswith(", cuda") else "Triton"
+    words = [f"{row.time_us:.1f} us"]
+    if row.low_us is not None and row.high_us is not None:
+        words[0] += f" ({row.low_us:.1f} .. {row.high_us:.1f})"
+    if row.copy_share is not None:
+        words.append(f"{row.copy_share:.0%} of the copy bandwidth")
+    if row.speedup is not None:
+        span = "" if row.low_speedup is None else f" ({row.low_speedup:.2f} .. {row.high_speedup:.2f})"
+        words.append(f"{row.speedup:.2f}x{span} the fastest 16-bit decode of others")
+    if own is not None and own is not row:
+        words.append(f"{own.time_us / row.time_us:.2f}x kvserve's 16-bit pages")
+    return ", ".join([*words, f"{kernels} kernels"])
 
 
 def targets(rows: Sequence[Row]) -> list[Target]:
