@@ -166,13 +166,19 @@ def compare(policy: str, expected: list[list[list[Any]]], actual: list[list[list
     return fine
 
 
+def save(path: Path | None, record: dict[str, Any]) -> None:
+    """What there is so far: a run that is cut off leaves it."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--model-runner", type=int, choices=(1, 2), default=2)
     parser.add_argument("--no-throughput", action="store_true")
     parser.add_argument("--write-reference", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", "--result", type=Path, help="JSON file, written after every engine")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -187,12 +193,12 @@ def main() -> int:
         print(f"{policy} on {found['device']}, model runner {found['model_runner']}, graphs {found['cuda_graphs']}")
         same = compare(policy, reference["texts"][policy], found.pop("texts"))
         record[policy], fine = {**found, "same_texts": same}, fine and same
+        save(args.out, record)
     for policy in () if args.no_throughput else (STOCK, *args.policies):
         found = run(policy, "bfloat16", None, args.model_runner)
         print(f"{policy}: {found['tokens_per_second']:,} output tokens/s, graphs {found['cuda_graphs']}")
         record[policy] = {**record.get(policy, {}), **found}
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        save(args.out, record)
     return 0 if fine else 1
 
 

@@ -1,19 +1,25 @@
 """`make cuda`: compiles csrc/cuda/ for every target into kvserve/native/_cuda.so and prints what each kernel uses.
 
-    python scripts/build_cuda.py [--targets 80 89 90a 100] [--output FILE]
+    python scripts/build_cuda.py [--targets 80 89 90a 100] [--if-needed] [--output FILE]
 
 Needs nvcc 12.8 or newer, tried with 13.0 ($NVCC, else the one on PATH or in /usr/local/cuda/bin), no GPU and no torch.
-A kernel that spills registers or has a stack is an error.
+A kernel that spills registers or has a stack is an error. The library says which sources it was built from, and for
+which targets: `--if-needed` keeps one that fits, wherever it was built.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,16 +59,48 @@ def find_nvcc() -> str | None:
     return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def sources_digest() -> str:
+    """Of all that the library is compiled from, flags included."""
+    paths = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
+    state = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in paths:
+        state.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def unfit(library: Path, targets: Iterable[str]) -> str | None:
+    """Why a library is not the one that would be built for `targets`; None: it is, or for these and more."""
+    if not library.exists():
+        return "there is none"
+    try:
+        built = ctypes.CDLL(str(library)).kvs_cuda_built
+    except (OSError, AttributeError) as error:  # of another machine, or older than its stamp
+        return f"it cannot be used here: {error}"
+    built.restype = ctypes.c_char_p
+    digest, *made_for = built().decode().split()
+    if digest != sources_digest():
+        return "it was built from other sources"
+    missing = [target for target in targets if target not in made_for]
+    return f"it was not built for sm_{', sm_'.join(missing)}" if missing else None
+
+
 def build(nvcc: str, targets: tuple[str, ...], output: Path) -> list[Usage]:
-    """Compile one library for all targets.
+    """Compile one library for all targets; `output` is whole or as before.
 
     Raises:
         RuntimeError: with the compiler's messages.
     """
     codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-    done = subprocess.run([nvcc, *FLAGS, *codes, str(SOURCE), "-o", str(output)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{nvcc} failed:\n{done.stdout}{done.stderr}")
+    stamp = f'-DKVS_CUDA_BUILT="{" ".join((sources_digest(), *targets))}"'
+    made = output.with_name(f"{output.name}.{os.getpid()}")
+    command = [nvcc, *FLAGS, stamp, *codes, str(SOURCE), "-o", str(made)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{nvcc} failed:\n{done.stdout}{done.stderr}")
+        made.replace(output)
+    finally:
+        made.unlink(missing_ok=True)
     return sorted(parse_usage(done.stdout + done.stderr))
 
 
@@ -80,6 +118,11 @@ def parse_usage(log: str) -> list[Usage]:
     return usages
 
 
+def write_result(path: Path | None, content: dict[str, object]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def print_table(usages: list[Usage], targets: tuple[str, ...]) -> None:
     """Registers of every kernel by target; spilled bytes where there are any."""
     names = f"{'kernel':8} {'dtype':9} {'head_dim':>8} {'K bits':>6} {'V bits':>6}"
@@ -91,25 +134,38 @@ def print_table(usages: list[Usage], targets: tuple[str, ...]) -> None:
         print(f"{key[0]:8} {key[1]:9} {key[2]:>8} {key[3]:>6} {key[4]:>6}", *(f"{cell:>9}" for cell in row))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, 1 where it does not compile or spills, 2 where there is no compiler."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="compute capabilities (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    options = parser.parse_args()
+    parser.add_argument("--if-needed", action="store_true", help="keep a library that was built from these sources")
+    parser.add_argument("--result", type=Path, help="JSON file: seconds, registers and spills")
+    options = parser.parse_args(arguments)
+    if options.if_needed:
+        if (reason := unfit(options.output, options.targets)) is None:
+            print(f"{options.output} is of these sources and for sm_{', sm_'.join(options.targets)}: kept")
+            write_result(options.result, {"kept": True})
+            return 0
+        print(f"building {options.output.name}: {reason}", flush=True)
+        options.output.unlink(missing_ok=True)  # what is not of these sources must not be measured
     nvcc = find_nvcc()
     if nvcc is None:
         print("cuda: error: nvcc not found; install the CUDA toolkit or set NVCC to its path", file=sys.stderr)
         return 2
+    start = time.monotonic()
     try:
         usages = build(nvcc, tuple(options.targets), options.output)
     except RuntimeError as error:
         print(f"cuda: error: {error}", file=sys.stderr)
         return 1
     print_table(usages, tuple(options.targets))
+    seconds = round(time.monotonic() - start, 1)
+    write_result(options.result, {"seconds": seconds, "kernels": [usage._asdict() for usage in usages]})
     if any(usage.spilled_bytes for usage in usages):
         print("cuda: error: a kernel spills registers (see the table)", file=sys.stderr)
         return 1
-    print("wrote", options.output)
+    print(f"wrote {options.output} in {seconds:.0f} s")
     return 0
 
 

@@ -1,17 +1,19 @@
 """`make sanitize-gpu`: a few GPU tests under NVIDIA's compute-sanitizer.
 
-    python scripts/sanitize_gpu.py [--tools memcheck racecheck initcheck] [--kernels cuda triton]
+    python scripts/sanitize_gpu.py [--tools memcheck racecheck initcheck] [--kernels cuda triton] [--smallest]
 
 memcheck finds accesses outside of an allocation, racecheck unordered accesses to shared memory, initcheck reads of
 device memory that nothing wrote. Needs a CUDA device and compute-sanitizer (part of the CUDA toolkit:
 $COMPUTE_SANITIZER, else the one on PATH or in /usr/local/cuda/bin); the CUDA kernels' tests need `make cuda` before.
 Every tensor gets an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING), so that its borders are known. Slow: expect
-many times the time of the tests alone.
+many times the time of the tests alone. `--smallest` runs one small check of each kind of kernels instead of the tests
+(kvserve/bench/gpu_checks.py), which needs torch and Triton only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -31,16 +33,21 @@ TESTS = {
 }
 
 
+CHECKS = {kernels: f"kivi-2bit/{kernels}/64/float16/8" for kernels in TESTS}
+
+
 def find_sanitizer() -> str | None:
     """Path of compute-sanitizer, or None."""
     name = "compute-sanitizer"
     return os.environ.get("COMPUTE_SANITIZER") or shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def command(sanitizer: str, tool: str, kernels: str) -> list[str]:
-    """The sanitizer with the tests of one kind of kernels."""
+def command(sanitizer: str, tool: str, kernels: str, smallest: bool) -> list[str]:
+    """The sanitizer with the tests of one kind of kernels, or with one check."""
     files, chosen = TESTS[kernels]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", *files.split(), "-m", "not slow", "-k", chosen]
+    if smallest:
+        tests = [sys.executable, "-m", "kvserve.bench.gpu_checks", "--in-process", "--cases", CHECKS[kernels]]
     return [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all", *tests]
 
 
@@ -49,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--kernels", nargs="+", choices=tuple(TESTS), default=tuple(TESTS))
+    parser.add_argument("--smallest", action="store_true", help="one small check instead of the tests")
+    parser.add_argument("--result", type=Path, help="JSON file: what ran, and what failed")
     options = parser.parse_args(arguments)
     sanitizer = find_sanitizer()
     if sanitizer is None:
@@ -59,12 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
     environment = os.environ | {
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }  # fmt: skip
-    failed = []
+    ran: list[str] = []
+    failed: list[str] = []
     for kernels in options.kernels:
         for tool in options.tools:
             print(f"{tool}, {kernels}", flush=True)
-            if subprocess.run(command(sanitizer, tool, kernels), cwd=ROOT, env=environment).returncode:
-                failed.append(f"{tool}, {kernels}")
+            ran.append(f"{tool}, {kernels}")
+            asked = command(sanitizer, tool, kernels, options.smallest)
+            if subprocess.run(asked, cwd=ROOT, env=environment).returncode:
+                failed.append(ran[-1])
+            if options.result is not None:
+                options.result.write_text(json.dumps({"ran": ran, "failed": failed}), encoding="utf-8")
     print(f"failed: {'; '.join(failed)}" if failed else "nothing found")
     return int(bool(failed))
 

@@ -22,5 +22,7 @@ int64_t kvs_cuda_workspace_floats(const KvsLayout*, int32_t num_reqs, int32_t sp
 // Returns null, or what is wrong.
 const char* kvs_cuda_decode(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged,
                             const KvsRows* query, const KvsRows* output, float* lse, const KvsLaunch*);
+// What it was built from and for: a digest of the sources, then the targets (scripts/build_cuda.py).
+const char* kvs_cuda_built();
 }
 #pragma GCC visibility pop

@@ -59,3 +59,8 @@ struct Launcher {
 }  // namespace kvs::gpu
 
 #include "exports.h"
+
+#ifndef KVS_CUDA_BUILT
+#define KVS_CUDA_BUILT ""
+#endif
+const char* kvs_cuda_built() { return KVS_CUDA_BUILT; }

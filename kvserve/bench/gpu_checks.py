@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
@@ -30,7 +30,7 @@ from kvserve.bench.gpu_workers import Limits, Pool, serve_cases
 if TYPE_CHECKING:
     import torch
 
-    from kvserve.attention.base import Batch, PagedAttention
+    from kvserve.attention.base import Batch
     from kvserve.pages.kept import Kept
     from kvserve.pages.layout import PageLayout
 
@@ -40,6 +40,7 @@ CUDA_FORMATS = FORMATS[:3]
 NUM_KV_HEADS, NUM_LAYERS, LAYER = 2, 2, 1
 END = 128  # where request 0 is cut
 KEPT = (70, 3)  # tokens that its KV heads keep
+WRONG = 1e30  # the error of what is no number
 POISON = 0xFF  # a NaN in every dtype
 # Rounding of queries, weights and outputs on values of order 1; of float32 sums; bytes: rare ties.
 LIMITS = {"float16": 4e-3, "bfloat16": 3e-2}
@@ -179,7 +180,8 @@ class Check:
             output = torch.full_like(rows[0], torch.nan, device=device)
             lse = torch.full(rows[0].shape[:2], torch.nan, device=device)
             moved = batch if attention is self.reference else self._on_device(batch)
-            attention.forward(*(r.to(device) for r in rows), arena[:, :, LAYER], moved, output, lse)
+            query, key, value = (part.to(device) for part in rows)
+            attention.forward(query, key, value, arena[:, :, LAYER], moved, output, lse)
             answers.append((output, lse))
         limit = LIMITS[self.name.dtype]
         self._compare(part, answers[1][0], answers[0][0], limit)
@@ -211,9 +213,7 @@ class Check:
         cells, row = self.arena[:, :, LAYER], self.table[0].contiguous()
         rows = self.reference.read(cells, row, 0, END, stored)
         sinks = self.layout.policy.sink_tokens
-        chosen = [
-            sinks + torch.randperm(END - sinks, generator=self.generator)[:count].sort().values for count in KEPT
-        ]
+        chosen = [sinks + torch.randperm(END - sinks, generator=self.generator)[:count].sort().values for count in KEPT]
         assert rows[1] is not None
         keys, values = ([side[head][tokens] for head, tokens in enumerate(chosen)] for side in (rows[0], rows[1]))
         mine = self.arena.clone().to(self.device)
@@ -252,8 +252,8 @@ class Check:
             arena = before.to(device) if attention is self.kernels else before.clone()
             moved = batch if attention is self.reference else self._on_device(batch)
             output = torch.empty_like(rows[0], device=device)
-            step = (*(r.to(device) for r in rows), arena[:, :, LAYER], moved, output)
-            attention.forward(*step, received=Received(2, sums))
+            query, key, value = (part.to(device) for part in rows)
+            attention.forward(query, key, value, arena[:, :, LAYER], moved, output, received=Received(2, sums))
             tables.append(sums)
         for r, expected in tables[0].items():
             self._compare("received", tables[1][r], expected, LIMITS[self.name.dtype])
@@ -291,13 +291,14 @@ class Check:
         kept = None if batch.kept is None else KeptTable(*(table.to(self.device) for table in batch.kept))
         longest = int(batch.query_start_loc.diff().max())
         tables = (batch.query_start_loc, batch.seq_lens, batch.block_table)
-        return Batch(*(table.to(self.device) for table in tables), kept, longest)
+        starts, lengths, table = (part.to(self.device) for part in tables)
+        return Batch(starts, lengths, table, kept, longest)
 
     def _compare(self, part: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
-        """The largest error of a part; a NaN is infinitely wrong."""
+        """The largest error of a part; what is no number is as wrong as can be."""
         if self.ignored:
             return
-        difference = (found.float().cpu() - expected.float()).abs().nan_to_num(float("inf"))
+        difference = (found.float().cpu() - expected.float()).abs().nan_to_num(WRONG, WRONG)
         self._note(part, float(difference.max()) if difference.numel() else 0.0, limit)
 
     def _compare_bytes(self, part: str, mine: torch.Tensor) -> None:
@@ -338,13 +339,20 @@ def worker(part: str, target: int, dry: bool) -> Callable[[], Callable[[str], di
         use_target(target)
 
         def compile_one(text: str) -> dict[str, Any]:
-            before = len(compiled)
+            before, cpu = len(compiled), cpu_seconds()
             answer = answer_of(part, Name.of(text), device)
-            return answer | {"launches": len(compiled) - before}
+            forms = {kernel.hash for kernel in compiled[before:]}
+            return answer | {"kernels": len(forms), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
 
         return compile_one
 
     return prepare
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the assemblers that it started."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -356,15 +364,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: by the cores)")
     parser.add_argument("--result", type=Path, help="JSON file, written after each case")
     parser.add_argument("--dry-run", action="store_true", help="two cases in Triton's interpreter, without a GPU")
+    parser.add_argument("--in-process", action="store_true", help="no workers: for a debugger or a sanitizer")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    prepare = worker(options.part, options.target, options.dry_run)
     if options.worker:
-        return serve_cases(worker(options.part, options.target, options.dry_run))
-    return run_all(options, options.cases or chosen(options.part, options.dry_run))
+        return serve_cases(prepare)
+    cases = options.cases or chosen(options.part, options.dry_run)
+    if options.in_process:
+        run = prepare()
+        answers = {case: run(case) for case in cases}
+        print("\n".join(line_of(case, answer) for case, answer in answers.items()))
+        return int(not all(answer["passed"] for answer in answers.values()))
+    return run_all(options, cases)
 
 
 def chosen(part: str, dry: bool) -> list[str]:
     """The cases of a part where none are named."""
+    if dry and part == "compile":
+        return ["kivi-2bit/triton/128/bfloat16/4"]
     if dry:
         return ["kivi-2bit/triton/64/float16/2", "none/triton/64/float16/2"]
     from kvserve.bench.gpu_cases import CUDA_LIBRARY
@@ -401,7 +419,7 @@ def line_of(case: str, answer: dict[str, Any]) -> str:
         return f"{case}: {answer['error']}"
     parts = answer["parts"]
     if not parts:
-        return f"{case}: compiled in {answer['seconds']:.1f} s"
+        return f"{case}: {answer['kernels']} kernels, {answer['cpu_seconds']:.1f} CPU-s, {answer['seconds']:.1f} s"
     name, worst = max(parts.items(), key=lambda item: item[1]["error"] / item[1]["limit"])
     verdict = "passed" if answer["passed"] else f"FAILED in {', '.join(answer['wrong'])}"
     return f"{case}: {verdict}; largest of {worst['limit']:g}: {worst['error']:.2g} ({name}), {answer['seconds']:.1f} s"

@@ -17,13 +17,22 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESERVE_S = 8.0  # of the budget, for ending the last step and writing
 GRACE_S = 2.0  # between asking a step to end and ending it
+FINISH_S = 12.0  # of a step's time, for what it has begun
 KILL_WAIT_S = 3.0  # for a killed process to be gone; one that hangs in a driver may never be
 LOG_TAIL_LINES = 30
 PASSED, FAILED, TIMED_OUT, SKIPPED, NOT_STARTED = "passed", "failed", "timed out", "skipped", "not started"
+
+
+class Times(NamedTuple):
+    """Seconds of a step: at most; less than that is not worth a start; what it should take (for the plan alone)."""
+
+    limit_s: float
+    least_s: float
+    estimate_s: float
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,8 @@ class Step:
     """One child process.
 
     Attributes:
-        command: gets `--result FILE` behind it, where the step may write JSON, whenever it has something.
-        limit_s: most time for it; least_s: less than that is not worth a start.
-        estimate_s: what it should take; for the plan alone.
+        command: gets `--result FILE` behind it, where the step may write JSON, whenever it has something. A part
+            "{limit_s}" stands for the seconds after which it should begin nothing more.
         cannot: why it cannot run here; None: it can.
         still_there: whether what it made exists; a passed step that made nothing always does.
     """
@@ -41,12 +49,9 @@ class Step:
     name: str
     what: str
     command: Sequence[str]
-    limit_s: float
-    least_s: float
-    estimate_s: float
+    times: Times
     cannot: str | None = None
     still_there: Callable[[], bool] = lambda: True
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -158,11 +163,11 @@ class Runner:
         if step.cannot is not None:
             return Record(SKIPPED, step.cannot)
         left = self.deadline - RESERVE_S - time.monotonic()
-        limit = min(step.limit_s, left)
-        if limit < step.least_s:
+        limit = min(step.times.limit_s, left)
+        if limit < step.times.least_s:
             earlier = self.journal.records.get(step.name)
             kept = earlier.result if earlier else None
-            return Record(NOT_STARTED, f"{max(left, 0):.0f} s left, it needs {step.least_s:.0f}", result=kept)
+            return Record(NOT_STARTED, f"{max(left, 0):.0f} s left, it needs {step.times.least_s:.0f}", result=kept)
         self.say(f"{step.name}: {step.what}, at most {limit:.0f} s")
         try:
             record = run_step(step, limit, self.logs / f"{step.name}.log", self._children)
@@ -178,9 +183,10 @@ def run_step(step: Step, limit_s: float, log: Path, children: set[subprocess.Pop
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
         result = Path(folder) / "result.json"
         start, at = time.monotonic(), time.strftime("%Y-%m-%d %H:%M:%S")
+        command = [part.replace("{limit_s}", f"{limit_s - FINISH_S:.0f}") for part in step.command]
         child = subprocess.Popen(
-            [*step.command, "--result", str(result)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env=os.environ | step.environment, start_new_session=True,
+            [*command, "--result", str(result)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
         )  # fmt: skip
         children.add(child)
         try:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +120,9 @@ class _Worker:
 
     def ask(self, case: str, limit_s: float) -> dict[str, Any]:
         assert self.process.stdin is not None
-        try:
+        with suppress(OSError):  # it is gone; its exit code says why
             self.process.stdin.write(case + "\n")
             self.process.stdin.flush()
-        except OSError:  # it is gone; its last line says why
-            pass
         return self._answer(limit_s)
 
     def _answer(self, limit_s: float) -> dict[str, Any]:
@@ -139,10 +138,8 @@ class _Worker:
 
     def end(self) -> None:
         self.process.kill()
-        try:
+        with suppress(subprocess.TimeoutExpired):  # it hangs in the driver
             self.process.wait(3)
-        except subprocess.TimeoutExpired:  # it hangs in the driver
-            pass
 
 
 def serve_cases(prepare: Callable[[], Callable[[str], dict[str, Any]]]) -> int:
