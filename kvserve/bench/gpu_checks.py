@@ -130,24 +130,23 @@ class Check:
         computed = [190, 140, 70]
         self._lay_out([260, 150, 80])
         self._store([0, 0, 0], computed)
-        rows = [part.to(self.device) for part in self._rows(3)]
+        query, key, value = self._rows(3)
+        moved = (query.to(self.device), key.to(self.device), value.to(self.device))
         batch = self._on_device(self._batch(computed, [1, 1, 1]))
-        batch.max_query_len = 1
-        arena, output = self.arena.clone().to(self.device), torch.empty_like(rows[0])
+        arena, output = self.arena.clone().to(self.device), torch.empty_like(moved[0])
         lengths = batch.seq_lens.clone()
-        self.kernels.forward(*rows, arena[:, :, LAYER], batch, output)  # compiles
+        self.kernels.forward(*moved, arena[:, :, LAYER], batch, output)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.kernels.forward(*rows, arena[:, :, LAYER], batch, output)
+            self.kernels.forward(*moved, arena[:, :, LAYER], batch, output)
         for shorter in (0, 9, 65):
             batch.seq_lens.copy_(lengths - shorter)
             arena.copy_(self.arena)
             output.fill_(torch.nan)
             graph.replay()
-            past = [count - shorter for count in computed]
-            expected = torch.full_like(output, torch.nan, device="cpu")
-            cells = self.arena.clone()[:, :, LAYER]
-            self.reference.forward(*(r.cpu() for r in rows), cells, self._batch(past, [1, 1, 1]), expected)
+            past = self._batch([count - shorter for count in computed], [1, 1, 1])
+            expected = torch.full_like(query, torch.nan)
+            self.reference.forward(query, key, value, self.arena.clone()[:, :, LAYER], past, expected)
             self._compare(f"replayed, {shorter} tokens fewer", output, expected, LIMITS[self.name.dtype])
         return self.found
 
@@ -396,11 +395,12 @@ def chosen(part: str, dry: bool) -> list[str]:
 def run_all(options: argparse.Namespace, cases: Sequence[str]) -> int:
     """All cases in workers; writes and prints what each found."""
     answers: dict[str, dict[str, Any]] = {}
-    start = time.monotonic()
+    start, cached = time.monotonic(), cache_entries()
 
     def found(case: str, answer: dict[str, Any]) -> None:
         answers[case] = answer
-        write_result(options.result, {"cases": answers, "seconds": round(time.monotonic() - start, 1)})
+        spent = {"seconds": round(time.monotonic() - start, 1), "new_cache_entries": cache_entries() - cached}
+        write_result(options.result, {"cases": answers} | spent)
         print(line_of(case, answer), flush=True)
 
     cores = len(os.sched_getaffinity(0))
@@ -409,8 +409,15 @@ def run_all(options: argparse.Namespace, cases: Sequence[str]) -> int:
     command += ["--target", str(options.target), *(["--dry-run"] if options.dry_run else [])]
     Pool(command, Limits(options.workers or most, LIMITS_S[options.part]), found).run(cases)
     failed = [case for case, answer in answers.items() if not answer.get("passed")]
-    print(f"{len(cases) - len(failed)} of {len(cases)} passed in {time.monotonic() - start:.0f} s")
+    compiled = f"{cache_entries() - cached} entries new in Triton's cache"
+    print(f"{len(cases) - len(failed)} of {len(cases)} passed in {time.monotonic() - start:.0f} s; {compiled}")
     return int(bool(failed))
+
+
+def cache_entries() -> int:
+    """What Triton has compiled into TRITON_CACHE_DIR; 0 where that is not set."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    return len(os.listdir(folder)) if folder and os.path.isdir(folder) else 0
 
 
 def line_of(case: str, answer: dict[str, Any]) -> str:
