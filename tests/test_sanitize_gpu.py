@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,3 +54,24 @@ def test_each_tool_runs_over_existing_tests_and_a_finding_fails(
         assert command[0] == "/there/compute-sanitizer" and command[command.index(sys.executable) + 1] == "-m"
         assert all(name in content for name in command[-1].split(" or "))
     assert script.main(["--tools", "memcheck"]) == 0
+
+
+def test_the_smallest_run_is_one_check_of_each_kind_of_kernels(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    pytest.importorskip("triton")
+    from kvserve.bench.gpu_checks import Name, case_names
+
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        script.subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=len(ran) - 1)
+    )
+    path = tmp_path / "result.json"
+    assert script.main(["--smallest", "--tools", "memcheck", "--result", str(path)]) == 1
+    assert json.loads(path.read_text()) == {
+        "ran": ["memcheck, cuda", "memcheck, triton"],
+        "failed": ["memcheck, triton"],
+    }
+    names = [Name.of(command[-1]) for command in ran]
+    assert [name.kernels for name in names] == ["cuda", "triton"] and set(names) <= set(case_names(with_cuda=True))
+    assert all("pytest" not in command for command in ran)
