@@ -30,6 +30,15 @@ ENVIRONMENT = {
 @contextmanager
 def server(policy: str, pool_bytes: int, *options: str, log: Path | None = None) -> Iterator[str]:
     """The base URL of a server with `policy` and the default model; it is shut down at the end, and `log` stays."""
+    with server_process(policy, pool_bytes, *options, log=log) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(
+    policy: str, pool_bytes: int, *options: str, log: Path | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """As `server`, with its process."""
     port = free_port()
     command = [
         *(sys.executable, "-m", "kvserve.cli", "--policy", policy, "--host", "127.0.0.1", "--port", str(port)),
@@ -43,7 +52,7 @@ def server(policy: str, pool_bytes: int, *options: str, log: Path | None = None)
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
         try:
             wait_until_ready(url, process, log)
-            yield url
+            yield url, process
         finally:
             process.terminate()
             try:

@@ -1,5 +1,5 @@
-"""GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py), and
-where the self-test begins (self_test.py).
+"""GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py),
+where the self-test begins (self_test.py), and where the server remembers which engine it had.
 
 Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
 vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Response
 
+from kvserve.engine.liveness import failed_process, while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.request_limits import RequestLimits
@@ -22,6 +23,7 @@ from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 
 PROBE_TIMEOUT_SECONDS = 60.0
+_engines: list[Any] = []  # of this process, to tell a server that was stopped from one that lost its engine
 
 
 class ReadyEndpoint:
@@ -36,7 +38,7 @@ class ReadyEndpoint:
         self.max_model_len = 0
         self._engine: Any = None
         self._has_answered = False
-        self._probe_lock = asyncio.Lock()
+        self._probe: asyncio.Task[str | None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the route and the check of requests."""
@@ -50,6 +52,7 @@ class ReadyEndpoint:
             SelfTestError: the server must not serve; vLLM then ends it before it answers.
         """
         self._engine = engine_client
+        _engines.append(engine_client)
         config = getattr(engine_client, "vllm_config", None)
         settings = EngineSettings.from_vllm_config(config) if config is not None else None
         if config is not None and settings is not None:
@@ -58,7 +61,7 @@ class ReadyEndpoint:
             self.policy = settings.policy
             RequestCheck.server = self
             if is_requested(config) and why_not(config) is None:
-                publish_self_test(await run_self_test(engine_client, settings))
+                publish_self_test(await while_alive(engine_client, run_self_test(engine_client, settings)))
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""
@@ -66,18 +69,27 @@ class ReadyEndpoint:
         return Response(status_code=200) if reason is None else Response(reason, status_code=503)
 
     async def _why_not_ready(self) -> str | None:
+        """The reason, or None; whoever asks while the engine is being asked gets that answer."""
         if self._engine is None:
             return "the engine is not attached yet"
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._ask_engine())
+        return await asyncio.shield(self._probe)  # one who goes away leaves it to the others
+
+    async def _ask_engine(self) -> str | None:
         try:
-            await self._engine.check_health()
-            if await self._engine.is_sleeping():
-                return "the engine is asleep"
-            async with self._probe_lock:
-                if not self._has_answered:
-                    await asyncio.wait_for(self._generate_one_token(), PROBE_TIMEOUT_SECONDS)
-                    self._has_answered = True
+            return await while_alive(self._engine, self._answer(), PROBE_TIMEOUT_SECONDS)
+        except TimeoutError:
+            return f"the engine has not answered for {PROBE_TIMEOUT_SECONDS:g} seconds"
         except Exception as error:  # whatever stops the engine from answering is the reason it is not ready
             return f"the engine does not answer: {type(error).__name__}: {error}"
+
+    async def _answer(self) -> str | None:
+        if await self._engine.is_sleeping():
+            return "the engine is asleep"
+        if not self._has_answered:
+            await self._generate_one_token()
+            self._has_answered = True
         return None
 
     async def _generate_one_token(self) -> None:
@@ -87,3 +99,8 @@ class ReadyEndpoint:
         prompt = {"prompt_token_ids": [1]}
         async for _ in self._engine.generate(prompt, params, request_id=f"kvserve-ready-{uuid4()}"):
             pass
+
+
+def lost_engine() -> str | None:
+    """The engine process that ended by itself while this process served with it; None: none did."""
+    return next(filter(None, map(failed_process, _engines)), None)
