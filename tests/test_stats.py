@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_eviction_manager import SCHEDULES, EvictingSimulation, evicting
+from test_eviction_manager import SCHEDULES, EvictingSimulation, evicting, make_request
+from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from kvserve.engine.report import EngineReport
 from kvserve.engine.request_report import request_report
@@ -138,9 +140,96 @@ def test_the_report_of_a_request_that_keeps_everything() -> None:
     assert request_report(40, 7, Limit(max_tokens=512), None) == whole | {"max_tokens_requested": 512}
 
 
-def test_a_preempted_request_that_is_not_evicted_again_keeps_everything() -> None:
-    evicted = Evicted(1000, 3000, [[300, 200], [250, 250]])
-    assert request_report(500, 1, Limit(4.0), evicted)["tokens_kept"] == 500
+@dataclass
+class Life:
+    """A request of 322 tokens with an eviction plan, and the accounting that hears of what happens to it."""
+
+    def __post_init__(self) -> None:
+        self.simulation = EvictingSimulation(evicting(sinks=0), 60, seed=0)
+        self.accounting = Accounting(self.simulation.pages, block_bytes=1000)
+        self.request = make_request(self.simulation, 322, max_tokens=1000)
+        self.request.num_in_flight_tokens = 0
+        self.accounting.start(self.request, Limit(4.0))
+
+    def run(self, num_tokens: int) -> None:
+        """Compute until `num_tokens` are there; a cut on the way is reported."""
+        if self.request not in self.simulation.running:
+            assert self.simulation.admit(self.request)
+        while self.request.num_computed_tokens < num_tokens:
+            self.simulation.advance(self.request)
+        if self.kept_blocks:
+            self.hear_of_the_cut()
+
+    @property
+    def kept_blocks(self) -> int:
+        return len(self.simulation.pages.kept_at("a", self.request.num_computed_tokens).blocks)
+
+    def hear_of_the_cut(self) -> None:
+        self.accounting.add(StepEvictions({"a": Evicted(322, 192, [[130]])}))
+
+    def preempt(self) -> None:
+        self.simulation.running.remove(self.request)
+        self.simulation.manager.free(self.request)
+        self.request.status, self.request.num_computed_tokens = RequestStatus.PREEMPTED, 0
+
+    def share_the_prompt(self) -> None:
+        """Another request that keeps everything leaves all tiles of the prompt in the prefix cache."""
+        params = SamplingParams(max_tokens=1)
+        other = Request("b", self.request.all_token_ids[:], params, None, block_hasher=self.simulation.hasher)
+        assert self.simulation.admit(other)
+        while other in self.simulation.running:
+            self.simulation.advance(other)
+
+    def report(self) -> tuple[float, float]:
+        """Effective rate and tokens kept, at the end."""
+        report = self.accounting.finish("a")
+        return report["rate_effective"], report["tokens_kept"]
+
+
+def test_a_request_that_was_cut_reports_its_cut() -> None:
+    life = Life()
+    life.run(330)
+    assert life.report() == (round(322 / 130, 3), 138)
+
+
+def test_a_preempted_request_that_comes_back_through_a_prefix_hit_uncut_reports_that_it_keeps_everything() -> None:
+    life = Life()
+    life.run(330)
+    life.preempt()
+    life.share_the_prompt()
+    life.run(331)
+    assert life.kept_blocks == 0, "the hit covers the queries that its tokens are scored by"
+    assert life.report() == (1.0, life.request.num_computed_tokens)
+
+
+def test_a_cut_that_is_heard_of_after_the_preemption_that_undid_it_does_not_count() -> None:
+    """With asynchronous scheduling a request may be preempted before the step that cut it is over."""
+    life = Life()
+    life.run(330)
+    life.preempt()
+    life.share_the_prompt()
+    life.run(340)
+    life.hear_of_the_cut()
+    assert life.report() == (1.0, life.request.num_computed_tokens)
+
+
+def test_a_preempted_request_that_is_cut_again_reports_its_cut() -> None:
+    life = Life()
+    life.run(330)
+    life.preempt()
+    life.run(340)
+    assert life.kept_blocks and life.report() == (round(322 / 130, 3), 148)
+
+
+@pytest.mark.parametrize("computed_again", [0, 100])
+def test_a_preempted_request_that_ends_before_it_is_cut_again_keeps_everything(computed_again: int) -> None:
+    life = Life()
+    life.run(330)
+    life.preempt()
+    if computed_again:
+        assert life.simulation.manager.allocate_slots(life.request, computed_again) is not None
+        life.request.num_computed_tokens = computed_again
+    assert life.report() == (1.0, computed_again)
 
 
 def test_requests_that_never_ran_or_ended_before_their_eviction_are_reported(accounting: Accounting) -> None:

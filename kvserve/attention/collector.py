@@ -60,7 +60,7 @@ class Collected:
             self.accumulated = pad_sequence([head[columns] for head, columns in heads], batch_first=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class Collector:
     """All requests of this worker.
 

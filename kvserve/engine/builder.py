@@ -18,7 +18,7 @@ from kvserve.attention.base import Batch
 from kvserve.attention.collector import Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.checks import UnsupportedError
-from kvserve.engine.connector import current_plans, follow_plans
+from kvserve.engine.connector import current_plans, drop_ended, follow_plans
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import worker_log
@@ -54,6 +54,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.has_graphs = settings.kernels != "native"
         if self.eviction:
             self.collector = make_collector(self.eviction, device)
+            drop_ended(self.collector)
             max_blocks = vllm_config.model_config.max_model_len // kv_cache_spec.block_size
             self.kept_rows = KeptRows(vllm_config.scheduler_config.max_num_seqs, max_blocks, device)
             follow_plans(self.kept_rows)
@@ -88,7 +89,6 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         """Waits for the device, but only where rows have something to remember or to give up."""
         assert self.eviction is not None
         plans = current_plans()
-        self.collector.drop(plans.ended)
         if not plans.work:
             return None
         rows = enumerate(batch.block_table[:, 0].tolist())

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from kvserve.attention.collector import Collector
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.report import EngineReport
@@ -59,6 +60,7 @@ class StepPlans(KVConnectorMetadata):
 logger = init_logger("vllm.kvserve")
 _current = StepPlans()
 _followers: WeakSet[KeptRows] = WeakSet()
+_collectors: WeakSet[Collector] = WeakSet()
 
 
 def current_plans() -> StepPlans:
@@ -72,6 +74,11 @@ def follow_plans(rows: KeptRows) -> None:
     With Model Runner V2 that is after the attention metadata was built and before the model, or its graph, runs.
     """
     _followers.add(rows)
+
+
+def drop_ended(collector: Collector) -> None:
+    """Let `collector` drop requests as the worker hears that they ended, whether or not a step with tokens follows."""
+    _collectors.add(collector)
 
 
 class KvserveConnector(KVConnectorBase_V1):
@@ -215,12 +222,14 @@ class KvserveConnector(KVConnectorBase_V1):
     # -- worker ---------------------------------------------------------------------------------------------------
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """The first call of a step in the worker, before the model runs."""
+        """The first call of a step in the worker, before the model runs; also of a step without tokens."""
         global _current
         assert isinstance(kv_connector_metadata, StepPlans)
         _current = kv_connector_metadata
         for rows in _followers:
             rows.fill(_current.kept)
+        for collector in _collectors:
+            collector.drop(_current.ended)
 
     def build_connector_worker_meta(self) -> StepEvictions | None:
         """What the step that has just run evicted."""

@@ -72,10 +72,20 @@ class EvictingPageManager(PageManager):
 
     def kept_at(self, request_id: str, num_tokens: int) -> Kept:
         """What a request keeps with `num_tokens` computed tokens."""
+        entry = self._entry_at(request_id, num_tokens)
+        return Kept(entry.cut.end, tuple(block.block_id for block in entry.blocks)) if entry else NOT_KEPT
+
+    def cut_at(self, request_id: str, num_tokens: int) -> Cut:
+        """The cut that a request with `num_tokens` computed tokens is left by; NO_CUT: it keeps everything.
+
+        Unlike its plan this knows what happened: a preemption takes kept blocks away, and a prefix hit brings none.
+        """
+        entry = self._entry_at(request_id, num_tokens)
+        return entry.cut if entry else NO_CUT
+
+    def _entry_at(self, request_id: str, num_tokens: int) -> KeptBlocks | None:
         entries = [entry for entry in self.kept.get(request_id, ()) if entry.cut.point <= num_tokens]
-        if not entries:
-            return NOT_KEPT
-        return Kept(entries[-1].cut.end, tuple(block.block_id for block in entries[-1].blocks))
+        return entries[-1] if entries else None
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int,

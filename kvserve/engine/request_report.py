@@ -20,14 +20,14 @@ def request_report(tokens_cached: int, bytes_held: int, limit: Limit | None, las
         tokens_cached: tokens whose keys and values were computed: the prompt and all generated ones but the last.
         bytes_held: by all layers, KV heads and ranks; whole blocks, those shared with other requests included.
         limit: what the request or the policy asked for; None: keep everything.
-        last: its last eviction.
+        last: its last eviction; None: it keeps everything.
 
     Returns:
         tokens_kept: the average over layers and KV heads.
         rate_requested or max_tokens_requested: the limit.
         rate_effective: tokens over tokens kept at the last eviction; tokens generated since are all kept.
     """
-    if last is None or tokens_cached < last.num_tokens:  # not evicted, or preempted and not evicted again
+    if last is None:
         rate, kept = 1.0, float(tokens_cached)
     else:
         rate, kept = last.num_tokens / max(last.mean_kept, 1), last.mean_kept + tokens_cached - last.num_tokens

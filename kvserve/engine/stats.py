@@ -208,7 +208,10 @@ class Accounting:
         request = tracked.request
         tokens_cached = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
         blocks = held_by(self.manager, [request_id], [tokens_cached]).blocks
-        return request_report(tokens_cached, blocks * self.block_bytes, tracked.limit, tracked.last)
+        last = tracked.last
+        if last and self.manager.cut_at(request_id, tokens_cached).point != last.num_tokens:
+            last = None  # a preemption undid it: the request was computed again, or read again from the prefix cache
+        return request_report(tokens_cached, blocks * self.block_bytes, tracked.limit, last)
 
     def add(self, evictions: StepEvictions) -> None:
         """The evictions of a step that is over, before any request that ends with it is finished."""
