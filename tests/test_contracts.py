@@ -90,12 +90,21 @@ def test_prefix_hit_lookup_keeps_its_parameters() -> None:
 
 
 def test_block_pool_keeps_what_the_sinks_use() -> None:
-    from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+    """A block with a hash that is not in vLLM's map waits in the order of its last use, and loses it in silence."""
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
-    assert parameters(BlockHashToBlockMap.get_one_block) == ["self", "key"]
-    assert parameters(BlockPool._insert_block_hash)[:3] == ["self", "block_hash_with_group_id", "block"]
     assert make_block_hash_with_group_id(b"hash", 1)[:-4] == b"hash"
+    pool = BlockPool(4, enable_caching=True, hash_block_size=64, enable_kv_cache_events=True)
+    blocks = pool.get_new_blocks(3)
+    assert all(pool.blocks[block.block_id] is block for block in blocks)
+    blocks[1].set_block_hash(make_block_hash_with_group_id(b"sinks", 0), num_tokens=4)
+    pool.free_blocks(blocks)
+    assert pool.get_new_blocks(3)[-1] is blocks[1], "it goes last"
+    assert blocks[1].block_hash is None and pool.take_events() == []
+    blocks[0].set_block_hash(make_block_hash_with_group_id(b"sinks", 0), num_tokens=4)
+    pool.free_blocks(blocks)
+    assert pool.reset_prefix_cache() and blocks[0].block_hash is None
 
 
 def test_builder_gets_lengths_and_rows() -> None:
@@ -357,6 +366,42 @@ def test_the_schedulers_connector_stats_reach_the_stat_loggers_once_a_step() -> 
     assert "kv_connector_stats.to_dict()" in inspect.getsource(Scheduler.make_stats)
     assert "kv_connector_stats" in SchedulerStats.__dataclass_fields__
     assert "self.connector_cls.build_kv_connector_stats(" in inspect.getsource(KVConnectorLogging.observe)
+
+
+def test_queries_of_an_external_prefix_cache_reach_the_stat_loggers_in_the_schedulers_stats_only() -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics import loggers
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    assert SchedulerStats().connector_prefix_cache_stats is None
+    assert AsyncScheduler.make_stats is Scheduler.make_stats
+    assert "self.connector_prefix_cache_stats = PrefixCacheStats()" in inspect.getsource(Scheduler.make_stats)
+    reads = inspect.getsource(loggers).count("scheduler_stats.connector_prefix_cache_stats")
+    assert reads == 3, "each of vLLM's two loggers leaves them out where they are None"
+
+
+def test_a_probe_and_the_exit_code_learn_that_the_engine_is_dead() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    assert "raise self.dead_error" in inspect.getsource(AsyncLLM.check_health)
+    assert "engine_manager" in BackgroundResources.__dataclass_fields__
+    assert "self.resources.engine_dead" in inspect.getsource(MPClient.start_engine_core_monitor).replace(
+        "_self", "self"
+    )
+    source = inspect.getsource(CoreEngineProcManager.monitor_engine_liveness)
+    assert source.index("not self.manager_stopped.is_set():") < source.index("self.failed_proc_name = ")
+
+
+def test_a_step_without_tokens_hands_its_metadata_to_the_connector_too() -> None:
+    from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert source.index("handle_preemptions(") < source.index("kv_connector_no_forward(")
+    assert "self.pre_forward(" in inspect.getsource(ActiveKVConnector.no_forward)
 
 
 def test_the_parameters_of_a_finished_request_reach_the_body_of_both_kinds_of_answer() -> None:

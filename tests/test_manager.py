@@ -7,6 +7,7 @@ stale hit or a lost sink shows as wrong content. No model and no tensor is invol
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, maybe_convert_block_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from kvserve.engine.sinks import SinkCache
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction, KeyCodec, Policy, ValueCodec
@@ -44,6 +47,7 @@ def make_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:
         max_model_len=4096,
         scheduler_block_size=layout.block_size,
         hash_block_size=layout.block_size,
+        enable_kv_cache_events=True,
     )
 
 
@@ -60,6 +64,8 @@ class Simulation:
     num_finished: int = 0
     num_preempted: int = 0
     num_hit_tokens: int = 0
+    stored: Counter = field(default_factory=Counter)  # hashes that listeners of KV events hold to be cached
+    num_removed: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -188,6 +194,19 @@ class Simulation:
         assert self.pool.get_num_free_blocks() + len(held) + 1 == self.num_blocks, "free + held + null = total"
         owners = [block for request in self.running for block in self.row(request)[: self.layout.private_blocks]]
         assert len(owners) == len(set(owners)), "a tail belongs to one request"
+        self.hear(self.pool.take_events())
+
+    def hear(self, events: list) -> None:
+        """What a listener makes of KV events: tile blocks, removed only after they were stored."""
+        for event in events:
+            if isinstance(event, BlockStored):
+                assert event.block_size == self.layout.block_size
+                assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+                self.stored.update(event.block_hashes)
+            elif isinstance(event, BlockRemoved):
+                self.num_removed += len(event.block_hashes)
+                self.stored.subtract(event.block_hashes)
+                assert all(self.stored[block_hash] >= 0 for block_hash in event.block_hashes), "never stored"
 
     def run(self, num_requests: int) -> None:
         for name in range(num_requests):
@@ -212,6 +231,25 @@ def test_nothing_leaks_over_5000_requests(block_size: int, num_blocks: int) -> N
     simulation.run(2500)
     assert simulation.num_preempted > 50
     assert simulation.num_hit_tokens > 10_000
+    assert simulation.num_removed > 1000
+
+
+def test_sinks_make_no_kv_events_and_their_memory_is_bounded_by_the_pool() -> None:
+    """Listeners hear of tile blocks alone: every hash that is stored or removed is one of a request's own."""
+    simulation, hashes = Simulation(make_layout(16), 20, seed=1), set()
+    for name in range(40):
+        tokens = [name * 1000 + i for i in range(200)]
+        request = Request(str(name), tokens, SamplingParams(max_tokens=1), None, block_hasher=simulation.hasher)
+        hashes.update(maybe_convert_block_hash(block_hash) for block_hash in request.block_hashes)
+        assert simulation.admit(request)
+        while request in simulation.running:
+            simulation.advance(request)
+        simulation.check()
+    assert simulation.num_removed > 60 and set(simulation.stored) <= hashes
+    cache = SinkCache.of(simulation.pool)
+    assert sum(map(len, cache._blocks.values())) == len(cache._hashes) <= 20
+    assert simulation.manager.reset_prefix_cache()
+    assert simulation.manager.get_computed_blocks(request)[1] == 0
 
 
 def test_a_prefix_hit_needs_the_sinks_of_its_first_tile() -> None:

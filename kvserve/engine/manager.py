@@ -5,8 +5,8 @@ Seam: `vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager`.
 A request's row is [private blocks][tile block 0][sink blocks][tile block 1]... as kvserve.pages.layout describes. The
 private ones are its state (where prompts are evicted) and its tail. The worker sees the row as ordinary new block ids,
 in this order, and it only ever grows. Tile blocks enter vLLM's prefix cache under their own hash; the sink blocks go
-with tile block 0 under a hash derived from its hash, so that a hit on tile block 0 always finds the sinks that belong
-to it.
+with tile block 0 under a hash derived from its hash (kvserve/engine/sinks.py), so that a hit on tile block 0 always
+finds the sinks that belong to it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from kvserve.engine.sinks import SinkCache, sink_hash
 from kvserve.pages.layout import PageLayout
 
 if TYPE_CHECKING:
@@ -24,15 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def sink_hash(first_hash: BlockHash, index: int, group_id: int) -> BlockHashWithGroupId:
-    """Cache key of the `index`-th sink block that belongs to the tile block hashed `first_hash`."""
-    return make_block_hash_with_group_id(BlockHash(first_hash + b"kvserve-sink" + bytes([index])), group_id)
-
-
 def cached_sinks(pool: BlockPool, layout: PageLayout, first_hash: BlockHash, group_id: int) -> list[KVCacheBlock]:
     """The sink blocks that go with a cached tile block 0; empty where the policy has none or one was evicted."""
-    lookup = pool.cached_block_hash_to_block.get_one_block
-    found = [lookup(sink_hash(first_hash, index, group_id)) for index in range(layout.sink_blocks)]
+    cache = SinkCache.of(pool)
+    found = [cache.find(pool, sink_hash(first_hash, index, group_id)) for index in range(layout.sink_blocks)]
     return [] if None in found else [block for block in found if block is not None]
 
 
@@ -144,7 +140,7 @@ class PageManager(FullAttentionManager):
             return
         for index, block in enumerate(row[first + 1 : first + 1 + self.layout.sink_blocks]):
             block_key = sink_hash(BlockHash(key[:-4]), index, self.kv_cache_group_id)
-            self.block_pool._insert_block_hash(block_key, block, num_tokens=self.layout.policy.sink_tokens)
+            SinkCache.of(self.block_pool).insert(block_key, block, self.layout.policy.sink_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks, private ones last: callers free in reverse, so what holds no tile goes first."""

@@ -1,8 +1,9 @@
 """vLLM's scheduler with steps that end where a request is cut.
 
 Seams: `--scheduler-cls`, and `Scheduler._mamba_block_aligned_split`, through which vLLM clips steps for models whose
-state must be saved at certain tokens; kvserve's state is the evicted cache. And `Scheduler.update_from_output`: the
-connector learns of a step's evictions before the requests that end with it are finished.
+state must be saved at certain tokens; kvserve's state is the evicted cache. `Scheduler.update_from_output`: the
+connector learns of a step's evictions before the requests that end with it are finished. And `Scheduler.make_stats`:
+vLLM takes a scheduler with a connector for one with an external prefix cache.
 
 Requests that failed (kvserve.engine.failures) are ended as vLLM ends those whose grammar does not compile:
 `Scheduler.finish_requests` with FINISHED_ERROR, and an `EngineCoreOutput` with the reason in the next outputs. A client
@@ -23,6 +24,7 @@ from kvserve.engine.eviction_manager import EvictingPageManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
 
 
@@ -69,6 +71,13 @@ class _EvictingMixin:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.extend(last)
         self._last_outputs.clear()
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, without queries of an external prefix cache: kvserve's connector moves no KV, so there is none."""
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is not None:
+            stats.connector_prefix_cache_stats = None
+        return stats
 
     def _end_failed(self) -> None:
         """End the requests that failed; one that is over already is left alone."""
