@@ -36,10 +36,20 @@ def series_of(query: str) -> set[str]:
 
 
 def _series(node: object) -> set[str]:
-    names = {node.name} if isinstance(node, promql_parser.VectorSelector) else set()
+    return {selector.name for selector in _selectors(node)}
+
+
+def filters_of(query: str) -> list[set[str]]:
+    """The labels by which each selector of a query picks series."""
+    selectors = _selectors(promql_parser.parse(query))
+    return [{matcher.name for matcher in selector.matchers.matchers} for selector in selectors]
+
+
+def _selectors(node: object) -> list[promql_parser.VectorSelector]:
+    found = [node] if isinstance(node, promql_parser.VectorSelector) else []
     below = [getattr(node, part, None) for part in ("expr", "lhs", "rhs", "vector_selector", "param")]
     below += getattr(node, "args", None) or []
-    return names.union(*(_series(child) for child in below if child is not None))
+    return sum((_selectors(child) for child in below if child is not None), found)
 
 
 def wanted_series(evicts: bool) -> set[str]:

@@ -160,11 +160,35 @@ def test_layers_lie_in_the_arena_in_the_order_in_which_they_were_registered() ->
 
 
 def test_stat_logger_base_keeps_its_hooks() -> None:
-    from vllm.v1.metrics.loggers import StatLoggerBase
+    """One logger for all engines; its metrics have the labels of vLLM's."""
+    from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger, StatLoggerManager
     from vllm.v1.metrics.stats import SchedulerStats
 
-    assert parameters(StatLoggerBase.record)[:3] == ["self", "scheduler_stats", "iteration_stats"]
+    from kvserve.engine.metrics import ENGINE_LABELS
+
+    assert parameters(AggregateStatLoggerBase.__init__) == ["self", "vllm_config", "engine_indexes"]
+    assert parameters(AggregateStatLoggerBase.record) == [
+        "self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx",
+    ]  # fmt: skip
+    assert "issubclass(\n                stat_logger_factory, AggregateStatLoggerBase" in inspect.getsource(
+        StatLoggerManager
+    )
+    source = inspect.getsource(PrometheusStatLogger.__init__)
+    assert f"labelnames = {list(ENGINE_LABELS)}".replace("'", '"') in source
+    assert "model_name = vllm_config.model_config.served_model_name" in source and "[model_name, str(idx)]" in source
     assert {"num_running_reqs", "kv_cache_usage"} <= set(SchedulerStats.__dataclass_fields__)
+
+
+def test_the_api_server_knows_the_blocks_of_all_its_engines_together() -> None:
+    from vllm.v1.engine.core_client import MPClient
+
+    assert "num_gpu_blocks += response.num_gpu_blocks" in inspect.getsource(MPClient._apply_ready_response)
+
+
+def test_a_request_id_begins_with_the_one_that_was_given() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert 'request.request_id = f"{request.external_req_id}-' in inspect.getsource(InputProcessor.assign_request_id)
 
 
 def test_ready_endpoint_satisfies_the_plugin_protocol() -> None:

@@ -16,6 +16,7 @@ from dashboard import wanted_series
 from engine_cases import STORY
 from greedy import Step, assert_same_texts, steps_of
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from server_cases import MODEL, metrics, server
 
 pytestmark = pytest.mark.server
@@ -113,6 +114,15 @@ def test_metrics_say_what_is_in_effect(base_url: str) -> None:
     assert samples["kvserve:kv_capacity_tokens", "effective"] > 4 * samples["kvserve:kv_capacity_tokens", "dense"]
     total = sum(samples["kvserve:pages", state] for state in ("free", "dense", "sealed"))
     assert 0 < total * 2816 <= POOL_BYTES, "pages of all states make up the pool, less vLLM's null block"
+
+
+def test_every_metric_names_its_model_and_engine_as_vllms_do(base_url: str) -> None:
+    families = list(text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text))
+    (running,) = [s for family in families for s in family.samples if s.name == "vllm:num_requests_running"]
+    assert running.labels == {"model_name": MODEL, "engine": "0"}
+    wanted = wanted_series(evicts=False)
+    found = [s for family in families for s in family.samples if s.name in wanted or s.name.startswith("kvserve:")]
+    assert len(found) > 60 and all(running.labels.items() <= sample.labels.items() for sample in found)
 
 
 def test_the_usual_request_options_work_on_compressed_pages(client: OpenAI) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+from dashboard import dashboard_queries, filters_of, rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_eviction_manager import SCHEDULES, EvictingSimulation, evicting, make_request
@@ -16,6 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from kvserve.engine.metrics import ENGINE_LABELS
+from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.report import EngineReport
 from kvserve.engine.request_report import request_report
 from kvserve.engine.stats import Accounting, CacheStats, Evicted, Holding, StepEvictions, WorkerLog, held_by
@@ -109,11 +113,31 @@ def test_a_step_counts_once(accounting: Accounting) -> None:
     assert (second["evicted_head_tokens"], second["kept_tokens"]) == (0, [])
 
 
+def test_kvserves_own_requests_are_no_users() -> None:
+    """Their evictions count nowhere, their pages count as held, and the ratio is of the others."""
+    life = Life()
+    life.run(330)
+    users = life.accounting.take().data["users"]
+    own = request_of(own_request_id("test"), 200)
+    simulation = life.simulation
+    other = Request(
+        own.request_id, list(range(200)), SamplingParams(max_tokens=9), None, block_hasher=simulation.hasher
+    )
+    assert simulation.admit(other)
+    life.accounting.start(own, Limit(4.0))
+    life.accounting.add(StepEvictions({own.request_id: Evicted(200, 70, [[130]])}))
+    found = life.accounting.take().data
+    assert (found["evicted_head_tokens"], found["kept_tokens"]) == (0, [])
+    assert found["users"] == users and found["holding"]["tokens"] == users["tokens"] + 200
+    assert found["holding"]["blocks"] > users["blocks"]
+    assert life.accounting.finish(own.request_id)["tokens_cached"] == 200
+
+
 def test_stats_add_up_over_steps_and_survive_the_way_to_the_api_server() -> None:
     steps = [
-        CacheStats.of([Evicted(10, 15, [[6, 10], [4, 5]])], Holding(100, 9, 2, 3)),
-        CacheStats.of([], Holding(101, 8, 2, 3)),
-        CacheStats.of([Evicted(20, 3, [[20, 20], [18, 19]])], Holding(102, 7, 1, 1)),
+        CacheStats.of([Evicted(10, 15, [[6, 10], [4, 5]])], Holding(100, 9, 2, 3), Holding(100, 9, 2, 3)),
+        CacheStats.of([], Holding(101, 8, 2, 3), Holding()),
+        CacheStats.of([Evicted(20, 3, [[20, 20], [18, 19]])], Holding(102, 7, 1, 1), Holding(90, 5, 1, 0)),
     ]
     total = CacheStats()
     assert total.is_empty()
@@ -123,6 +147,7 @@ def test_stats_add_up_over_steps_and_survive_the_way_to_the_api_server() -> None
         "evicted_head_tokens": 18,
         "kept_tokens": [[6, 10, 20, 20], [4, 5, 18, 19]],
         "holding": {"tokens": 102, "blocks": 7, "kept": 1, "dense": 1},
+        "users": {"tokens": 90, "blocks": 5, "kept": 1, "dense": 0},
     }
     assert total.reduce()["mean tokens kept per KV head at an eviction"] == 12.8
 
@@ -240,6 +265,15 @@ def test_requests_that_never_ran_or_ended_before_their_eviction_are_reported(acc
     accounting.add(StepEvictions({"aborted": Evicted(96, 4, [[92]])}))
     assert not accounting.requests
     assert accounting.take().data["evicted_head_tokens"] == 4, "it was evicted, whether or not anybody waited for it"
+
+
+def test_the_dashboard_and_the_alerts_tell_engines_apart() -> None:
+    for query in dashboard_queries():
+        assert all(filters >= {"instance", *ENGINE_LABELS} for filters in filters_of(query)), query
+    for rule in rules():
+        grouped = re.findall(r"\b(?:on|by) ?\(([^)]*)\)", rule["expr"])
+        assert all({"instance", *ENGINE_LABELS} <= set(labels.split(", ")) for labels in grouped), rule["expr"]
+        assert "annotations" not in rule or "{{ $labels.engine }}" in rule["annotations"]["summary"]
 
 
 def test_pages_of_all_states_make_up_the_pool() -> None:

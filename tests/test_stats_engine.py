@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from engine_cases import engine, random_prompts
 from prometheus_client import REGISTRY
+from prometheus_client.samples import Sample
 from tiny_models import make_tiny_model
 from vllm import LLM, SamplingParams
-from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
 
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.metrics import KvserveStatLogger
+from kvserve.engine.own_requests import own_request_id
 
 LAYERS, KV_HEADS, RATE = 2, 2, 4
 
@@ -24,9 +27,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     model = make_tiny_model("llama-gqa-64", tmp_path_factory.mktemp("model"))
     with engine(model, "kv-compress", skip_tokenizer_init=True, disable_log_stats=False) as llm:
         # The API server finds it as a plugin; `LLM` does not look for those.
-        loggers = PerEngineStatLoggerAdapter(llm.llm_engine.vllm_config, [0], KvserveStatLogger)
-        loggers.log_engine_initialized()
-        llm.llm_engine.logger_manager.stat_loggers.append(loggers)
+        stat_logger = KvserveStatLogger(llm.llm_engine.vllm_config, [0])
+        stat_logger.log_engine_initialized()
+        llm.llm_engine.logger_manager.stat_loggers.append(stat_logger)
         yield llm
 
 
@@ -36,7 +39,13 @@ def manager_of(llm: LLM) -> EvictingPageManager:
 
 
 def sample(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"kvserve:{name}", labels) or 0.0
+    """A sample of this process' last engine, under the labels that vLLM gives its own metrics."""
+    (running,) = [sample for sample in samples() if sample.name == "vllm:num_requests_running"]
+    return REGISTRY.get_sample_value(f"kvserve:{name}", running.labels | labels) or 0.0
+
+
+def samples() -> list[Sample]:
+    return [sample for family in REGISTRY.collect() for sample in family.samples]
 
 
 def evicted_tokens() -> float:
@@ -88,6 +97,52 @@ def test_a_request_reports_its_own_limit(llm: LLM) -> None:
     assert report["max_tokens_requested"] == 128 and report["tokens_kept"] < 200
     (report,) = run(llm, [prompt], max_tokens=2, extra_args={"kvserve_off": 1})
     assert (report["rate_requested"], report["rate_effective"], report["tokens_kept"]) == (1.0, 1.0, 501)
+
+
+def test_no_external_prefix_cache_is_reported(llm: LLM) -> None:
+    """kvserve's connector moves no KV, so nobody asks another cache for what the prefix cache does not have."""
+    run(llm, random_prompts([300], seed=15), max_tokens=2)
+    totals = {sample.name: sample.value for sample in samples() if "prefix_cache" in sample.name}
+    assert totals["vllm:prefix_cache_queries_total"] > 300
+    assert totals["vllm:external_prefix_cache_queries_total"] == 0
+
+
+def test_kvserves_own_requests_leave_no_trace(llm: LLM) -> None:
+    """Of the self-test and /ready: the ratio stays that of the users' last step, nothing counts as evicted."""
+    run(llm, random_prompts([200], seed=16), max_tokens=2)
+    told = ("kv_tokens_evicted_total", "kept_tokens_count", "compression_ratio")
+    before = {(s.name, str(s.labels)): s.value for s in samples() if s.name.removeprefix("kvserve:") in told}
+    core, done = llm.llm_engine, []
+    (prompt,) = random_prompts([600], seed=17)
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False)
+    core.add_request(own_request_id("test"), {"prompt_token_ids": prompt}, sampling)
+    while core.has_unfinished_requests():
+        done += core.step()
+    core.step()
+    assert done[-1].kv_transfer_params["kvserve"]["rate_effective"] > 2, "it was evicted"
+    after = {(s.name, str(s.labels)): s.value for s in samples() if s.name.removeprefix("kvserve:") in told}
+    assert len(before) == 2 + 1 + LAYERS and after == before
+
+
+def test_several_engines_have_a_series_each(llm: LLM) -> None:
+    """Of data parallelism: vLLM adds up their blocks, and names the engine in every record."""
+    config, told = llm.llm_engine.vllm_config, ("pages", "compression_ratio", "kv_capacity_tokens", "policy_info")
+    pool = sum(sample("pages", state=state) for state in ("sealed", "kept", "dense", "free"))
+    with patch.object(config.cache_config, "num_gpu_blocks", 3 * config.cache_config.num_gpu_blocks):
+        stat_logger = KvserveStatLogger(config, [0, 1, 2])
+        stat_logger.log_engine_initialized()
+    for index, usage in enumerate((0.25, 0.5, 1.0)):
+        held = {"tokens": 640, "blocks": 5 * (index + 1), "kept": 0, "dense": 0}
+        stats = {"evicted_head_tokens": 4 * index, "kept_tokens": [], "holding": held, "users": held}
+        step = SimpleNamespace(kv_connector_stats=stats, kv_cache_usage=usage, num_running_reqs=1)
+        stat_logger.record(step, None, engine_idx=index)
+    free = [sample("pages", state="free", engine=str(engine)) for engine in range(3)]
+    assert free == pytest.approx([pool * 0.75, pool * 0.5, 0], abs=LAYERS * KV_HEADS)
+    assert all(len([s for s in samples() if s.name == f"kvserve:{name}"]) % 3 == 0 for name in told)
+    ratios = [sample("compression_ratio", kind="effective", engine=str(engine)) for engine in range(3)]
+    assert ratios[0] == pytest.approx(2 * ratios[1]) == pytest.approx(3 * ratios[2])
+    evicted = [sample("kv_tokens_evicted_total", policy="kv-compress", engine=str(engine)) for engine in (1, 2)]
+    assert evicted == [4 / (LAYERS * KV_HEADS), 8 / (LAYERS * KV_HEADS)]
 
 
 def test_several_answers_to_one_prompt_are_evicted_each_and_reported_by_the_last(llm: LLM) -> None:

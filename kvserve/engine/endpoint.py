@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
-from uuid import uuid4
 
 from fastapi import FastAPI, Response
 
 from kvserve.engine.liveness import failed_process, while_alive
 from kvserve.engine.metrics import publish_self_test
+from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.request_limits import RequestLimits
 from kvserve.engine.self_test import is_requested, run_self_test, why_not
@@ -61,7 +61,8 @@ class ReadyEndpoint:
             self.policy = settings.policy
             RequestCheck.server = self
             if is_requested(config) and why_not(config) is None:
-                publish_self_test(await while_alive(engine_client, run_self_test(engine_client, settings)))
+                report = await while_alive(engine_client, run_self_test(engine_client, settings))
+                publish_self_test(config, report)
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""
@@ -97,7 +98,7 @@ class ReadyEndpoint:
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
         prompt = {"prompt_token_ids": [1]}
-        async for _ in self._engine.generate(prompt, params, request_id=f"kvserve-ready-{uuid4()}"):
+        async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready")):
             pass
 
 

@@ -1,7 +1,7 @@
 """Prometheus metrics under `kvserve:` and the startup table, in the API server.
 
-Seams: the `vllm.stat_logger_plugins` entry point group and `vllm.v1.metrics.loggers.StatLoggerBase`; what only the
-scheduler and the workers know comes in `SchedulerStats.kv_connector_stats`. vLLM's own metrics stay as they are.
+Seams: the `vllm.stat_logger_plugins` entry point group and `vllm.v1.metrics.loggers.AggregateStatLoggerBase`; what only
+the scheduler and the workers know comes in `SchedulerStats.kv_connector_stats`. vLLM's own metrics stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.logger import init_logger
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from kvserve.doctor.distances import KINDS, ProbeReport
 from kvserve.engine.report import EngineReport
@@ -23,122 +23,145 @@ logger = init_logger("vllm.kvserve")
 # Tokens that one KV head holds after an eviction, labelled by layer alone: that shows how budgets differ, and a model
 # has a fixed number of layers. A label for each head would multiply the series, one for requests would never end.
 KEPT_TOKENS_BUCKETS = tuple(2**power for power in range(6, 18))
+ENGINE_LABELS = ("model_name", "engine")  # as vLLM's metrics have them
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 
-def _metric(kind: type[Metric], name: str, help_text: str, *labels: str, **options: Any) -> Metric:
-    """A metric, created once per process."""
-    existing: Any = REGISTRY._names_to_collectors.get(name)
-    return existing or kind(name, help_text, labels, **options)
+class EngineMetrics:
+    """The metrics of one engine. Each is registered once per process, and has a series for every engine.
+
+    Args:
+        index: the engine's rank among those of data parallelism, as vLLM counts them.
+    """
+
+    def __init__(self, vllm_config: Any, index: int) -> None:
+        self.engine = (vllm_config.model_config.served_model_name, str(index))
+
+    def _of(self, kind: type[Metric], name: str, help_text: str, labels: dict[str, str], **options: Any) -> Metric:
+        existing: Any = REGISTRY._names_to_collectors.get(name)
+        metric = existing or kind(name, help_text, (*ENGINE_LABELS, *labels), **options)
+        return metric.labels(*self.engine, *labels.values())
+
+    def gauge(self, name: str, help_text: str, **labels: str) -> Gauge:
+        """A gauge; of several API servers the last to set it counts."""
+        return self._of(Gauge, name, help_text, labels, multiprocess_mode="mostrecent")
+
+    def bytes_per_token(self, kind: str) -> Gauge:
+        return self.gauge("kvserve:kv_bytes_per_token", "KV bytes of a cached token, all layers.", kind=kind)
+
+    def capacity(self, kind: str) -> Gauge:
+        return self.gauge("kvserve:kv_capacity_tokens", "Tokens the KV pool holds.", kind=kind)
+
+    def pages(self, state: str) -> Gauge:
+        help_text = (
+            "Pages of the KV pool (one KV head of one layer each): sealed, compressed tiles; kept, what evictions "
+            "left; dense, unfinished tiles and, where prompts are evicted, sinks and request state; free."
+        )
+        return self.gauge("kvserve:pages", help_text, state=state)
+
+    def ratio(self, kind: str) -> Gauge:
+        help_text = (
+            "KV bytes of a 16-bit cache over the bytes held. requested: by the policy's bits and rate. effective: by "
+            "the users' running requests, whole blocks counted, in the last step that had any; before the first one, "
+            "and always where the policy does not evict, by a request of max_model_len tokens."
+        )
+        return self.gauge("kvserve:compression_ratio", help_text, kind=kind)
+
+    def evicted_tokens(self, policy: str) -> Counter:
+        help_text = (
+            "Tokens evicted, averaged over layers and KV heads: one that half of the heads dropped counts 0.5. A "
+            "preempted request that is evicted again counts again."
+        )
+        return self._of(Counter, "kvserve:kv_tokens_evicted", help_text, {"policy": policy})
+
+    def kept_tokens(self, layer: int) -> Histogram:
+        help_text = "Tokens that a KV head of the layer holds after an eviction; one observation per head and eviction."
+        labels = {"layer": str(layer)}
+        return self._of(Histogram, "kvserve:kept_tokens", help_text, labels, buckets=KEPT_TOKENS_BUCKETS)
+
+    def self_test_distance(self, kind: str, layer: int) -> Gauge:
+        help_text = (
+            "How far layers were off in the self-test at server start, over the size of the answer. kernel: from what "
+            "the policy's cache must answer; codec: from the exact answer of the tokens held; cache: from a dense one."
+        )
+        return self.gauge("kvserve:self_test_distance", help_text, kind=kind, layer=str(layer))
 
 
-def _gauge(name: str, help_text: str, *labels: str) -> Gauge:
-    return _metric(Gauge, name, help_text, *labels, multiprocess_mode="mostrecent")
-
-
-def _pages() -> Gauge:
-    help_text = (
-        "Pages of the KV pool (one KV head of one layer each): sealed, compressed tiles; kept, what evictions left; "
-        "dense, unfinished tiles and, where prompts are evicted, sinks and request state; free."
-    )
-    return _gauge("kvserve:pages", help_text, "state")
-
-
-def _ratio() -> Gauge:
-    help_text = (
-        "KV bytes of a 16-bit cache over the bytes held. requested: by the policy's bits and rate. effective: by the "
-        "running requests, whole blocks counted, in the last step that had any; before the first one, and always where "
-        "the policy does not evict, by a request of max_model_len tokens."
-    )
-    return _gauge("kvserve:compression_ratio", help_text, "kind")
-
-
-def _evicted_tokens() -> Counter:
-    help_text = (
-        "Tokens evicted, averaged over layers and KV heads: one that half of the heads dropped counts 0.5. A preempted "
-        "request that is evicted again counts again."
-    )
-    return _metric(Counter, "kvserve:kv_tokens_evicted", help_text, "policy")
-
-
-def _kept_tokens() -> Histogram:
-    help_text = "Tokens that a KV head of the layer holds after an eviction; one observation per head and eviction."
-    return _metric(Histogram, "kvserve:kept_tokens", help_text, "layer", buckets=KEPT_TOKENS_BUCKETS)
-
-
-def publish_self_test(report: ProbeReport) -> None:
-    """What the self-test found: of each layer all KV heads together, of `kernel` the worst one."""
-    help_text = (
-        "How far layers were off in the self-test at server start, over the size of the answer. kernel: from what the "
-        "policy's cache must answer; codec: from the exact answer of the tokens held; cache: from a dense cache."
-    )
-    gauge = _gauge("kvserve:self_test_distance", help_text, "kind", "layer")
+def publish_self_test(vllm_config: Any, report: ProbeReport) -> None:
+    """What the self-test of the only engine found: of each layer all KV heads together, of `kernel` the worst one."""
+    metrics = EngineMetrics(vllm_config, 0)
     for layer in report.layers:
         for kind in KINDS:
-            gauge.labels(kind, str(layer.layer)).set(getattr(layer, kind))
+            metrics.self_test_distance(kind, layer.layer).set(getattr(layer, kind))
 
 
-class KvserveStatLogger(StatLoggerBase):
-    """Publishes the engine's report once and the page counts at every step; inert without a policy."""
+class KvserveStatLogger(AggregateStatLoggerBase):
+    """Publishes each engine's report once and its page counts at every step; inert without a policy."""
 
-    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+    def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         self.vllm_config = vllm_config
         self.settings = EngineSettings.from_vllm_config(vllm_config)
         self.report: EngineReport | None = None
+        self.engines = {index: EngineMetrics(vllm_config, index) for index in engine_indexes}
 
     def log_engine_initialized(self) -> None:
-        """The pool's size is known: log the table and set what does not change."""
+        """The pools' size is known: log the table and set what does not change."""
         if self.settings is None:
             return
-        report = self.report = EngineReport.from_vllm_config(self.vllm_config, self.settings)
-        for line in report.table().splitlines():
+        self.report = EngineReport.from_vllm_config(self.vllm_config, self.settings, len(self.engines))
+        for line in self.report.table().splitlines():
             logger.info("%s", line)
-        policy = self.settings.policy
-        bytes_per_token = _gauge("kvserve:kv_bytes_per_token", "KV bytes of a cached token, all layers.", "kind")
-        bytes_per_token.labels("dense").set(report.dense_bytes_per_token)
-        bytes_per_token.labels("effective").set(report.effective_bytes_per_token)
-        capacity = _gauge("kvserve:kv_capacity_tokens", "Tokens the KV pool holds.", "kind")
-        capacity.labels("dense").set(report.dense_capacity_tokens)
-        capacity.labels("effective").set(report.effective_capacity_tokens)
-        _ratio().labels("requested").set(report.requested_ratio)
-        _ratio().labels("effective").set(report.effective_ratio)
-        labels = ("policy", "tile_tokens", "sink_tokens", "bits", "kernels")
-        info = _gauge("kvserve:policy_info", "The KV policy in effect.", *labels)
-        bits = f"{report.layout.bits_per_element():.2f}"
-        info.labels(policy.name, str(policy.tile_tokens), str(policy.sink_tokens), bits, report.kernels).set(1)
+        for metrics in self.engines.values():
+            self._publish_report(metrics, self.report)
+
+    def _publish_report(self, metrics: EngineMetrics, report: EngineReport) -> None:
+        policy = report.layout.policy
+        metrics.bytes_per_token("dense").set(report.dense_bytes_per_token)
+        metrics.bytes_per_token("effective").set(report.effective_bytes_per_token)
+        metrics.capacity("dense").set(report.dense_capacity_tokens)
+        metrics.capacity("effective").set(report.effective_capacity_tokens)
+        metrics.ratio("requested").set(report.requested_ratio)
+        metrics.ratio("effective").set(report.effective_ratio)
+        metrics.gauge(
+            "kvserve:policy_info", "The KV policy in effect.", policy=policy.name, tile_tokens=str(policy.tile_tokens),
+            sink_tokens=str(policy.sink_tokens), bits=f"{report.layout.bits_per_element():.2f}", kernels=report.kernels,
+        ).set(1)  # fmt: skip
         if policy.eviction:
-            _evicted_tokens().labels(policy.name)  # 0 until something is evicted
-        self._publish_pages(report.num_blocks - 1, 0, None)
+            metrics.evicted_tokens(policy.name)  # 0 until something is evicted
+        self._publish_pages(metrics, report.num_blocks - 1, 0, None)
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         """Update what changes: page counts from vLLM's scheduler statistics, the others from CacheStats in them."""
-        if self.report is None or scheduler_stats is None:
+        metrics = self.engines.get(engine_idx)
+        if self.report is None or scheduler_stats is None or metrics is None:
             return
         stats = scheduler_stats.kv_connector_stats
-        holding = Holding(**stats["holding"]) if stats else None
-        if stats and holding:
-            self._publish_evictions(stats)
-            ratio = self.report.held_ratio(holding)
+        if stats:
+            self._publish_evictions(metrics, stats)
+            ratio = self.report.held_ratio(Holding(**stats["users"]))
             if ratio is not None:
-                _ratio().labels("effective").set(ratio)
-        if holding is None and self.report.layout.policy.eviction:
+                metrics.ratio("effective").set(ratio)
+        elif self.report.layout.policy.eviction:
             return  # not the statistics of a step
         usable = self.report.num_blocks - 1
         free_blocks = usable - round(scheduler_stats.kv_cache_usage * usable)
-        self._publish_pages(free_blocks, scheduler_stats.num_running_reqs, holding)
+        holding = Holding(**stats["holding"]) if stats else None
+        self._publish_pages(metrics, free_blocks, scheduler_stats.num_running_reqs, holding)
 
-    def _publish_pages(self, free_blocks: int, num_running: int, holding: Holding | None) -> None:
+    def _publish_pages(
+        self, metrics: EngineMetrics, free_blocks: int, num_running: int, holding: Holding | None
+    ) -> None:  # fmt: skip
         assert self.report is not None
         for state, count in self.report.pages(free_blocks, num_running, holding).items():
-            _pages().labels(state).set(count)
+            metrics.pages(state).set(count)
 
-    def _publish_evictions(self, stats: dict[str, Any]) -> None:
+    def _publish_evictions(self, metrics: EngineMetrics, stats: dict[str, Any]) -> None:
         """Counts of the evictions since the last step; every head of every rank is in them."""
-        assert self.report is not None and self.settings is not None
+        assert self.report is not None
         num_heads = self.report.cells_per_block * self.report.num_ranks
-        _evicted_tokens().labels(self.settings.policy.name).inc(stats["evicted_head_tokens"] / num_heads)
+        metrics.evicted_tokens(self.report.layout.policy.name).inc(stats["evicted_head_tokens"] / num_heads)
         for layer, kept in enumerate(stats["kept_tokens"]):
             for num_tokens in kept:
-                _kept_tokens().labels(str(layer)).observe(num_tokens)
+                metrics.kept_tokens(layer).observe(num_tokens)

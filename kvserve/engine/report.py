@@ -47,13 +47,14 @@ class EngineReport:
     self_test: str = "off"
 
     @classmethod
-    def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings) -> EngineReport:
+    def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
+        """The report of one of `num_engines`, whose blocks vLLM adds up in the API server's configuration."""
         model = config.model_config
         return cls(
             layout=settings.layout(model.get_head_size()),
             num_layers=model.get_num_layers(config.parallel_config),
             num_kv_heads=model.get_num_kv_heads(config.parallel_config),
-            num_blocks=config.cache_config.num_gpu_blocks or 0,
+            num_blocks=(config.cache_config.num_gpu_blocks or 0) // num_engines,
             max_model_len=model.max_model_len,
             num_ranks=config.parallel_config.tensor_parallel_size,
             kernels_asked=settings.kernels_asked,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from vllm.logger import init_logger
 
@@ -16,6 +15,7 @@ from kvserve.checks import UnsupportedError
 from kvserve.doctor.distances import KERNEL_LIMIT, ProbeReport, complaints
 from kvserve.doctor.request import TestPlan, num_queries, plan_test, prompt_tokens
 from kvserve.engine.device import device_type
+from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ async def _run_requests(engine: Any, plan: TestPlan) -> int:
     for length, params in plan.requests():
         await engine.collective_rpc("kvserve_probe_begin")
         prompt = {"prompt_token_ids": tokens[:length]}
-        request_id = f"kvserve-self-test-{uuid4()}"
+        request_id = own_request_id("self-test")
         async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id):
             cached = output.num_cached_tokens
         num_tokens += num_queries(length, cached, params["max_tokens"])

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerM
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from kvserve.attention.observer import EvictionObserver
+from kvserve.engine.own_requests import is_own
 from kvserve.engine.request_report import request_report
 
 if TYPE_CHECKING:
@@ -134,23 +135,25 @@ class CacheStats(KVConnectorStats):
     """What a step, or several, did to the cache.
 
     `data`: evicted_head_tokens, an int; kept_tokens, [layer][any order] tokens held by a KV head after an eviction;
-    holding, the running requests' `Holding` in the last step. All heads of all ranks, but blocks of one rank.
+    holding, the running requests' `Holding` in the last step; users, the same without kvserve's own requests. All heads
+    of all ranks, but blocks of one rank.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, evictions: list[Evicted], holding: Holding) -> CacheStats:
-        """The stats of one step."""
+    def of(cls, evictions: list[Evicted], holding: Holding, users: Holding) -> CacheStats:
+        """The stats of one step; `evictions` of users' requests."""
         layers: list[list[int]] = [[] for _ in evictions[0].kept] if evictions else []
         for eviction in evictions:
             for layer, kept in zip(layers, eviction.kept, strict=True):
                 layer += kept
         evicted = sum(eviction.evicted for eviction in evictions)
-        return cls({"evicted_head_tokens": evicted, "kept_tokens": layers, "holding": asdict(holding)})
+        held = {"holding": asdict(holding), "users": asdict(users)}
+        return cls({"evicted_head_tokens": evicted, "kept_tokens": layers, **held})
 
     def reset(self) -> None:
-        self.data = self.of([], Holding()).data
+        self.data = self.of([], Holding(), Holding()).data
 
     def is_empty(self) -> bool:
         return not self.data
@@ -162,8 +165,7 @@ class CacheStats(KVConnectorStats):
         mine, theirs = self.data["kept_tokens"], other.data["kept_tokens"]
         layers = [a + b for a, b in zip(mine, theirs, strict=True)] if mine and theirs else mine or theirs
         evicted = self.data["evicted_head_tokens"] + other.data["evicted_head_tokens"]
-        holding = other.data["holding"]
-        return CacheStats({"evicted_head_tokens": evicted, "kept_tokens": layers, "holding": holding})
+        return CacheStats({**other.data, "evicted_head_tokens": evicted, "kept_tokens": layers})
 
     def reduce(self) -> dict[str, int | float]:
         """For vLLM's periodic log line."""
@@ -215,7 +217,7 @@ class Accounting:
 
     def add(self, evictions: StepEvictions) -> None:
         """The evictions of a step that is over, before any request that ends with it is finished."""
-        self._of_step += evictions.requests.values()
+        self._of_step += [eviction for name, eviction in evictions.requests.items() if not is_own(name)]
         for request_id, eviction in evictions.requests.items():
             if request_id in self.requests:
                 self.requests[request_id].last = eviction
@@ -224,5 +226,10 @@ class Accounting:
         """Stats of this step; the next call has none of its evictions."""
         evictions, self._of_step = self._of_step, []
         holding_ids = [name for name in self.manager.req_to_blocks if name in self.requests]
-        tokens = [self.requests[name].request.num_computed_tokens for name in holding_ids]
-        return CacheStats.of(evictions, held_by(self.manager, holding_ids, tokens))
+        users_ids = [name for name in holding_ids if not is_own(name)]
+        holding = self._held_by(holding_ids)
+        return CacheStats.of(evictions, holding, holding if users_ids == holding_ids else self._held_by(users_ids))
+
+    def _held_by(self, request_ids: list[str]) -> Holding:
+        tokens = [self.requests[name].request.num_computed_tokens for name in request_ids]
+        return held_by(self.manager, request_ids, tokens)
