@@ -405,18 +405,13 @@ def test_queries_of_an_external_prefix_cache_reach_the_stat_loggers_in_the_sched
     assert reads == 3, "each of vLLM's two loggers leaves them out where they are None"
 
 
-def test_a_probe_and_the_exit_code_learn_that_the_engine_is_dead() -> None:
+def test_a_health_check_fails_once_the_engine_is_dead() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core_client import BackgroundResources, MPClient
-    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.engine.core_client import MPClient
 
     assert "raise self.dead_error" in inspect.getsource(AsyncLLM.check_health)
-    assert "engine_manager" in BackgroundResources.__dataclass_fields__
-    assert "self.resources.engine_dead" in inspect.getsource(MPClient.start_engine_core_monitor).replace(
-        "_self", "self"
-    )
-    source = inspect.getsource(CoreEngineProcManager.monitor_engine_liveness)
-    assert source.index("not self.manager_stopped.is_set():") < source.index("self.failed_proc_name = ")
+    assert "self.engine_core.resources.engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
+    assert "resources.engine_dead = True" in inspect.getsource(MPClient.start_engine_core_monitor)
 
 
 def test_a_step_without_tokens_hands_its_metadata_to_the_connector_too() -> None:

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,7 +17,7 @@ from fastapi import FastAPI
 from server_cases import server_process
 
 from kvserve.engine import endpoint
-from kvserve.engine.endpoint import ReadyEndpoint, lost_engine
+from kvserve.engine.endpoint import ReadyEndpoint
 from kvserve.engine.liveness import while_alive
 
 CALLS = ("check_health", "is_sleeping", "generate")
@@ -157,17 +156,6 @@ def test_what_waits_for_a_dead_engine_ends_with_its_error() -> None:
             await waiting
 
     asyncio.run(asyncio.wait_for(run(), 10))
-
-
-def test_a_server_that_was_stopped_is_told_from_one_that_lost_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def engine_with(failed: str | None) -> SimpleNamespace:
-        manager = SimpleNamespace(failed_proc_name=failed)
-        return SimpleNamespace(engine_core=SimpleNamespace(resources=SimpleNamespace(engine_manager=manager)))
-
-    monkeypatch.setattr(endpoint, "_engines", [Engine(), engine_with(None)])
-    assert lost_engine() is None
-    endpoint._engines.append(engine_with("EngineCore_DP0"))
-    assert lost_engine() == "EngineCore_DP0"
 
 
 def engine_core_of(server: subprocess.Popen[bytes]) -> psutil.Process:

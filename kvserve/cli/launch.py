@@ -44,7 +44,7 @@ def launch(
         self_test: whether the server tests its cache before it answers (kvserve/engine/self_test.py).
 
     Returns:
-        1 where the self-test failed, or the engine ended by itself.
+        1 where the self-test failed.
 
     Raises:
         UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
@@ -71,16 +71,12 @@ def launch(
     cli_env_setup()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    from kvserve.engine.endpoint import lost_engine
     from kvserve.engine.self_test import SelfTestError
 
     try:
         ServeSubcommand.cmd(args)
     except SelfTestError as error:
         print(f"kvserve: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    if lost := lost_engine():
-        print(f"kvserve: error: the engine process {lost} ended; its log says why", file=sys.stderr, flush=True)
         return 1
     return 0
 

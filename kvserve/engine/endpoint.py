@@ -1,5 +1,5 @@
 """GET /ready: 200 only when the model can answer. Also where requests' own limits are checked (request_limits.py),
-where the self-test begins (self_test.py), and where the server remembers which engine it had.
+and where the self-test begins (self_test.py).
 
 Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
 vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from kvserve.engine.liveness import failed_process, while_alive
+from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.request_check import RequestCheck
@@ -23,7 +23,6 @@ from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 
 PROBE_TIMEOUT_SECONDS = 60.0
-_engines: list[Any] = []  # of this process, to tell a server that was stopped from one that lost its engine
 
 
 class ReadyEndpoint:
@@ -52,7 +51,6 @@ class ReadyEndpoint:
             SelfTestError: the server must not serve; vLLM then ends it before it answers.
         """
         self._engine = engine_client
-        _engines.append(engine_client)
         config = getattr(engine_client, "vllm_config", None)
         settings = EngineSettings.from_vllm_config(config) if config is not None else None
         if config is not None and settings is not None:
@@ -100,8 +98,3 @@ class ReadyEndpoint:
         prompt = {"prompt_token_ids": [1]}
         async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready")):
             pass
-
-
-def lost_engine() -> str | None:
-    """The engine process that ended by itself while this process served with it; None: none did."""
-    return next(filter(None, map(failed_process, _engines)), None)

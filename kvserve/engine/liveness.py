@@ -3,7 +3,7 @@
 vLLM wakes those who wait for tokens when its engine process dies, but not those who wait for a utility call
 (`is_sleeping`, `collective_rpc`): they wait for ever, and a server does not end while a request is open.
 
-Seams: `EngineClient.check_health`, which raises once the engine is dead, and `CoreEngineProcManager.failed_proc_name`.
+Seam: `EngineClient.check_health`, which raises once the engine is dead.
 """
 
 from __future__ import annotations
@@ -42,9 +42,3 @@ def _take_exception(task: asyncio.Task[Any]) -> None:
     """A call that nobody waits for any more may fail in silence: its engine is dead, or has been given up."""
     if not task.cancelled():
         task.exception()
-
-
-def failed_process(engine: Any) -> str | None:
-    """The engine process that ended by itself, not because the server was stopped; None: no such process is known."""
-    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
-    return getattr(getattr(resources, "engine_manager", None), "failed_proc_name", None)
