@@ -27,6 +27,17 @@ def client(base_url: str) -> OpenAI:
     return OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
+def test_before_the_first_request_no_metric_knows_of_one(base_url: str) -> None:
+    """The self-test evicted, and /ready has made the model generate. The first test of this server."""
+    samples = metrics(base_url)
+    dense, effective = (samples["kvserve:kv_bytes_per_token", kind] for kind in ("dense", "effective"))
+    assert samples["kvserve:compression_ratio", "effective"] == pytest.approx(dense / effective)
+    assert samples["kvserve:kv_tokens_evicted_total", POLICY] == 0
+    assert not any(name.startswith("kvserve:kept_tokens") for name, _ in samples)
+    assert samples["kvserve:pages", "kept"] == samples["kvserve:pages", "dense"] == 0
+    assert samples["vllm:external_prefix_cache_queries_total", ""] == 0
+
+
 def test_both_kinds_of_answer_carry_the_report(client: OpenAI) -> None:
     completion = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0)
     messages = [{"role": "user", "content": PROMPT}]

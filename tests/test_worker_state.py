@@ -1,4 +1,4 @@
-"""What a worker keeps of a request is gone when the request is, whether or not another one comes."""
+"""What a worker, and the scheduler, keep of a request is gone when the request is, whether or not another one comes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tiny_models import make_tiny_model
 from vllm import LLM, SamplingParams
 
 from kvserve.engine import connector
+from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.stats import worker_log
 from kvserve.policies.loading import load_policy, policy_names
 from kvserve.scorers.registry import SCORERS, make_scorer
@@ -42,6 +43,14 @@ def collected() -> set[str]:
     return {name for collector in connector._collectors for name in collector.requests}
 
 
+def scheduled(llm: LLM) -> set[str]:
+    """Requests of which the scheduler's side still holds something."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pages, accounting = EvictingPageManager.of(scheduler.kv_cache_manager), scheduler.connector.accounting
+    tables = (pages.plans, pages.kept, pages.given_back, pages.req_to_blocks, pages.num_cached_block)
+    return accounting.requests.keys() | {name for table in tables for name in table}
+
+
 def start(llm: LLM, name: str, prompt_len: int, max_tokens: int) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     (prompt,) = random_prompts([prompt_len], seed=prompt_len)
@@ -60,6 +69,7 @@ def test_one_that_ends_alone_is_dropped_by_a_step_without_tokens(llm: LLM) -> No
     run_to_the_end(llm)
     llm.llm_engine.step()
     assert not collected() and not worker_log.requests and not connector.current_plans().rows
+    assert not scheduled(llm)
 
 
 def test_one_after_the_other_leaves_at_most_the_last(llm: LLM) -> None:
@@ -79,4 +89,4 @@ def test_an_aborted_one_is_dropped_wherever_it_stood(llm: LLM) -> None:
         assert len(collected()) == 1
         llm.llm_engine.abort_request(["aborted"])
         llm.llm_engine.step()
-        assert not collected()
+        assert not collected() and not scheduled(llm)
