@@ -244,7 +244,7 @@ def run(scenario: Scenario, model: str, args: argparse.Namespace) -> dict[str, A
 
 
 def thin_model(folder: Path) -> Path:
-    """The default model with hidden and intermediate layers of THIN channels and random weights; its tokenizer stays."""
+    """The default model with layers of THIN channels and random weights; its tokenizer stays."""
     source = prepare_default_model()
     config = AutoConfig.from_pretrained(source)
     head_dim = config.hidden_size // config.num_attention_heads
