@@ -39,7 +39,7 @@ from kvserve.policies.loading import load_policy
 
 MIB = 1 << 20
 POOL_BYTES = 48 * MIB
-IN_FLIGHT = 12  # more than run at a time, so that some wait and some preempt each other
+IN_FLIGHT, RUNNING = 32, 24  # so that some wait and some preempt each other
 TIMEOUT_SECONDS = 900.0
 WORDS = 900  # distinct token ids of a prompt, from FIRST_TOKEN on
 FIRST_TOKEN = 1000
@@ -222,7 +222,8 @@ async def weather(scenario: Scenario, url: str, args: argparse.Namespace) -> dic
         pages, after = await storm.pages(), await storm.probe()
         memory = await storm.one_at_a_time(args.sequential)
     return {
-        "requests": args.requests, "outcomes": storm.outcomes, "preemptions": preempted, "seconds": round(seconds, 1),
+        "requests": args.requests, "in_flight": IN_FLIGHT, "max_num_seqs": RUNNING, "outcomes": storm.outcomes,
+        "preemptions": preempted, "seconds": round(seconds, 1),
         "pages": pages, "all_pages_free": pages["free"] == pages["total"] > 0,
         "pages_are_whole_blocks_of_the_pool": pages["total"] % pages["blocks"] == 0,
         "probes_bit_identical": before == after, "probe_tokens": sum(len(answer[0]) for answer in before),
@@ -236,7 +237,7 @@ def run(scenario: Scenario, model: str, args: argparse.Namespace) -> dict[str, A
         *(sys.executable, "-m", "kvserve.cli", "--policy", scenario.policy, *scenario.options),
         *("--host", "127.0.0.1", "--port", str(port), "--model", model, "--served-model-name", SERVED_NAME),
         *("--max-model-len", str(scenario.max_model_len), "--kv-cache-memory-bytes", str(POOL_BYTES)),
-        *("--max-num-batched-tokens", "512", "--max-num-seqs", "8", "--seed", "0", "--shutdown-timeout", "0"),
+        *("--max-num-batched-tokens", "512", "--max-num-seqs", str(RUNNING), "--seed", "0", "--shutdown-timeout", "0"),
         *("--no-self-test", "--disable-uvicorn-access-log"),
     ]
     with Server(scenario.policy, command, port) as server:
