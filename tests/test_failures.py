@@ -117,23 +117,23 @@ def test_metrics_that_fail_end_nothing(engine: Engine) -> None:
 
 def test_a_request_that_does_not_fit_is_told_what_would_and_does_not_hold_up_others(config: VllmConfig) -> None:
     engine, prompt = Engine(config, 24), list(range(1, 1001))
-    engine.add("wide", prompt, 50, {"kvserve_rate": 1.05})
+    engine.add("wide", prompt, 50, {"kvserve_rate": 1.3})
     engine.add("other", prompt, 5)
     engine.run(most_steps=100)
     assert engine.ended["other"].finish_reason == FinishReason.LENGTH
     reason = str(engine.ended["wide"].stop_reason)
     assert engine.ended["wide"].kv_transfer_params == {"kvserve": {"error": reason}}
     assert reason.startswith("the KV pool of 24 blocks can never hold this request: a prompt of 1000 tokens")
-    assert "keeping one of 1.05 tokens; shorten the prompt, or leave out kvserve_rate" in reason
+    assert "keeping one of 1.3 tokens; shorten the prompt, or leave out kvserve_rate" in reason
 
 
 def test_a_request_that_generates_less_as_it_was_told_fits(config: VllmConfig) -> None:
     engine, prompt = Engine(config, 24), list(range(1, 501))
-    engine.add("long", prompt, 590, {"kvserve_rate": 1.05})
+    engine.add("long", prompt, 590, {"kvserve_rate": 1.3})
     engine.run()
     told = int(str(engine.ended["long"].stop_reason).split("set max_tokens to at most ")[1].split(",")[0])
-    engine.add("told", prompt, told, {"kvserve_rate": 1.05})
-    engine.add("one more", prompt, told + 1, {"kvserve_rate": 1.05})
+    engine.add("told", prompt, told, {"kvserve_rate": 1.3})
+    engine.add("one more", prompt, told + 1, {"kvserve_rate": 1.3})
     engine.run()
     assert engine.ended["told"].finish_reason == FinishReason.LENGTH
     assert engine.ended["one more"].finish_reason == FinishReason.ERROR
