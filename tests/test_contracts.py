@@ -369,6 +369,22 @@ def test_a_request_can_be_ended_with_an_error_and_a_reason_before_the_next_outpu
     assert parameters(KVConnectorBase_V1.has_pending_block_frees) == ["self"]
 
 
+def test_vllm_renders_requests_to_token_ids_and_sampling_parameters() -> None:
+    from vllm.entrypoints.launchers.api_server import app_state
+    from vllm.entrypoints.scale_out import factories
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    from kvserve.engine.pool_check import RENDERED
+
+    source = inspect.getsource(app_state)
+    rendered, plugins = source.index("init_scale_out_state(state, args"), source.index("init_endpoint_plugins_state(")
+    assert rendered < plugins and "state.serving_render = ServingRender(" in inspect.getsource(factories)
+    for _, method in RENDERED.values():
+        assert parameters(getattr(ServingRender, method))[:2] == ["self", "request"]
+    assert {"token_ids", "sampling_params"} <= set(GenerateRequest.model_fields)
+
+
 def test_what_bounds_a_step() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -23,7 +23,7 @@ from vllm.v1.sample.logits_processor import validate_logits_processors_parameter
 
 from kvserve.engine.connector import KvserveConnector
 from kvserve.engine.request_check import RequestCheck
-from kvserve.engine.request_limits import COMPLETION_ROUTES, RequestLimits, _refusal
+from kvserve.engine.request_limits import COMPLETION_ROUTES, RequestLimits, _content, _refusal
 from kvserve.engine.request_report import request_report
 from kvserve.engine.stats import Evicted
 from kvserve.pages.layout import PageLayout
@@ -36,7 +36,7 @@ UNTOUCHED = "/tokenize"
 
 
 def state_of(policy: str | None, max_model_len: int = 1024) -> SimpleNamespace:
-    state = SimpleNamespace(policy=None, layout=None, max_model_len=max_model_len)
+    state = SimpleNamespace(policy=None, layout=None, max_model_len=max_model_len, usable_blocks=None)
     if policy:
         state.policy = load_policy(policy)
         state.layout = PageLayout.build(state.policy, 64, 64, torch.float32, num_layers=8)
@@ -158,7 +158,7 @@ def test_other_routes_are_passed_on_before_their_bodies_have_arrived() -> None:
 @pytest.mark.parametrize("policy", ["kv-compress", "int8"])
 @pytest.mark.parametrize("text", BAD_TEXTS, ids=range(len(BAD_TEXTS)))
 def test_texts_that_are_no_request_are_refused_or_left_to_vllm(policy: str, text: bytes) -> None:
-    assert isinstance(_refusal(text, state_of(policy)), str | None)
+    assert isinstance(_refusal(_content(text), state_of(policy)), str | None)
 
 
 class Xargs(BaseModel):
@@ -191,7 +191,7 @@ def test_what_json_brings_is_refused_with_a_sentence_or_planned_as_asked(
     evicting: tuple[SimpleNamespace, KvserveConnector], arguments: dict[str, Any], spelling: Spelling, route: str
 ) -> None:
     state, connector = evicting
-    refusal = _refusal(spelling.write(placed(route, arguments)), state, route)
+    refusal = _refusal(_content(spelling.write(placed(route, arguments))), state, route)
     expected = wanted(arguments)
     assert (refusal is not None) == (expected is BAD)
     if refusal is not None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from dashboard import wanted_series
 from engine_cases import STORY
-from openai import OpenAI
+from openai import BadRequestError, InternalServerError, OpenAI
 from server_cases import MODEL, metrics, server
+
+from kvserve.pages.layout import PageLayout
+from kvserve.pages.plan import widest_request
+from kvserve.policies.loading import load_policy
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -58,6 +63,30 @@ def test_several_answers_and_streams_work_as_before(client: OpenAI) -> None:
     assert len(chunks) == 5
     stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", stop=["7"], temperature=0, max_tokens=40)
     assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_request_that_a_tight_pool_can_never_hold_is_refused_and_holds_up_nobody() -> None:
+    layout = PageLayout.build(load_policy(POLICY, []), 64, 64, torch.float32, query_group=3, num_layers=30)
+    num_blocks = widest_request(layout, 2048)
+    with server(POLICY, (num_blocks + 1) * layout.cell_bytes * 30 * 3, "--max-num-seqs", "8") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+        for create in (
+            lambda **xargs: client.completions.create(model=MODEL, prompt=STORY * 28, max_tokens=9, **xargs),
+            lambda **xargs: client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": STORY * 28}], max_tokens=9, **xargs
+            ),
+        ):
+            for stream in (False, True):
+                with pytest.raises(BadRequestError, match=f"pool of {num_blocks} blocks can never hold"):
+                    create(stream=stream, extra_body={"vllm_xargs": {"kvserve_rate": 1.3}})
+            assert create().usage.completion_tokens == 9
+        # Batches are not rendered ahead: the scheduler refuses.
+        with pytest.raises(InternalServerError):
+            client.post("/chat/completions/batch", cast_to=object, body={
+                "model": MODEL, "messages": [[{"role": "user", "content": STORY * 28}]], "max_tokens": 9,
+                "vllm_xargs": {"kvserve_rate": 1.3},
+            })  # fmt: skip
+        assert client.completions.create(model=MODEL, prompt=STORY * 28, max_tokens=2).usage.completion_tokens == 2
 
 
 def test_metrics_count_evictions_and_settle_after_an_aborted_stream(client: OpenAI, base_url: str) -> None:

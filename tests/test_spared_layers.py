@@ -19,7 +19,7 @@ from kvserve.attention.native import NativeAttention
 from kvserve.budgets.base import Budget
 from kvserve.checks import UnsupportedError, check_model
 from kvserve.engine.builder import check_layers
-from kvserve.engine.request_limits import _refusal
+from kvserve.engine.request_limits import _content, _refusal
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.kept import Kept, KeptTable
 from kvserve.pages.layout import PageLayout
@@ -323,7 +323,7 @@ def test_a_request_may_not_ask_for_less_than_spared_layers_keep() -> None:
     state = SimpleNamespace(policy=policy, layout=layout, max_model_len=8192)
 
     def refusal(arguments: str) -> str | None:
-        return _refusal(b'{"vllm_xargs": {%s}}' % arguments.encode(), state)
+        return _refusal(_content(b'{"vllm_xargs": {%s}}' % arguments.encode()), state)
 
     assert refusal('"kvserve_rate": 14') is None and refusal('"kvserve_off": 1') is None
     assert "below 15, got 15" in refusal('"kvserve_rate": 15')

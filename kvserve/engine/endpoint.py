@@ -35,6 +35,8 @@ class ReadyEndpoint:
         self.policy: Policy | None = None
         self.layout: PageLayout | None = None
         self.max_model_len = 0
+        self.usable_blocks: int | None = None
+        self.serving_render: Any = None
         self._engine: Any = None
         self._has_answered = False
         self._probe: asyncio.Task[str | None] | None = None
@@ -56,6 +58,9 @@ class ReadyEndpoint:
         if config is not None and settings is not None:
             self.layout = settings.layout(config.model_config.get_head_size())
             self.max_model_len = config.model_config.max_model_len
+            if config.parallel_config.data_parallel_size == 1:  # else vLLM knows the sum over all engines
+                self.usable_blocks = (config.cache_config.num_gpu_blocks or 1) - 1  # less the null block
+            self.serving_render = getattr(state, "serving_render", None)
             self.policy = settings.policy
             RequestCheck.server = self
             if is_requested(config) and why_not(config) is None:

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvserve.engine.pool_check import pool_refusal
 from kvserve.engine.request_check import check_arguments
 from kvserve.policies.limits import PREFIX, short
 
@@ -37,7 +38,7 @@ class RequestLimits:
 
     Args:
         state: an object whose `policy` is the Policy in effect, or None while it is not known; its `layout`, the pages
-            of that policy; and its `max_model_len`.
+            of that policy; its `max_model_len`; and what `pool_refusal` needs.
     """
 
     def __init__(self, app: ASGIApp, state: Any) -> None:
@@ -48,7 +49,10 @@ class RequestLimits:
         if route not in COMPLETION_ROUTES or self.state.policy is None:
             return await self.app(scope, receive, send)
         messages = await _body_messages(receive)
-        refusal = _refusal(b"".join(message.get("body", b"") for message in messages), self.state, route)
+        content = _content(b"".join(message.get("body", b"") for message in messages))
+        refusal = _refusal(content, self.state, route)
+        if refusal is None and (own := _own(content.get(XARGS))):
+            refusal = await pool_refusal(content, own, route, self.state)
         if refusal is not None:
             return await JSONResponse(_error_body(refusal, route), 400)(scope, receive, send)
 
@@ -73,16 +77,19 @@ async def _body_messages(receive: Receive) -> list[Message]:
     return messages
 
 
-def _refusal(body: bytes, state: Any, route: str = "/v1/completions") -> str | None:
-    """Why the request cannot be served; None where it can, or is no business of kvserve."""
+def _content(body: bytes) -> dict[str, Any]:
+    """The JSON of a request that may name an argument of kvserve's; empty for all others."""
     if not _may_name_an_argument(body):
-        return None
+        return {}
     try:
         content = json.loads(body)  # as FastAPI does, so that both see the same keys
     except (ValueError, RecursionError):
-        return None  # vLLM says what is wrong with it
-    if not isinstance(content, dict):
-        return None
+        return {}  # vLLM says what is wrong with it
+    return content if isinstance(content, dict) else {}
+
+
+def _refusal(content: dict[str, Any], state: Any, route: str = "/v1/completions") -> str | None:
+    """Why the request cannot be served; None where it can, or is no business of kvserve."""
     try:
         arguments = _arguments(content, route)
         if arguments:

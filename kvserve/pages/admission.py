@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.plan import EvictionPlan, plan_eviction
+from kvserve.pages.plan import CutSizes, EvictionPlan, plan_eviction
 from kvserve.schedules.base import Limit
 
 
@@ -77,6 +77,13 @@ class Admission:
     def most_tokens(self, num_blocks: int) -> int:
         """The most tokens that it could generate; 0 where not even the prompt fits."""
         return bisect_right(range(1, self.max_tokens + 1), num_blocks, key=self.peak_blocks)
+
+
+def always_fits(layout: PageLayout, limit: Limit | None, max_len: int, num_blocks: int) -> bool:
+    """Whether a pool plainly holds any request of at most `max_len` tokens under a limit."""
+    boundary = max_len // layout.block_size * layout.block_size
+    kept = CutSizes.of(layout, limit).kept_blocks(boundary) if limit else 0  # no cut keeps more
+    return layout.blocks_for(max_len) + kept <= num_blocks
 
 
 def _kept(limit: Limit) -> str:
