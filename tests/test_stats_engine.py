@@ -184,3 +184,14 @@ def test_gauges_follow_what_running_requests_hold_and_an_aborted_one_leaves_noth
     connector = core.engine_core.engine_core.scheduler.connector
     assert not connector.accounting.requests
     assert sample("pages", state="kept") == sample("pages", state="dense") == 0
+
+
+def test_a_request_that_the_pool_can_never_hold_comes_back_as_an_error_with_the_reason(llm: LLM) -> None:
+    """The pool has more blocks than kvserve is made to believe here."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts([900, 200], seed=9)]
+    params = [SamplingParams(max_tokens=3, detokenize=False, extra_args=own) for own in ({"kvserve_rate": 1.3}, None)]
+    with patch.object(EvictingPageManager, "usable_blocks", 20):
+        refused, answered = llm.generate(prompts, params, use_tqdm=False)
+    assert refused.outputs[0].finish_reason == "error" and refused.outputs[0].token_ids == []
+    assert "pool of 20 blocks can never hold this request" in str(refused.outputs[0].stop_reason)
+    assert answered.outputs[0].finish_reason == "length"
