@@ -3,6 +3,7 @@
 # make bench        compare the policies              make clean        remove build products
 # make atlas        every policy and its peers, measured and drawn (about two hours): docs/atlas.md
 # make matrix       every policy with every feature: docs/compatibility.md
+# make gpu-run      everything that a GPU must be asked, in nine minutes: first of all on any new GPU
 # make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
 # make cuda         compile the CUDA kernels (needs nvcc, no GPU)
 # make sanitize-gpu some GPU tests under compute-sanitizer
@@ -20,10 +21,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
+.PHONY: help setup serve test test-full gpu-run test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -39,8 +40,11 @@ test: setup lint
 test-full: setup lint
 	$(BIN)/python -m pytest $(ARGS)
 
-# These run without setup, on a machine that has torch and Triton; the tests also need pytest and pydantic. Without
-# `make cuda` before them, the CUDA tests fail and the benchmark leaves the CUDA kernels out.
+# These run without setup, on a machine that has torch and Triton; test-gpu also needs pytest and pydantic. Without
+# `make cuda` or `make gpu-run` before it, test-gpu fails and bench-gpu leaves the CUDA kernels out.
+gpu-run:
+	$(GPU_PYTHON) scripts/gpu_run.py $(ARGS)
+
 test-gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py tests/test_choice_on_device.py -k "not compiles" $(ARGS)
 

@@ -290,7 +290,7 @@ class Check:
         kept = None if batch.kept is None else KeptTable(*(table.to(self.device) for table in batch.kept))
         longest = int(batch.query_start_loc.diff().max())
         tables = (batch.query_start_loc, batch.seq_lens, batch.block_table)
-        starts, lengths, table = (part.to(self.device) for part in tables)
+        starts, lengths, table = (part.contiguous().to(self.device) for part in tables)  # strides as without a GPU
         return Batch(starts, lengths, table, kept, longest)
 
     def _compare(self, part: str, found: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
