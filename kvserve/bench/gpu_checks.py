@@ -407,7 +407,8 @@ def run_all(options: argparse.Namespace, cases: Sequence[str]) -> int:
     most = cores if options.part == "compile" else min(cores, CHECK_WORKERS)
     command = [sys.executable, "-m", "kvserve.bench.gpu_checks", "--worker", "--part", options.part]
     command += ["--target", str(options.target), *(["--dry-run"] if options.dry_run else [])]
-    Pool(command, Limits(options.workers or most, LIMITS_S[options.part]), found).run(cases)
+    limit_s = LIMITS_S[options.part] * (3 if options.dry_run else 1)
+    Pool(command, Limits(options.workers or most, limit_s), found).run(cases)
     failed = [case for case, answer in answers.items() if not answer.get("passed")]
     compiled = f"{cache_entries() - cached} entries new in Triton's cache"
     print(f"{len(cases) - len(failed)} of {len(cases)} passed in {time.monotonic() - start:.0f} s; {compiled}")

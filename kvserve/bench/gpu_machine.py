@@ -83,8 +83,8 @@ def _missing(packages: dict[str, str | None], tools: dict[str, str | None]) -> d
     missing |= {name: words for name, words in TOOLS.items() if tools[name] is None}
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing["Python.h"] = "Triton cannot build what launches its kernels: install Python's headers"
-    if _at_least(packages["numpy"], 2, 5) and not _at_least(packages["triton"], 3, 7):
-        missing["interpreter"] = "Triton before 3.7 does not interpret with numpy 2.5: no dry run"
+    if _at_least(packages["numpy"], 2, 4) and not _at_least(packages["triton"], 3, 7):
+        missing["interpreter"] = "Triton before 3.7 does not interpret with numpy 2.4 or newer: no dry run"
     return missing
 
 
