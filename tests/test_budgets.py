@@ -354,6 +354,33 @@ def test_a_choice_fills_each_heads_pages_with_its_best_tokens(budget, case):
         assert tokens[place[0]][place[1]].tolist() == best and counts[place] == len(best)
 
 
+@pytest.mark.parametrize("budget", VARIANTS, ids=repr)
+@given(case=cases(), seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_a_score_that_is_no_number_is_the_lowest_there_is(budget, case, seed):
+    scores, page_tokens, total, minimum = case
+    broken = (torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < 0.2) & (scores > -INF)
+    lowest, nan = scores.masked_fill(broken, torch.finfo(torch.float32).min), scores.masked_fill(broken, torch.nan)
+    expected = budget.allocate(lowest, page_tokens, total, minimum)
+    assert torch.equal(budget.allocate(nan, page_tokens, total, minimum), expected)
+    total = max(total, held_counts(scores).numel())
+    wanted, got = (budget.choose(each, page_tokens, total) for each in (lowest, nan))
+    assert torch.equal(got.pages, wanted.pages) and torch.equal(got.counts, wanted.counts)
+    for rows in zip(got.tokens, wanted.tokens, strict=True):
+        assert all(torch.equal(*heads) for heads in zip(*rows, strict=True))
+
+
+def test_the_other_heads_keep_what_they_would_beside_a_head_of_low_scores():
+    """A NaN sorts before every number: the head that has it must not win with it."""
+    scores = distinct_scores(2, 3, 40)
+    broken = scores.clone()
+    scores[0, 1], broken[0, 1] = -1.0, torch.nan
+    wanted, got = (GlobalPages().choose(each, 4, 30) for each in (scores, broken))
+    assert torch.equal(got.pages, wanted.pages) and got.pages[0, 1] == 1
+    for place in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)]:
+        assert torch.equal(got.tokens[place[0]][place[1]], wanted.tokens[place[0]][place[1]])
+
+
 def test_budgets_are_made_by_name():
     assert make_budget({"name": "pyramid", "beta": 5}) == Pyramid(beta=5)
     for name, cls in BUDGETS.items():

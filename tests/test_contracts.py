@@ -582,3 +582,21 @@ def test_endpoint_plugins_are_initialised_before_the_server_listens_and_may_end_
     assert source.index("await init_app_state(") < source.index("await serve_http(")
     assert "except" not in inspect.getsource(init_endpoint_plugins_state)
     assert {"_api_process_count", "worker_extension_cls"} <= set(ParallelConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("heads", "workers", "first"), [(8, 1, [0]), (8, 4, [0, 2, 4, 6]), (2, 4, [0, 0, 1, 1])])
+def test_a_workers_heads_are_those_from_its_share_of_the_models_on(heads: int, workers: int, first: list[int]) -> None:
+    from types import SimpleNamespace
+
+    from vllm.config import ModelConfig
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from kvserve.engine.backend import first_kv_head
+
+    assert "self.parallel_config.rank = rank" in inspect.getsource(WorkerBase.__init__)
+    assert parameters(ModelConfig.get_total_num_kv_heads) == ["self"]
+    assert "self.tp_rank // self.num_kv_head_replicas" in inspect.getsource(QKVParallelLinear)
+    model = SimpleNamespace(get_total_num_kv_heads=lambda: heads)
+    parallel = [SimpleNamespace(rank=rank, tensor_parallel_size=workers) for rank in range(workers)]
+    assert [first_kv_head(SimpleNamespace(model_config=model, parallel_config=each)) for each in parallel] == first

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvserve.scorers.accumulated_attention import AccumulatedAttention, received
-from kvserve.scorers.base import LayerView, Scorer, protect
+from kvserve.scorers.base import LOWEST, LayerView, Scorer, protect
 from kvserve.scorers.expected_attention import ExpectedAttention
 from kvserve.scorers.key_diff import KeyDiff
 from kvserve.scorers.key_norm import KeyNorm
@@ -351,6 +351,32 @@ def test_scores_are_float32_per_head_and_never_nan_or_minus_infinity(name, token
     scores = make_scorer({"name": name}).score(view)
     assert scores.shape == (KV_HEADS, tokens) and scores.dtype == torch.float32
     assert (scores > -INF).all()  # false for nan, too
+
+
+@pytest.mark.parametrize("damage", [math.nan, INF, 1e30], ids=["nan", "infinite", "too-long"])
+@pytest.mark.parametrize("name", [*sorted(SCORERS), "tova"])
+def test_keys_that_are_no_numbers_cost_their_own_head_alone(name, damage):
+    tova = {"name": "window-attention", "window": 2, "heads": "layer", "pool": "none", "keep_window": False}
+    scorer, view = make_scorer(tova if name == "tova" else {"name": name}), make_view()
+    keys, accumulated = view.keys.clone(), view.accumulated.clone()
+    keys[0, 3] = damage
+    accumulated[0, 3] = math.nan
+    broken = dataclasses.replace(with_window(view, keys=keys), keys=keys, accumulated=accumulated)
+    if name == "tova":  # one score for all heads: that of a layer whose first head pays nothing
+        sound = view.query_window.attention(2)[GROUP:].sum(0) / HEADS
+        if math.isnan(damage):
+            assert_scores(scorer.score(broken)[1], sound)
+        return
+    scores = scorer.score(broken)
+    assert torch.equal(scores[1], scorer.score(view)[1])
+    assert (scores > -INF).all(), "every token has a score"
+
+
+def test_a_key_beyond_all_norms_goes_first():
+    view = make_view()
+    view.keys[1, 5] = 1e30  # its norm is infinite in float32
+    scores = KeyNorm().score(view)
+    assert scores[1, 5] == LOWEST == scores.min() and scores[1].argmin() == 5
 
 
 @pytest.mark.parametrize("name", sorted(SCORERS))

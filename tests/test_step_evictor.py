@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, build_case, copy_cells, make_batch, make_policy
 from second_device import KernelsThere, SecondDevice, moved
 
-from kvserve.attention.base import Batch
+from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.collector import Collected, Collector
 from kvserve.attention.eviction import StepEvictor
 from kvserve.attention.native import NativeAttention
@@ -63,9 +65,9 @@ def plain_choice(case: Case, policy: Policy) -> list[torch.Tensor]:
     return select(scores, torch.tensor([128, 128]), held_counts(scores))
 
 
-def evict(case: Case, policy: Policy, cells: torch.Tensor, step: RowStep) -> None:
+def evict(case: Case, policy: Policy, cells: torch.Tensor, step: RowStep, spec: LayerSpec | None = None) -> None:
     StepEvictor(policy.eviction, {0: step}, case.batch, 1).after_layer(
-        NativeAttention(case.layout, case.spec), cells, case.query
+        NativeAttention(case.layout, spec or case.spec), cells, case.query
     )
 
 
@@ -117,6 +119,34 @@ def test_a_second_cut_chooses_among_what_the_first_one_kept_and_what_came_later(
         best = sinks + scores[sinks : sinks + 60 + 64].topk(64).indices.sort().values
         assert (keys[h] - pool[0][best]).abs().max() < 0.05, "8-bit codes of the same tokens"
         assert (values[h] - pool[1][best]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("cut_before", [False, True], ids=["first-cut", "second-cut"])
+def test_a_ranks_heads_are_scored_by_their_place_in_the_whole_model(cut_before: bool, monkeypatch):
+    """`random` depends on nothing but names: equal names would give the heads of all ranks the same tokens."""
+    policy = evicting({"name": "random"})
+    case, _, first = prompt_case(policy)
+    seen: list[tuple[int, int]] = []
+    score = Scorer.score
+    monkeypatch.setattr(
+        Scorer, "score", lambda self, view: seen.append((view.first_head, view.kv_heads)) or score(self, view)
+    )
+    chosen = []
+    for rank in (0, 1):
+        cells = copy_cells(case.cells)
+        step = RowStep("a", Kept(), first)
+        if cut_before:
+            kernels, row = NativeAttention(case.layout, case.spec), case.batch.block_table[0]
+            earlier, sinks = Kept(192, first.blocks[:1]), policy.sink_tokens
+            stored = kernels.read(cells, row, sinks, sinks + 64, PROMPT)
+            kernels.write_kept(cells, int(row[0]), earlier, [0, 1], *[list(rows) for rows in stored])
+            step = RowStep("a", earlier, Kept(256, first.blocks[1:]))
+        evict(case, policy, cells, step, replace(case.spec, first_head=2 * rank))
+        chosen.append(
+            NativeAttention(case.layout, case.spec).read_kept(cells, int(case.batch.block_table[0, 0]), step.cut)
+        )
+    assert seen == ([(0, 1), (1, 1), (2, 1), (3, 1)] if cut_before else [(0, 2), (2, 2)])
+    assert not torch.equal(chosen[0][0][0], chosen[1][0][0])
 
 
 def test_queries_of_earlier_steps_are_remembered():

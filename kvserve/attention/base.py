@@ -28,12 +28,14 @@ class LayerSpec:
     Attributes:
         scale: factor of the query-key dot products.
         sliding_window: a query at position p sees tokens t > p - sliding_window; None: all t <= p.
+        first_head: index of the first KV head among those of all tensor-parallel ranks.
     """
 
     num_heads: int
     num_kv_heads: int
     scale: float
     sliding_window: int | None = None
+    first_head: int = 0
 
     @property
     def group(self) -> int:

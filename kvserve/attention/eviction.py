@@ -145,6 +145,7 @@ class StepEvictor:
             kept_tokens=kept_elsewhere(attention.layout, request.cut.end, len(request.cut.blocks)) + sinks + later,
             request_id=request.step.request_id,
             layer=index,
+            first_head=attention.spec.first_head,
         )
         needs, rows = self.eviction.scorer.needs, None
         if needs & {"keys", "values"}:
@@ -168,7 +169,7 @@ class StepEvictor:
                 query_window=window,
                 accumulated=None if sums is None else sums[head : head + 1, :count],
                 query_statistics=statistics and statistics.of_heads(slice(head * group, (head + 1) * group)),
-                first_head=head,
+                first_head=whole.first_head + head,
             )
             yield _with_rows(view, rows and HeldRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
 

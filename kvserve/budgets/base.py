@@ -56,7 +56,7 @@ class Budget(BaseModel, ABC):
 
         Args:
             scores: float32 [layers, kv_heads, n], higher = keep, +inf = protected; -inf marks a slot without a token,
-                for heads that hold fewer than others.
+                for heads that hold fewer than others. NaN is the lowest score that a token can have.
             page_tokens: tokens of one page of one head.
             total_pages: pages of all layers and heads together.
             minimum_pages: what each head keeps in any case, or all its pages if it has fewer.
@@ -68,6 +68,7 @@ class Budget(BaseModel, ABC):
         Raises:
             ValueError: the minimum does not fit in total_pages.
         """
+        scores = ordered(scores)
         return self._within(scores, page_tokens, total_pages, minimum_pages, held_counts(scores))
 
     def choose(self, scores: torch.Tensor, page_tokens: int, total_pages: int, spared: Sequence[int] = ()) -> Choice:
@@ -77,6 +78,7 @@ class Budget(BaseModel, ABC):
             spared: layers that keep all their tokens; the pages that they leave are allocated to the others, as if
                 there were no more layers than those.
         """
+        scores = ordered(scores)
         held = held_counts(scores)
         if spared:
             pages = filled_pages(held, page_tokens)
@@ -103,6 +105,11 @@ class Budget(BaseModel, ABC):
     @abstractmethod
     def _allocate(self, scores: torch.Tensor, page_tokens: int, bounds: Bounds) -> torch.Tensor:
         """`allocate`, within bounds that can be met."""
+
+
+def ordered(scores: torch.Tensor) -> torch.Tensor:
+    """Scores without NaN, which compares with nothing and which sorting puts first: it becomes the lowest number."""
+    return scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min)
 
 
 def held_counts(scores: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import MixedLayout
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -104,6 +105,13 @@ class KvserveBackend(AttentionBackend):
         return EvictingPageSpec.from_attention(spec, layout)
 
 
+def first_kv_head(config: VllmConfig) -> int:
+    """Index of this worker's first KV head in the whole model; ranks that outnumber the heads share them in turn."""
+    parallel = config.parallel_config
+    rank = parallel.rank % parallel.tensor_parallel_size
+    return rank * config.model_config.get_total_num_kv_heads() // parallel.tensor_parallel_size
+
+
 @cache
 def backend_for(settings: EngineSettings) -> type[KvserveBackend]:
     """The backend class of one engine: its settings travel as a class attribute, since vLLM never instantiates it."""
@@ -141,12 +149,13 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         for present, feature in refused:
             if present:
                 raise UnsupportedError(f"kvserve does not support {feature}; serve this model with stock vLLM")
-        if EngineSettings.from_vllm_config(get_current_vllm_config()) != self.settings:
+        config = get_current_vllm_config()
+        if EngineSettings.from_vllm_config(config) != self.settings:
             # vLLM caches the backend class per process under a key that does not know the policy.
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window)
+        layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window, first_kv_head(config))
         self.layout = self.settings.layout(head_size)
         own = self.layout
         if isinstance(self.layout, MixedLayout):

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from kvserve.scorers.query_window import QueryWindow
 from kvserve.scorers.rotary import QueryStatistics
 
+LOWEST = torch.finfo(torch.float32).min  # the score of a token that nothing speaks for
+
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
@@ -77,13 +79,16 @@ class Scorer(BaseModel, ABC):
     def score(self, view: LayerView) -> torch.Tensor:
         """Float32 [kv_heads, n], higher = keep; finite, or +inf for tokens the method never evicts.
 
+        Where the method's own score is NaN or -inf it is LOWEST: a budget takes -inf for a slot without a token, and a
+        NaN of one head must not push other heads' tokens out of a common order.
+
         Raises:
             ValueError: the view lacks something of `needs`.
         """
         missing = sorted(field for field in self.needs if getattr(view, field) is None)
         if missing:
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which the view does not have")
-        return self._score(view)
+        return self._score(view).nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
 
     @property
     def collects(self) -> bool:

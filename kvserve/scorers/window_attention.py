@@ -32,6 +32,7 @@ class WindowAttention(Scorer):
     With keep_window the window's own tokens are +inf and stay out of the pooling; without it they are scored like any
     other token, by the rows that come after them. Average pooling counts tokens beyond the ends as zeros and divides by
     `kernel` everywhere, max pooling ignores them. If fewer rows were collected than `window`, those are used.
+    A query head whose probabilities are NaN counts as one that pays nothing, so that it silences no other head.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"query_window"})
@@ -57,6 +58,7 @@ class WindowAttention(Scorer):
         assert view.query_window is not None
         rows = min(self.window, view.query_window.num_rows)
         by_head = view.query_window.attention(rows, self.exponent, "max" if self.reduce == "max" else "sum")
+        by_head = by_head.nan_to_num(nan=0.0)
         if self.reduce == "mean":
             by_head = by_head / rows
         # The window is the end of the sequence: zeros there are what pooling sees beyond it.
