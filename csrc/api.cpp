@@ -22,9 +22,9 @@ void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* 
 }
 
 void kvs_forward(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const KvsRows* key,
-                 const KvsRows* value, int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out,
-                 float* lse, const KvsReceived* received) {
-  kvs_stage(layout, key, value, num_tokens, staged);
+                 const KvsRows* value, int32_t num_tokens, float* staged, int64_t* beyond, const KvsRows* query,
+                 const KvsRows* out, float* lse, const KvsReceived* received) {
+  kvs_stage(layout, key, value, num_tokens, staged, beyond);
   kvs_store_sealed(layout, batch, arena, staged);
   kvs_attend(layout, batch, arena, staged, query, out, lse, received);
   kvs_store_tail(layout, batch, arena, staged);

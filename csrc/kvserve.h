@@ -85,8 +85,10 @@ struct KvsReceived {
   const int64_t* columns;
 };
 
-// staged: float32 [num_tokens][num_kv_heads][K row, V row][head_dim]
-void kvs_stage(const KvsLayout*, const KvsRows* key, const KvsRows* value, int32_t num_tokens, float* staged);
+// staged: float32 [num_tokens][num_kv_heads][K row, V row][head_dim]. beyond: grows by the rows with a number that
+// float16 has no room for, where the layout keeps scales or slots in it (`beyond_range` in kvserve/pages/reference.py).
+void kvs_stage(const KvsLayout*, const KvsRows* key, const KvsRows* value, int32_t num_tokens, float* staged,
+               int64_t* beyond);
 void kvs_store_sealed(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
 // lse: float32 [num_tokens][num_heads], natural log of the softmax denominator; it and `received` may be null.
 void kvs_attend(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged, const KvsRows* query,
@@ -94,8 +96,8 @@ void kvs_attend(const KvsLayout*, const KvsBatch*, const KvsArena*, const float*
 void kvs_store_tail(const KvsLayout*, const KvsBatch*, const KvsArena*, const float* staged);
 // The four in order.
 void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRows* key, const KvsRows* value,
-                 int32_t num_tokens, float* staged, const KvsRows* query, const KvsRows* out, float* lse,
-                 const KvsReceived* received);
+                 int32_t num_tokens, float* staged, int64_t* beyond, const KvsRows* query, const KvsRows* out,
+                 float* lse, const KvsReceived* received);
 
 // K and V of the stored tokens [first, last) of one request, of which `num_tokens` are stored, float32
 // [num_kv_heads][last - first][head_dim]; V is un-rotated; a null value is left out. Of an evicted request, only sinks

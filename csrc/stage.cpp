@@ -18,15 +18,24 @@ void round_row(float* x, int n, int32_t dtype) {
   }
 }
 
+// Whether a number of the row is none that float16 has room for; NaN is no number.
+bool beyond_range(const float* x, int n) {
+  VF top{};
+  for (int i = 0; i < n; i += VL) top = vmax(vabs(loadu(x + i)), top);
+  return hmax(top) > F16_MAX;
+}
+
 }  // namespace
 }  // namespace kvs
 
 using namespace kvs;
 
 void kvs_stage(const KvsLayout* layout, const KvsRows* key, const KvsRows* value, int32_t num_tokens,
-               float* staged) {
+               float* staged, int64_t* beyond) {
   const KvsLayout& l = *layout;
-#pragma omp parallel for schedule(static) if (num_tokens > 32)
+  const bool saturates = l.dense_dtype == KVS_F16 || !all_dense(l);
+  int64_t count = 0;
+#pragma omp parallel for schedule(static) reduction(+ : count) if (num_tokens > 32)
   for (int32_t t = 0; t < num_tokens; ++t)
     for (int32_t h = 0; h < l.num_kv_heads; ++h) {
       float* k = staged + (int64_t(t) * l.num_kv_heads + h) * 2 * l.head_dim;
@@ -34,8 +43,10 @@ void kvs_stage(const KvsLayout* layout, const KvsRows* key, const KvsRows* value
       load_row(k, row_at(*key, t, h), l.head_dim, key->dtype);
       load_row(v, row_at(*value, t, h), l.head_dim, value->dtype);
       if (l.value_rotated) hadamard(v, l.head_dim);
+      if (saturates) count += beyond_range(k, l.head_dim) + beyond_range(v, l.head_dim);
       round_row(k, 2 * l.head_dim, l.dense_dtype);
     }
+  *beyond += count;
 }
 
 void kvs_store_tail(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged) {

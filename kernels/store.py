@@ -27,29 +27,42 @@ def _rounded(rows, G: tl.constexpr):
 
 
 @triton.jit
+def _beyond(rows):
+    """Which rows [N, D] float16 has no room for (`beyond_range`), int32 [N] of 0 and 1."""
+    return tl.max(((rows > FLOAT16_MAX) | (rows < -FLOAT16_MAX)).to(tl.int32), 1)
+
+
+@triton.jit
 def stage_kernel(
-    key, key_token_stride, key_head_stride, value, value_token_stride, value_head_stride, staged, num_tokens,
+    key, key_token_stride, key_head_stride, value, value_token_stride, value_head_stride, staged, beyond, num_tokens,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Program (token tile, kv_head)."""
+    """Program (token tile, kv_head); adds the rows that it finds beyond float16's range to `beyond`, int64 [1]."""
     head = tl.program_id(1)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, G.block_dim)
     mask = (token < num_tokens)[:, None] & (d < G.head_dim)[None, :]
     out = staged + ((token * G.num_kv_heads + head) * 2 * G.head_dim)[:, None]
     key_rows = key + (token * key_token_stride)[:, None] + head * key_head_stride
-    rows = tl.load(key_rows + d[None, :], mask=mask, other=0.0)
-    tl.store(out + d[None, :], _rounded(rows.to(tl.float32), G), mask=mask)
+    rows = tl.load(key_rows + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    count = tl.sum(_beyond(rows), 0)
+    tl.store(out + d[None, :], _rounded(rows, G), mask=mask)
     value_rows = value + (token * value_token_stride)[:, None] + head * value_head_stride
     rows = tl.load(value_rows + d[None, :], mask=mask, other=0.0)
     out += G.head_dim
     if G.rotated:
+        found = tl.zeros([TOKENS], tl.int32)
         for first in range(0, G.head_dim, COLUMNS):
             turned = rotated_columns(rows, first, COLUMNS, True, G)
+            found = tl.maximum(found, _beyond(turned))
             columns = first + tl.arange(0, COLUMNS)
             tl.store(out + columns[None, :], _rounded(turned, G), mask=(token < num_tokens)[:, None])
+        count += tl.sum(found, 0)
     else:
+        count += tl.sum(_beyond(rows.to(tl.float32)), 0)
         tl.store(out + d[None, :], _rounded(rows.to(tl.float32), G), mask=mask)
+    if (G.key_bits > 0) | (G.slot_dtype == tl.float16):
+        tl.atomic_add(beyond, count.to(tl.int64), mask=count > 0)
 
 
 @triton.jit
@@ -102,11 +115,12 @@ def slots_kernel(
         store_slots(cells, slots, mask, key, value, G)
 
 
-def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
     """New rows as the arena will keep them: rounded to the dense dtype, V rotated where the policy rotates.
 
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim], last dim contiguous; float32, float16 or bfloat16.
+        beyond: int64 [1], grows by the rows beyond float16's range, where scales or slots are float16.
 
     Returns:
         float32 [num_tokens, num_kv_heads, 2 (K, V), head_dim].
@@ -116,7 +130,7 @@ def stage(geometry: Geometry, key: torch.Tensor, value: torch.Tensor) -> torch.T
     staged = torch.empty(num_tokens, heads, 2, head_dim, dtype=torch.float32, device=key.device)
     if num_tokens:
         stage_kernel[(triton.cdiv(num_tokens, STAGE_TOKENS), heads)](
-            key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), staged, num_tokens,
+            key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), staged, beyond, num_tokens,
             STAGE_TOKENS, min(32, geometry.block_dim), storage_geometry(geometry),
         )  # fmt: skip
     return staged

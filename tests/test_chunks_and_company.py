@@ -59,7 +59,7 @@ class Rows:
         return torch.randn(tokens, heads, self.layout.head_dim, generator=self.generator)
 
     def serve(self, make: Make, sizes: list[int], company: int = 0) -> Served:
-        """In chunks of these sizes, in the middle of others: two of three decode, the third brings some of its prompt."""
+        """In chunks of these sizes, in the middle of others: two of three decode, one brings some of its prompt."""
         layout, total = self.layout, sum(sizes)
         assert total == len(self.query)
         attention, answers, before = make(layout, self.spec), torch.full_like(self.query, torch.nan), company // 2
@@ -76,7 +76,8 @@ class Rows:
                 torch.cat([theirs[:first], mine[own], theirs[first:]])
                 for theirs, mine in zip(others, (self.query, self.key, self.value), strict=True)
             ]
-            computed, new = stored[:before] + [done] + stored[before:], bring[:before] + [size] + bring[before:]
+            computed = [*stored[:before], done, *stored[before:]]
+            new = [*bring[:before], size, *bring[before:]]
             output = torch.full_like(rows[0], torch.nan)
             attention.forward(*rows, cells, make_batch(layout, computed, new, table), output)
             answers[own], done = output[first : first + size], done + size

@@ -26,6 +26,7 @@ from kvserve.attention.base import (
     check_lse,
     check_width,
 )
+from kvserve.attention.saturation import rows_beyond_range
 from kvserve.attention.structs import (
     KvsArena,
     KvsBatch,
@@ -73,6 +74,7 @@ class NativeAttention(PagedAttention):
         self._library = load_library(isa or choose_isa())
         self._layout = kvs_layout(layout, spec)
         self._arena_struct = KvsArena()
+        self._beyond = rows_beyond_range(torch.device("cpu"))
 
     @property
     def isa(self) -> str:
@@ -87,7 +89,8 @@ class NativeAttention(PagedAttention):
         num_tokens = key.shape[0]
         staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
         key_rows, value_rows = self._kv_rows("key", key), self._kv_rows("value", value)
-        self._library.kvs_stage(self._layout, key_rows, value_rows, num_tokens, staged.data_ptr())
+        where = (staged.data_ptr(), self._beyond.data_ptr())
+        self._library.kvs_stage(self._layout, key_rows, value_rows, num_tokens, *where)
         return staged
 
     def store_sealed(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
@@ -136,6 +139,7 @@ class NativeAttention(PagedAttention):
             self._kv_rows("value", value),
             num_tokens,
             staged.data_ptr(),
+            self._beyond.data_ptr(),
             self._query_rows("query", query),
             self._query_rows("output", output),
             _lse_pointer(lse),
@@ -298,7 +302,7 @@ def load_library(isa: str) -> ctypes.CDLL:
     structs = (KvsLayout, KvsBatch, KvsArena, KvsRows, KvsReceived)
     layout, batch, arena, rows, received = map(ctypes.POINTER, structs)
     for name, arguments in {
-        "kvs_stage": [layout, rows, rows, _int32, _pointer],
+        "kvs_stage": [layout, rows, rows, _int32, _pointer, _pointer],
         "kvs_store_sealed": [layout, batch, arena, _pointer],
         "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer, received],
         "kvs_store_tail": [layout, batch, arena, _pointer],
@@ -309,7 +313,10 @@ def load_library(isa: str) -> ctypes.CDLL:
             *(layout, arena, _pointer, _int32, _pointer, _int32, rows),
             *(_int32, _int32, _int32, _pointer, _int64),
         ],
-        "kvs_forward": [layout, batch, arena, rows, rows, _int32, _pointer, rows, rows, _pointer, received],
+        "kvs_forward": [
+            *(layout, batch, arena, rows, rows, _int32, _pointer, _pointer),
+            *(rows, rows, _pointer, received),
+        ],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None

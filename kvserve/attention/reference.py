@@ -17,6 +17,7 @@ from kvserve.attention.base import (
     check_cells,
     check_rows,
 )
+from kvserve.attention.saturation import rows_beyond_range
 from kvserve.pages.kept import (
     NOT_KEPT,
     Kept,
@@ -28,7 +29,7 @@ from kvserve.pages.kept import (
     write_header,
     write_pages,
 )
-from kvserve.pages.reference import FLOAT16_MAX, decode_page, encode_page, hadamard
+from kvserve.pages.reference import FLOAT16_MAX, beyond_range, decode_page, encode_page, hadamard
 
 
 class _Request(NamedTuple):
@@ -55,6 +56,8 @@ class ReferenceAttention(PagedAttention):
         check_rows("key", key, self.spec.num_kv_heads, self.layout.head_dim)
         check_rows("value", value, self.spec.num_kv_heads, self.layout.head_dim)
         staged = torch.stack([key.float(), self._rotate(value.float())], 2)
+        if self.layout.saturates:
+            rows_beyond_range(staged.device).add_(beyond_range(staged))
         if self.layout.dense_dtype == torch.float16:
             staged = staged.clamp(-FLOAT16_MAX, FLOAT16_MAX)
         return staged.to(self.layout.dense_dtype).float()

@@ -18,6 +18,7 @@ from kvserve.attention.base import (
     check_lse,
     check_rows,
 )
+from kvserve.attention.saturation import rows_beyond_range
 from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, geometry_of
@@ -42,7 +43,7 @@ class TritonAttention(PagedAttention):
     def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         check_rows("key", key, self.spec.num_kv_heads, self.layout.head_dim)
         check_rows("value", value, self.spec.num_kv_heads, self.layout.head_dim)
-        return store.stage(self.geometry, key, value)
+        return store.stage(self.geometry, key, value, rows_beyond_range(key.device))
 
     def store_sealed(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
         store.store_sealed(self.geometry, self._tables(cells, batch), staged)

@@ -20,6 +20,7 @@ from kvserve.attention.eviction import StepEvictor
 from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans, drop_ended, follow_plans
 from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.range_watch import RangeWatch
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import worker_log
 from kvserve.policies.base import Eviction
@@ -52,6 +53,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.eviction = settings.policy.eviction
         check_layers(settings, len(layer_names))
         self.has_graphs = settings.kernels != "native"
+        self.range_watch = RangeWatch(device)
         if self.eviction:
             self.collector = make_collector(self.eviction, device)
             drop_ended(self.collector)
@@ -71,6 +73,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         """The batch of this step, in int32 tensors of the runner's device."""
         common = common_attn_metadata
         assert common.causal is True, "kvserve serves causal decoders only"
+        self.range_watch.look()
         batch = Batch(
             query_start_loc=common.query_start_loc[: common.num_reqs + 1],
             seq_lens=common.seq_lens[: common.num_reqs],

@@ -168,6 +168,11 @@ class PageLayout:
         return block, SECTION_ALIGN_BYTES + index * self.query_bytes
 
     @property
+    def saturates(self) -> bool:
+        """Whether scales or dense slots are float16, so that rows may lie beyond its range."""
+        return self.policy.key is not None or self.dense_dtype == torch.float16
+
+    @property
     def tail_blocks(self) -> int:
         """Blocks a request owns for its unfinished tile."""
         own = 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)

@@ -27,7 +27,16 @@ from kvserve.pages.layout import LANES, PageLayout
 # Step of the optimal uniform mid-rise quantiser of a unit Gaussian (Max 1960, table II).
 GAUSSIAN_STEP = {2: 0.9957, 4: 0.3352, 8: 0.0308}
 MIN_SCALE = 2.0**-20
-FLOAT16_MAX = 65504.0  # scales and lows saturate
+FLOAT16_MAX = 65504.0  # scales, lows and float16 slots saturate
+
+
+def beyond_range(rows: torch.Tensor) -> torch.Tensor:
+    """How many rows [..., head_dim] float16 has no room for: any number beyond +-FLOAT16_MAX, but not NaN. int64 [].
+
+    Such a row is stored as the nearest that there is room for. What it then answers is finite and wrong, so kernels
+    count rows as they are staged, the values rotated, wherever pages have scales or slots are float16.
+    """
+    return (rows.abs() > FLOAT16_MAX).any(-1).sum()
 
 
 def hadamard(head_dim: int) -> torch.Tensor:
