@@ -38,6 +38,10 @@ struct Pages {
   }
 };
 
+// What turns numbers of which the largest is `top` into factors up to `limit`. 0 where they are next to nothing beside the
+// weight 1 of the largest score: its inverse could be infinite, and a weight may be as small as exp(-87).
+KVS_INLINE float factors_of(float top, float limit) { return top > 1e-30f ? limit / top : 0.0f; }
+
 // Rounds x * scale to integers; returns what rounding took away, summed per lane.
 KVS_INLINE VF round_factors(const float* x, int n, float scale, int16_t* to) {
   VF exact = {};
@@ -107,7 +111,7 @@ KVS_INLINE void query_factors(const KvsLayout& l, const uint8_t* page, int group
   VF lows[H];
   VF tops = scale_queries<H>(heads, scale, s.x, lows);
   if (l.boost_channels) tops = vmax(tops, gather_boosted<H>(l, page + l.key_boost_index, s));
-  const float top = hmax(tops), inverse = top > 0 ? limit / top : 0.0f, unit = top / limit;
+  const float top = hmax(tops), inverse = factors_of(top, limit), unit = top / limit;
   s.unit[index] = unit;
   for (int h = 0; h < H; ++h) {
     int16_t* to = s.factors + (index * H + h) * rows;
@@ -187,7 +191,7 @@ KVS_INLINE void weight_factors(const KvsLayout& l, const uint8_t* page, int grou
   const float limit = factor_limit<BITS>(tokens);
   VF lows[H];
   const float top = hmax(scale_weights<H>(weights, tokens, scale, low, -MIDDLE_CODE<BITS>, s.x, lows));
-  const float inverse = top > 0 ? limit / top : 0.0f, unit = top / limit;
+  const float inverse = factors_of(top, limit), unit = top / limit;
   s.unit[index] = unit;
   for (int h = 0; h < H; ++h) {
     int16_t* to = s.factors + (index * H + h) * tokens;

@@ -139,6 +139,30 @@ def test_far_apart_scores_do_not_overflow(isa: str):
     assert ((lse - expected_lse).abs() <= 1e-4 * expected_lse.abs()).all()
 
 
+@functools.cache
+def falling_case(family: str, rising: bool) -> tuple[Case, torch.Tensor, torch.Tensor]:
+    """Pages whose weights fall (or rise) from 1 to what float32 cannot hold, one for every two nats of it."""
+    case = decode_case(family, (22 * 64 + 1,), sinks=0, num_kv_heads=1, group=2)
+    depths = torch.tensor([0.0, *range(60, 102, 2)])
+    per_element = -(depths.flip(0) if rising else depths) / (64 * case.spec.scale)
+    key = 0.01 * case.past_key[0] + per_element.repeat_interleave(64)[:, None, None]
+    case.query[:], case.key[:] = 1.0, -100.0
+    stored = make_batch(case.layout, [0], [22 * 64], case.batch.block_table)
+    ReferenceAttention(case.layout, case.spec).store(key, case.past_value[0], case.cells, stored)
+    return case, *case.run(ReferenceAttention(case.layout, case.spec))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rising", [False, True], ids=["falling", "rising"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pages_of_vanishing_weight_add_nothing(family: str, rising: bool, isa: str):
+    """A page whose largest weight is 1e-35 must not become NaN where it is scaled up to integers."""
+    case, expected, expected_lse = falling_case(family, rising)
+    output, lse = case.run(NativeAttention(case.layout, case.spec, isa))
+    assert (output - expected).abs().max() <= TOLERANCE
+    assert (lse - expected_lse).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["boosted", "dense-pages", "dense"])
 def test_every_instruction_set_gives_nearly_the_same_result(family: str):
     case = decode_case(family, (300, 77), head_dim=128)

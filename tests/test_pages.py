@@ -84,6 +84,24 @@ def test_a_decoded_key_is_within_half_a_step_of_its_group(family: str, head_dim:
     assert ((decoded - key).view_as(groups).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0, -1000.0, 60000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offset_of_a_channel_costs_nothing_once_its_rows_are_16_bit(family: str, dtype: torch.dtype, offset: float):
+    """A group's minimum is one of its rows, so float16 has it exactly: codes start from it, however far it lies."""
+    layout = build(family, dtype=dtype)
+    key, value = random_tile(layout)
+    key = (key * max(1.0, abs(offset) / 100) + offset).to(dtype).float()
+    decoded, _ = decode_page(encode_page(key, value, layout), layout)
+    groups, top = key.view(-1, layout.key_group, layout.head_dim), 2**layout.policy.key.bits - 1
+    step = (groups.amax(1) - groups.amin(1))[:, None] / top
+    widest = (key.amax(0) - key.amin(0)).argsort(descending=True, stable=True)[: layout.boost_channels]
+    step[..., widest] /= 5  # 15 steps instead of 3
+    # Half a step; 2^-11 of what the scale's rounding adds up to over the codes; and the sums of float32.
+    bound = step * (0.5 + top * 2**-11) + 2**-22 * groups.abs()
+    assert ((decoded - key).view_as(groups).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("family", ["int8", "kivi-4", "kivi-2"])
 def test_a_decoded_value_is_within_half_a_step_of_its_group(family: str, head_dim: int):
