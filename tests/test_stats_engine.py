@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.samples import Sample
 from tiny_models import make_tiny_model
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.metrics import KvserveStatLogger
@@ -195,3 +196,15 @@ def test_a_request_that_the_pool_can_never_hold_comes_back_as_an_error_with_the_
     assert refused.outputs[0].finish_reason == "error" and refused.outputs[0].token_ids == []
     assert "pool of 20 blocks can never hold this request" in str(refused.outputs[0].stop_reason)
     assert answered.outputs[0].finish_reason == "length"
+
+
+def test_a_limit_that_cannot_be_followed_is_refused_and_harms_nobody(llm: LLM) -> None:
+    with pytest.raises(VLLMValidationError, match="kvserve_rate must be a number from 1 to 1024, got 1e"):
+        run(llm, random_prompts([100]), max_tokens=2, extra_args={"kvserve_rate": 1e308})
+    # Types and ranges are checked before the engine; what depends on its configuration, in it.
+    too_long = SamplingParams(max_tokens=2, detokenize=False, extra_args={"kvserve_max_tokens": 5000})
+    (output,) = llm.generate([{"prompt_token_ids": random_prompts([100])[0]}], too_long, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
+    assert "from 1 to 1024, the longest sequence" in str(output.outputs[0].stop_reason)
+    (report,) = run(llm, random_prompts([300]), max_tokens=2, extra_args={"kvserve_rate": 2})
+    assert report["rate_requested"] == 2 and report["rate_effective"] > 1
