@@ -17,6 +17,7 @@ from server_cases import MODEL, server
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 NUM_BAD = 300
+OPTIONS = ("--max-num-seqs", "4", "--enable-scale-out", "--no-self-test")
 HEADERS = {"content-type": "application/json"}
 # Where an answer has the report, by route and whether it is streamed; None: vLLM 0.32 has no field for it there.
 REPORTS = {
@@ -53,7 +54,7 @@ class Served:
 @pytest.fixture(scope="module", params=["kv-compress-2bit", "int8"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with server(request.param, 64_000_000, "--max-num-seqs", "4", "--enable-scale-out", log=log) as url:
+    with server(request.param, 64_000_000, *OPTIONS, log=log) as url:
         yield Served(url, request.param, log)
 
 
