@@ -265,6 +265,7 @@ def test_vllm_refuses_it_on_every_way_into_the_engine(monkeypatch: pytest.Monkey
     num_tokens=st.integers(1, 2**31), cached=st.integers(0, 2**31), kept=st.integers(0, 2**31),
     rate=st.floats(1, 1024), max_tokens=st.none() | st.integers(64, 2**31 - 1),
 )  # fmt: skip
+@settings(deadline=None)
 def test_a_report_can_always_be_sent(
     num_tokens: int, cached: int, kept: int, rate: float, max_tokens: int | None
 ) -> None:
