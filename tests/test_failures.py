@@ -59,7 +59,7 @@ def run_three(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "failure",
     [
-        failing(connector, "request_limit", lambda eviction, policy, arguments: "broken" in arguments),
+        failing(connector, "request_limit", lambda eviction, policy, arguments, *_: "broken" in arguments),
         failing(Admission, "fits", lambda self, _: self.prompt_len == BROKEN_LEN),
         failing(Accounting, "start", lambda self, request, _: request.request_id == "broken"),
         *(
