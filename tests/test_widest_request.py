@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_schedules import simulate
 
@@ -100,10 +100,15 @@ def test_a_plan_is_that_of_a_sequence_that_grows_token_by_token(case, prompt_len
     assert sorted({plan.last_cut(length) for length in range(max_len + 1)}) == cuts
 
 
+EVERY_189 = make_layout({"name": "every-n", "interval": 189, "chunk_tokens": 1}, sinks=8)
+
+
 @given(case=cases(), max_len=st.integers(1, 350))
+@example(case=(EVERY_189, Limit(2, protected=8)), max_len=484)
 @settings(max_examples=30, deadline=None)
 def test_the_widest_request_is_the_widest_of_all_prompts_at_all_lengths(case, max_len: int) -> None:
     layout, limit = case
+    """In the example it is at the second point of a prompt."""
     widest = max(grow(layout, limit, prompt_len, max_len)[2][-1] for prompt_len in range(1, max_len + 1))
     assert widest_under(layout, limit, max_len) == widest
 

@@ -315,8 +315,9 @@ def widest_under(layout: PageLayout, limit: Limit, max_len: int) -> int:
 
     Two compression points that follow each other decide what a request holds at the second one. Whatever the prompt,
     they also follow each other at the end of one: as the last point of the prompt and the one before, or the one
-    behind. What a request holds there changes only with whole tiles and with the blocks that the two points save, so
-    the prompts at which one of these changes stand for all others.
+    behind. Between lengths at which a tile is whole or the second point saves more, a longer prompt can only move the
+    first point on, which then saves more: the request holds less. So the shortest prompts that reach such a length
+    stand for all others.
     """
     sizes, tile = CutSizes.of(layout, limit), layout.tile_tokens
     lengths = {1, max_len + 1, *range(tile, max_len + 1, tile)}

@@ -140,17 +140,13 @@ class Schedule(BaseModel, ABC):
         return limit.first_evicting(count, max_len)
 
     def prompts_at(self, limit: Limit, lengths: Iterable[int]) -> set[int]:
-        """Prompt lengths at which the last point of the prompt, or the one before or behind it, reaches a new length.
+        """Prompt lengths at which the last point of the prompt, or the one behind it, reaches a new one of `lengths`.
 
-        Between two of them none of the three points passes one of `lengths`; some may be no lengths of a prompt.
+        Some may be no lengths of a prompt. Prompts that are too short to have a point count as one.
         """
-        exempt, chunk = self._exempt(limit), self.chunk_tokens
-        _, interval = self._decode_points(limit, exempt + 1)
-        reached = {exempt + 1, *lengths}
-        prompts = reached | {length - interval for length in reached}
-        if chunk:
-            prompts |= {ceil(max(length, exempt + 1) / chunk) * chunk + 1 for length in reached}
-        return prompts
+        reached = {self._exempt(limit) + 1, *lengths}
+        _, interval = self._decode_points(limit, self._exempt(limit) + 1)
+        return reached | {length - interval for length in reached}
 
     def _exempt(self, limit: Limit) -> int:
         """Prompt lengths up to this are no compression points."""
