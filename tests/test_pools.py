@@ -89,18 +89,17 @@ class Pools:
         admission = Admission(self.layout, self.limit(ask.arguments), ask.prompt_len, ask.max_tokens, MAX_LEN)
         return admission.peak_blocks(ask.max_tokens)
 
-    def submit(self, engine: Engine, ask: Ask) -> str:
-        """Half of the prompts begin with the same tokens, so that some are hits of the prefix cache."""
+    def submit(self, engine: Engine, ask: Ask, shared: bool) -> str:
+        """Prompts that share tokens are hits of the prefix cache, the longest of which leave out a cut."""
         self.num_requests += 1
-        length = ask.prompt_len
-        prompt = self.shared[:length] if self.random.random() < 0.5 else self.prompt(length)
+        prompt = self.shared[: ask.prompt_len] if shared else self.prompt(ask.prompt_len)
         engine.add(str(self.num_requests), prompt, ask.max_tokens, ask.arguments)
         return str(self.num_requests)
 
-    def assert_it_ends_in(self, num_blocks: int, ask: Ask) -> None:
+    def assert_it_ends_in(self, num_blocks: int, ask: Ask, shared: bool) -> None:
         """Alone in a pool the request is scheduled to its end and never preempted; all blocks come back."""
         engine = self.engine(num_blocks)
-        request_id = self.submit(engine, ask)
+        request_id = self.submit(engine, ask, shared)
         request = engine.scheduler.requests.get(request_id)
         assert request is not None, f"{ask} was refused: {engine.scheduler._last_outputs}"
         engine.run()
@@ -110,7 +109,7 @@ class Pools:
 
     def assert_it_is_refused_in(self, num_blocks: int, ask: Ask) -> None:
         engine = self.engine(num_blocks)
-        request_id = self.submit(engine, ask)
+        request_id = self.submit(engine, ask, shared=True)
         engine.run()
         assert engine.ended[request_id].finish_reason == FinishReason.ERROR
         assert f"pool of {num_blocks} blocks" in str(engine.ended[request_id].stop_reason)
@@ -120,11 +119,12 @@ class Pools:
         """In a pool that just fits, or is a block too small, and in the least pool that starts."""
         need = self.need(ask)
         self.engine(need).least_free = need
-        self.assert_it_ends_in(need, ask)
+        self.assert_it_ends_in(need, ask, shared=False)
         assert self.engine(need).least_free == 0, "the check asks for no more than is needed"
+        self.assert_it_ends_in(need, ask, shared=True)
         self.assert_it_is_refused_in(need - 1, ask)
         if not ask.arguments:
-            self.assert_it_ends_in(self.least, ask)
+            self.assert_it_ends_in(self.least, ask, shared=True)
 
     def mix(self, num_requests: int) -> None:
         """Random requests that come at random times to a random pool, of which each fits alone, all end."""
@@ -132,7 +132,8 @@ class Pools:
         names, num_blocks = [], engine.free_blocks
         for _ in range(num_requests):
             ask = Ask(self.random.randrange(1, MAX_LEN - 1), self.random.choice([1, 2, 30, 200]), self.arguments())
-            names.append((self.submit(engine, ask), self.need(ask) <= num_blocks))
+            name = self.submit(engine, ask, shared=self.random.random() < 0.5)
+            names.append((name, self.need(ask) <= num_blocks))
             for _ in range(self.random.randrange(30)):
                 engine.step()
         engine.run(most_steps=20_000)
