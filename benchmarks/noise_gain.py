@@ -4,7 +4,7 @@
     python benchmarks/noise_gain.py --out benchmarks/results/cpu-zen4-noise.json
 
 One layer, 1,024 random tokens, 64 queries: every key and value changes by a random share of itself, and the answers
-change by the share printed, per size of the noise. Of a float32 model: 16-bit rows swallow noise below their own rounding.
+change by the share printed, per size of the noise. In float32: 16-bit rows swallow noise below their own rounding.
 """
 
 from __future__ import annotations
