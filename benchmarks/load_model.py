@@ -4,8 +4,8 @@
     python benchmarks/load_model.py --out benchmarks/results/cpu-zen4-load-model.json
 
 Every step is one packed row of tokens, as an engine has it: a token of each running request, then prompts in order, as
-far as its size allows. It tells the kernels' part from the model's: `--products float64` sums every product of the model
-in float64, where rounding back to float32 hides the order of the sums.
+far as its size allows. `--products float64` sums every product of the model in float64, where rounding back to float32
+hides the order of the sums: what is left is the cache's own.
 """
 
 from __future__ import annotations
