@@ -401,7 +401,8 @@ def test_a_dry_run_walks_through_all_steps_and_a_second_one_has_nothing_left_to_
     ran = ("warm-up", "check", "time", "sizes")
     assert {name: steps[name]["status"] for name in ran} == dict.fromkeys(ran, "passed")
     assert {steps[name]["reason"] for name in ("serve", "graph", "sanitize")} == {"needs a GPU"}
-    assert steps["warm-up"]["result"]["cases"] and "Triton kernels took" in out and "SKIPPED: needs a GPU" in out
+    assert steps["warm-up"]["result"]["cases"] and "SKIPPED: needs a GPU" in out
+    assert "Triton kernels took" in out or "Triton compiled nothing in the warm-up" in out, "it may have, before"
     assert all(case["passed"] for case in steps["check"]["result"]["cases"].values())
     again = run_python(*asked, **environment)
     assert "goes on from" in again and again.count("passed before") >= len(ran)
