@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace, model: str) -> int:
+    started = datetime.now().isoformat(timespec="seconds")
     held = json.loads(args.out.read_text())["policies"] if args.out and args.out.exists() else {}
     for scenario in SCENARIOS:
         if scenario.policy not in args.policies:
@@ -282,6 +284,8 @@ def measure(args: argparse.Namespace, model: str) -> int:
             print("  ", role, {k: v for k, v in trend.items() if k != "mib"}, flush=True)
         if args.out:
             record = {
+                "command": ["python", "benchmarks/storms.py", *(Path(word).name for word in sys.argv[1:])],
+                "started": started,
                 "pool_mib": POOL_BYTES // MIB,
                 "model": args.model or "thin",
                 "machine": machine(),
