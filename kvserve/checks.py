@@ -32,6 +32,7 @@ class UnsupportedError(ValueError):
 class ServeOptions:
     """The vLLM options kvserve looks at, under the names they have in vLLM's parsed arguments."""
 
+    dtype: Any = None
     kv_cache_dtype: str | None = None
     kv_cache_dtype_skip_layers: Any = None
     block_size: int | None = None
@@ -62,12 +63,7 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
     Raises:
         UnsupportedError: naming the option to drop.
     """
-    if options.kv_cache_dtype not in (None, "auto"):
-        keeps = "keeps the model's dtype" if policy.is_dense else "sets the precision of the KV cache itself"
-        raise UnsupportedError(
-            f"policy {policy.name} {keeps}, so --kv-cache-dtype {options.kv_cache_dtype} cannot be combined with it; "
-            "drop the option"
-        )
+    check_cache_dtype(options, policy)
     if options.kv_cache_dtype_skip_layers:
         raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
     if any((options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens)):
@@ -98,6 +94,32 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), "
             f"got {options.block_size}; drop the option to use {policy.tile_tokens}"
         )
+
+
+def check_cache_dtype(options: ServeOptions, policy: Policy) -> None:
+    """Refuse a --kv-cache-dtype that is not what the policy's cache has anyway.
+
+    Where the model's dtype is not known yet (--dtype auto), a dtype that could be the model's passes: the plugin asks
+    again when vLLM has resolved it.
+
+    Raises:
+        UnsupportedError: naming the option to drop.
+    """
+    asked, own = options.kv_cache_dtype, str(options.dtype or "auto").removeprefix("torch.")
+    own = _DTYPE_ALIASES.get(own, own)
+    if asked in (None, "auto") or (policy.is_dense and asked == own):
+        return
+    if policy.is_dense and own == "auto" and asked in ("float16", "bfloat16"):
+        return
+    keeps = "sets the precision of the KV cache itself"
+    if policy.is_dense:
+        keeps = "keeps the model's dtype" + ("" if own == "auto" else f", {own} here")
+    raise UnsupportedError(
+        f"policy {policy.name} {keeps}, so --kv-cache-dtype {asked} cannot be combined with it; drop the option"
+    )
+
+
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
 def choose_kernels(asked: str, device_type: str) -> str:
@@ -145,6 +167,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
         if applies(hf_config) or applies(text):
             raise UnsupportedError(f"{name} {reason}; {_STOCK}")
     _check_layers(text, policy, name)
+    _check_rotary(text, policy, name)
     head_dim = head_dim_of(text)
     if head_dim is None:
         return  # an unusual config: the plugin sees the real value
@@ -171,6 +194,107 @@ def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
             check_rate(policy.eviction.rate, len(spared), num_layers)
     except ValueError as error:
         raise UnsupportedError(f"policy {policy.name} does not fit {name}: {error}") from None
+
+
+def check_windows(hf_config: Mapping[str, Any], policy: Policy, max_model_len: int, name: str) -> None:
+    """Refuse a policy that evicts where layers see less than the longest request.
+
+    Args:
+        hf_config: the content of the model's config.json.
+        max_model_len: tokens of the longest request.
+
+    Raises:
+        UnsupportedError: naming what to change.
+    """
+    check_window(window_of(text_config(hf_config)), policy, max_model_len, name)
+
+
+def check_window(window: int | None, policy: Policy, max_model_len: int, name: str = "this model") -> None:
+    """Refuse a policy that evicts on layers that attend to the last `window` tokens (None: to all) only.
+
+    A window that no request exceeds never applies.
+
+    Raises:
+        UnsupportedError: naming what to change.
+    """
+    if policy.eviction is None or not window or window >= max_model_len:
+        return
+    raise UnsupportedError(
+        f"{name} has layers that attend to the last {window:,} tokens only, and policy {policy.name} evicts, which "
+        f"sliding windows do not allow; serve requests of at most {window:,} tokens with --max-model-len {window}, or "
+        "use a policy that evicts nothing, for example kivi-2bit"
+    )
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that window layers see, or None where the config has none for sure.
+
+    As vLLM: without layer_types a window is that of all layers. A config.json may leave out what transformers fills in
+    (Qwen2 turns its window off); this only knows those that do.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not isinstance(window, int) or window <= 0:
+        return None
+    if isinstance(kinds, list):
+        return window if "sliding_attention" in kinds else None
+    is_on = not str(config.get("model_type", "")).startswith(_WINDOW_OFF)
+    if not config.get("use_sliding_window", is_on):
+        return None
+    first, num_layers = config.get("max_window_layers"), num_layers_of(config)
+    return None if isinstance(first, int) and num_layers and first >= num_layers else window
+
+
+_WINDOW_OFF = ("qwen", "smollm3")  # models that have a window only with use_sliding_window: true
+
+
+def _check_rotary(config: Mapping[str, Any], policy: Policy, name: str) -> None:
+    """Refuse a scorer that turns queries back, on a model whose layers do not all turn them alike.
+
+    What only the built model shows is left to kvserve.engine.rotary.
+    """
+    if not policy.turns_queries or policy.eviction is None:
+        return
+    for reason, applies in _NOT_ROTATED_ALIKE:
+        if applies(config):
+            raise UnsupportedError(
+                f"{policy.eviction.scorer.name} needs one rotary embedding for all layers, whose angles are a "
+                f"multiple of the position; {name} {reason}; choose another policy, for example snapkv"
+            )
+
+
+def _has_no_rotary(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in _NO_ROTARY or config.get("position_embedding_type") == "nope"
+
+
+_NO_ROTARY = {"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm", "biogpt", "mpt"}
+
+
+def _has_unrotated_layers(config: Mapping[str, Any]) -> bool:
+    rotated = config.get("no_rope_layers")  # SmolLM3's name for a list that has 1 where a layer *is* rotated
+    return isinstance(rotated, list) and not all(rotated)
+
+
+def _has_kinds_of_layers(config: Mapping[str, Any]) -> bool:
+    kinds = config.get("layer_types")
+    return isinstance(kinds, list) and "sliding_attention" in kinds and any(k != "sliding_attention" for k in kinds)
+
+
+def _has_special_rotary(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return False
+    return rope.get("rope_type", rope.get("type", "default")) not in ROTARY_KINDS or "mrope_section" in rope
+
+
+# rope_type values whose angles are a multiple of the position.
+ROTARY_KINDS = ("default", "linear", "llama3", "yarn")
+
+_NOT_ROTATED_ALIKE: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
+    ("has no rotary embedding", _has_no_rotary),
+    ("has layers without one (no_rope_layers)", _has_unrotated_layers),
+    ("has layers of several kinds (layer_types), which may turn queries differently", _has_kinds_of_layers),
+    ("has one of another kind (rope_parameters)", _has_special_rotary),
+)
 
 
 def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:

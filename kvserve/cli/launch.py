@@ -59,6 +59,7 @@ def launch(
 
     choose_kernels(kernels, device_type())
     configure(args, policy, kernels, device_type(), self_test)
+    check_resolved_model(args, policy)
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
     print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
@@ -110,12 +111,31 @@ def configure(
         check_arguments(vars(args), policy)
     if policy.eviction:
         _connect_scheduler(args)
-    if self_test:
+    if self_test or not args.worker_extension_cls:
         _add_the_probe(args)
     if device == "cpu":
         _configure_cpu(args)
     else:
         _configure_gpu(args)
+
+
+def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
+    """Check the model as vLLM will configure it, with overrides and what transformers fills in, before it is loaded.
+
+    Raises:
+        UnsupportedError: see kvserve.checks.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from kvserve.checks import ServeOptions, check_cache_dtype
+    from kvserve.engine.settings import check_model_config
+
+    try:
+        model = AsyncEngineArgs.from_cli_args(args).create_model_config()
+    except Exception:  # vLLM makes the same configuration again and says what is wrong with it
+        return
+    check_model_config(model, policy, args.model)
+    check_cache_dtype(ServeOptions(dtype=model.dtype, kv_cache_dtype=args.kv_cache_dtype), policy)
 
 
 def _configure_gpu(args: argparse.Namespace) -> None:
@@ -160,7 +180,7 @@ def _connect_scheduler(args: argparse.Namespace) -> None:
 
 
 def _add_the_probe(args: argparse.Namespace) -> None:
-    """What the self-test calls in vLLM's workers."""
+    """What the self-test calls in vLLM's workers, and the count of layers that are kvserve's."""
     from kvserve.engine.self_test import EXTENSION_PATH
 
     if args.worker_extension_cls:

@@ -16,6 +16,7 @@ from kvserve.checks import (
     UnsupportedError,
     check_model,
     check_options,
+    check_windows,
     head_dim_of,
     num_layers_of,
     text_config,
@@ -169,6 +170,9 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
         config = read_model_config(str(model))
         if config is not None:
             check_model(config, policy, str(model))
+            longest = options.get("max_model_len") or -1
+            if longest > 0 and not options.get("disable_sliding_window"):
+                check_windows(config, policy, longest, str(model))
             _check_maximum(config, policy, options)
 
 

@@ -1,6 +1,6 @@
 """Attention backend: hands vLLM's step to the paged kernels.
 
-Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl`. The worker keeps no state of its own: everything a
+Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl` and its `process_weights_after_loading`. The worker keeps no state of its own: everything a
 request has lies in the arena and is found through its row of blocks.
 """
 
@@ -25,6 +25,7 @@ from kvserve.attention.registry import make_attention
 from kvserve.checks import UnsupportedError
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
+from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
@@ -46,7 +47,7 @@ class KvserveBackend(AttentionBackend):
 
     settings: ClassVar[EngineSettings]
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]  # the last two: as the model's
     # The tail is written after attention has read it, so storing cannot be a separate earlier call.
     forward_includes_kv_cache_update: bool = True
 
@@ -91,7 +92,7 @@ class KvserveBackend(AttentionBackend):
         """Swap vLLM's dense spec for the policy's pages; the dense policy keeps vLLM's spec and manager.
 
         Window layers join the same group: their pages cover the whole sequence, their kernels skip what lies outside
-        the window.
+        the window. A policy that evicts takes windows that no request exceeds.
         """
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
@@ -101,7 +102,7 @@ class KvserveBackend(AttentionBackend):
         if not layout.state_blocks:
             return PageSpec.from_attention(spec, layout)
         if isinstance(spec, SlidingWindowSpec):
-            raise UnsupportedError("eviction does not serve models with sliding-window layers yet; use kivi-2bit")
+            cls.settings.applied_window(spec.sliding_window)
         return EvictingPageSpec.from_attention(spec, layout)
 
 
@@ -149,13 +150,14 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         for present, feature in refused:
             if present:
                 raise UnsupportedError(f"kvserve does not support {feature}; serve this model with stock vLLM")
-        config = get_current_vllm_config()
+        self.vllm_config = config = get_current_vllm_config()
         if EngineSettings.from_vllm_config(config) != self.settings:
             # vLLM caches the backend class per process under a key that does not know the policy.
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        layer = LayerSpec(num_heads, num_kv_heads, self.scale, sliding_window, first_kv_head(config))
+        window = self.settings.applied_window(sliding_window)
+        layer = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
         self.layout = self.settings.layout(head_size)
         own = self.layout
         if isinstance(self.layout, MixedLayout):
@@ -165,7 +167,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     def _count_layers_before(self) -> int:
         """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
         assert isinstance(self.layout, MixedLayout)
-        context = get_current_vllm_config().compilation_config.static_forward_context
+        context = self.vllm_config.compilation_config.static_forward_context
         self.index = sum(isinstance(getattr(built, "impl", None), KvserveImpl) for built in context.values())
         if self.index >= len(self.layout.layers):
             raise UnsupportedError(
@@ -173,6 +175,15 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
                 "the policy's layers would name others than it says; drop layers"
             )
         return self.index
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM calls it on every layer when all are built: whatever it knows of the cache follows from them."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        first = next(
+            impl for built in context.values() if isinstance(impl := getattr(built, "impl", None), KvserveImpl)
+        )
+        if first is self:
+            check_own_layers(self.vllm_config, KvserveImpl)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,

@@ -55,7 +55,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.has_graphs = settings.kernels != "native"
         self.range_watch = RangeWatch(device)
         if self.eviction:
-            self.collector = make_collector(self.eviction, device)
+            self.collector = make_collector(self.eviction, vllm_config.model_config, device)
             drop_ended(self.collector)
             max_blocks = vllm_config.model_config.max_model_len // kv_cache_spec.block_size
             self.kept_rows = KeptRows(vllm_config.scheduler_config.max_num_seqs, max_blocks, device)
@@ -103,7 +103,7 @@ def check_layers(settings: EngineSettings, num_cached: int) -> None:
     """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
     policy = settings.policy
     named = "layers" if policy.layers else "eviction.spare_layers"
-    if (policy.layers or (policy.eviction and policy.eviction.spare_layers)) and num_cached != settings.num_layers:
+    if policy.names_layers and num_cached != settings.num_layers:
         raise UnsupportedError(
             f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, so {named} would name others "
             "than it says; drop it"
@@ -125,10 +125,10 @@ def graph_support(settings: EngineSettings) -> AttentionCGSupport:
     return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
-def make_collector(eviction: Eviction, device: torch.device) -> Collector:
+def make_collector(eviction: Eviction, model_config: Any, device: torch.device) -> Collector:
     """What collects for the scorer; refuses a model whose queries it cannot turn back."""
     if "query_statistics" not in eviction.scorer.needs:
         return Collector(eviction.scorer)
     from kvserve.engine.rotary import model_rotary
 
-    return Collector(eviction.scorer, model_rotary(device))
+    return Collector(eviction.scorer, model_rotary(model_config, device))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvserve.doctor.probe import LayerProbe, Probe
 from kvserve.engine.backend import KvserveImpl
+from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.stats import worker_log
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ class ProbeWorker:
     """Mixed into vLLM's worker class."""
 
     vllm_config: VllmConfig
+
+    def kvserve_check_layers(self) -> None:
+        """Refuse a model none of whose layers is kvserve's, where no code of kvserve's runs in the worker otherwise."""
+        check_own_layers(self.vllm_config, KvserveImpl)
 
     def kvserve_probe_start(self) -> None:
         """Watch every layer from the next step on; a probe that is there is replaced."""

@@ -1,33 +1,90 @@
 """The rotary embedding of the model that this worker runs.
 
-Seam: `vllm.model_executor.layers.rotary_embedding._ROPE_DICT`, where vLLM keeps every embedding it made for a model,
-and `RotaryEmbeddingBase._compute_inv_freq`.
+Seams: `vllm.model_executor.layers.rotary_embedding._ROPE_DICT`, where vLLM keeps every embedding it made for a model,
+and `RotaryEmbeddingBase._compute_inv_freq`. Models that vLLM runs through transformers (`using_transformers_backend`) have
+transformers' own embedding: a class next to the model's, which needs nothing but its config.
 """
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING, Any
+
 import torch
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.linear_scaling_rope import LinearScalingRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 
-from kvserve.checks import UnsupportedError
+from kvserve.checks import ROTARY_KINDS, UnsupportedError
 from kvserve.scorers.rotary import Rotary
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
-def model_rotary(device: torch.device) -> Rotary:
+
+def model_rotary(model: ModelConfig, device: torch.device) -> Rotary:
     """The one embedding of all layers, for queries on `device`.
+
+    A constant that an embedding multiplies queries with (YaRN) is left out: it stays in what is turned back, and in
+    what is turned again.
 
     Raises:
         UnsupportedError: layers differ, or the embedding is of a kind whose angles are not known to be a multiple of
             the position.
     """
+    if model.using_transformers_backend():
+        rotary = transformers_rotary(model.hf_text_config)
+        return Rotary(rotary.inverse_frequencies.to(device), rotary.interleaved)
     embeddings = list({id(rope): rope for rope in _ROPE_DICT.values()}.values())
-    kinds = sorted({type(rope).__name__ for rope in embeddings})
-    if len(embeddings) != 1 or type(embeddings[0]) not in (RotaryEmbedding, Llama3RotaryEmbedding):
-        raise UnsupportedError(
-            f"expected-attention needs one plain rotary embedding for all layers, the model has {kinds or 'none'}; "
-            "choose another policy"
-        )
+    if len(embeddings) != 1:
+        kinds = ", ".join(sorted({type(rope).__name__ for rope in embeddings}))
+        raise _unsupported(f"the layers of this model have {kinds}" if kinds else "this model has none")
     (rope,) = embeddings
-    return Rotary(rope._compute_inv_freq(rope.base).float().to(device), interleaved=not rope.is_neox_style)
+    return Rotary(_inverse_frequencies(rope).float().to(device), interleaved=not rope.is_neox_style)
+
+
+def _inverse_frequencies(rope: Any) -> torch.Tensor:
+    """Radians per position of each pair of channels."""
+    if type(rope) in (RotaryEmbedding, Llama3RotaryEmbedding):
+        return rope._compute_inv_freq(rope.base)
+    if type(rope) is YaRNScalingRotaryEmbedding:
+        return rope._compute_inv_freq(rope.scaling_factor)
+    if type(rope) is LinearScalingRotaryEmbedding and len(rope.scaling_factors) == 1:
+        return rope._compute_inv_freq(rope.base) / rope.scaling_factors[0]
+    raise _unsupported(f"this model has {type(rope).__name__}")
+
+
+def transformers_rotary(config: Any) -> Rotary:
+    """The embedding of transformers' implementation of a language model, on the CPU.
+
+    Args:
+        config: the model's transformers configuration.
+
+    Raises:
+        UnsupportedError: as `model_rotary`.
+    """
+    from transformers import AutoModel
+
+    module: Any = inspect.getmodule(AutoModel._model_mapping.get(type(config), None))
+    classes = inspect.getmembers(module, inspect.isclass) if module else []
+    own = [cls for name, cls in classes if name.endswith("RotaryEmbedding") and cls.__module__ == module.__name__]
+    turn = getattr(module, "rotate_half", None)
+    if len(own) != 1 or turn is None:
+        raise _unsupported(f"kvserve does not find that of {type(config).__name__} in transformers")
+    make: Any = own[0]
+    rope = make(config=config)
+    if getattr(rope, "rope_type", None) not in ROTARY_KINDS:
+        raise _unsupported(f"{type(config).__name__} has rope_type {getattr(rope, 'rope_type', None)}")
+    partners = turn(torch.arange(4.0)).abs().tolist()  # where each channel's other half comes from
+    if partners not in ([2, 3, 0, 1], [1, 0, 3, 2]):
+        raise _unsupported(f"{type(config).__name__} turns other pairs of channels")
+    return Rotary(rope.inv_freq.float(), interleaved=partners[0] == 1)
+
+
+def _unsupported(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        "expected-attention needs one rotary embedding for all layers, whose angles are a multiple of the position; "
+        f"{reason}; choose another policy, for example snapkv"
+    )

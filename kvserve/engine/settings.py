@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvserve.checks import ServeOptions, UnsupportedError, check_model, check_options, choose_kernels
+from kvserve.checks import (
+    ServeOptions,
+    UnsupportedError,
+    check_model,
+    check_options,
+    check_window,
+    check_windows,
+    choose_kernels,
+)
 from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.pages.layout import PageLayout
@@ -18,7 +26,7 @@ from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import policy_from_config
 
 if TYPE_CHECKING:
-    from vllm.config import SchedulerConfig, VllmConfig
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 CONFIG_KEY = "kvserve"
 # What a policy that evicts needs in the scheduler (engine/connector.py, engine/scheduler.py).
@@ -40,7 +48,8 @@ class EngineSettings:
     query_group: int = 1  # query heads that share one KV head
     kernels_asked: str = "auto"
     kernels: str = "native"  # in effect
-    num_layers: int | None = None
+    num_layers: int | None = None  # of this pipeline stage
+    max_model_len: int | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -59,16 +68,17 @@ class EngineSettings:
         kernels = choose_kernels(asked, device_type())
         if device_type() == "cuda":
             check_gpu(vllm_config)
+        # The model first: vLLM sets options itself where a model needs them, which nobody could drop.
+        check_model_config(vllm_config.model_config, policy)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
-        check_model(vllm_config.model_config.hf_config.to_dict(), policy)
         check_whole_prompts(vllm_config.scheduler_config, vllm_config.model_config.max_model_len)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         settings = cls(
             policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
-            model.get_num_layers(parallel),
+            model.get_num_layers(parallel), model.max_model_len,
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
@@ -111,11 +121,41 @@ class EngineSettings:
         return replace(self, kernels=measured_kernels(self.layout(head_dim), self.model_dtype, gpu_capability()))
 
     def layout(self, head_dim: int) -> PageLayout:
-        """The pages of attention layers with this head_dim."""
+        """The pages of attention layers with this head_dim.
+
+        Stages of a pipeline may differ in their number of layers. vLLM wants the specs of all stages to be equal, so
+        the layout has the number only where a policy names layers, which pipelines do not allow.
+        """
         return PageLayout.build(
             self.policy, head_dim, self.block_size, self.model_dtype, query_group=self.query_group,
-            num_layers=self.num_layers,
+            num_layers=self.num_layers if self.policy.names_layers else None,
         )  # fmt: skip
+
+    def applied_window(self, window: int | None) -> int | None:
+        """The window of a layer, or None where no request is longer.
+
+        Raises:
+            UnsupportedError: it applies, and the policy evicts.
+        """
+        if window is None or (self.max_model_len is not None and window >= self.max_model_len):
+            return None
+        check_window(window, self.policy, self.max_model_len or window + 1)
+        return window
+
+
+def check_model_config(model: ModelConfig, policy: Policy, name: str = "this model") -> None:
+    """All checks of a model that vLLM resolved and did not load yet.
+
+    Raises:
+        UnsupportedError: see kvserve.checks.
+    """
+    hf_config = model.hf_config.to_dict()
+    check_model(hf_config, policy, name)
+    check_windows(hf_config, policy, model.max_model_len, name)
+    if policy.turns_queries and model.using_transformers_backend():
+        from kvserve.engine.rotary import transformers_rotary
+
+        transformers_rotary(model.hf_text_config)
 
 
 def scheduler_options() -> dict[str, Any]:
@@ -188,6 +228,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
     """What vLLM resolved, under the names of its command line."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     return ServeOptions(
+        dtype=model and model.dtype,
         kv_cache_dtype=cache.cache_dtype,
         kv_cache_dtype_skip_layers=cache.kv_cache_dtype_skip_layers,
         block_size=cache.block_size,

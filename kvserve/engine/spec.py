@@ -64,10 +64,26 @@ class PageSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for the group."""
-        if any(spec != specs[0] for spec in specs):
-            raise ValueError("kvserve needs the same number of KV heads and the same head_dim in every layer")
+        """One spec for the group.
+
+        Raises:
+            ValueError: the pages of two layers, or of two stages of a pipeline, differ; the message says in what.
+        """
+        for spec in specs:
+            if spec != specs[0]:
+                raise ValueError(
+                    f"kvserve needs the same pages in every layer, two of this model differ in {_difference(specs[0], spec)}"
+                    "; serve it with stock vLLM, without kvserve"
+                )
         return specs[0]
+
+
+def _difference(one: PageSpec, other: PageSpec) -> str:
+    """Fields that differ, with both values; of the layouts, the fields within."""
+    pairs = [(one, other), (one.layout, other.layout)]
+    names = [(a, b, field.name) for a, b in pairs for field in fields(a) if field.name != "layout"]
+    found = [(name, getattr(a, name), getattr(b, name)) for a, b, name in names]
+    return ", ".join(f"{name} ({mine} and {its})" for name, mine, its in found if mine != its)
 
 
 @register_kv_cache_spec(manager_class=EvictingPageManager, uniform_type_base_spec=FullAttentionSpec)

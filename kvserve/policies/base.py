@@ -222,6 +222,16 @@ class Policy(_Part):
         """Whether tiles are sealed in pages, coded or dense."""
         return self.dense_pages or self.key is not None
 
+    @property
+    def names_layers(self) -> bool:
+        """Whether layers are treated differently, by their number."""
+        return bool(self.layers) or (self.eviction is not None and bool(self.eviction.spare_layers))
+
+    @property
+    def turns_queries(self) -> bool:
+        """Whether the scorer takes the rotary embedding back."""
+        return self.eviction is not None and "query_statistics" in self.eviction.scorer.needs
+
     def of_layers(self, num_layers: int) -> list[Policy]:
         """The policy of each layer, which has no `layers`.
 
