@@ -1,7 +1,7 @@
 """Attention backend: hands vLLM's step to the paged kernels.
 
-Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl` and its `process_weights_after_loading`. The worker keeps no state of its own: everything a
-request has lies in the arena and is found through its row of blocks.
+Seams: `vllm.v1.attention.backend.AttentionBackend`, `AttentionImpl` and its `process_weights_after_loading`. The worker
+keeps no state of its own: everything a request has lies in the arena and is found through its row of blocks.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.request_limits import RequestLimits
-from kvserve.engine.self_test import EXTENSION_PATH, is_requested, run_self_test, why_not
+from kvserve.engine.self_test import EXTENSION_PATH, SelfTestError, is_requested, run_self_test, why_not
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
@@ -47,10 +47,10 @@ class ReadyEndpoint:
         app.add_middleware(RequestLimits, state=self)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Remember the engine to ask, and its policy; run the self-test where it was asked for.
+        """Remember the engine to ask, and its policy; count its layers; run the self-test where it was asked for.
 
         Raises:
-            SelfTestError, or of vLLM's around an UnsupportedError: the server must not serve; vLLM then ends it before it answers.
+            SelfTestError: the server must not serve; vLLM then ends it before it answers.
         """
         self._engine = engine_client
         config = getattr(engine_client, "vllm_config", None)
@@ -64,7 +64,8 @@ class ReadyEndpoint:
             self.policy = settings.policy
             RequestCheck.server = self
             if config.parallel_config.worker_extension_cls == EXTENSION_PATH:
-                await engine_client.collective_rpc("kvserve_check_layers")
+                for reason in filter(None, await engine_client.collective_rpc("kvserve_check_layers")):
+                    raise SelfTestError(reason)
             if is_requested(config) and why_not(config) is None:
                 report = await while_alive(engine_client, run_self_test(engine_client, settings))
                 publish_self_test(config, report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvserve.checks import UnsupportedError
 from kvserve.doctor.probe import LayerProbe, Probe
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
@@ -22,9 +23,13 @@ class ProbeWorker:
 
     vllm_config: VllmConfig
 
-    def kvserve_check_layers(self) -> None:
-        """Refuse a model none of whose layers is kvserve's, where no code of kvserve's runs in the worker otherwise."""
-        check_own_layers(self.vllm_config, KvserveImpl)
+    def kvserve_check_layers(self) -> str | None:
+        """Why the model cannot be served: layers that are not kvserve's. Where none is, no other code would see it."""
+        try:
+            check_own_layers(self.vllm_config, KvserveImpl)
+        except UnsupportedError as error:
+            return str(error)
+        return None
 
     def kvserve_probe_start(self) -> None:
         """Watch every layer from the next step on; a probe that is there is replaced."""

@@ -1,8 +1,8 @@
 """The rotary embedding of the model that this worker runs.
 
 Seams: `vllm.model_executor.layers.rotary_embedding._ROPE_DICT`, where vLLM keeps every embedding it made for a model,
-and `RotaryEmbeddingBase._compute_inv_freq`. Models that vLLM runs through transformers (`using_transformers_backend`) have
-transformers' own embedding: a class next to the model's, which needs nothing but its config.
+and `RotaryEmbeddingBase._compute_inv_freq`. A model that vLLM runs through transformers has transformers' own embedding
+(`ModelConfig.using_transformers_backend`): a class next to the model's, which needs nothing but its config.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class EngineSettings:
         if device_type() == "cuda":
             check_gpu(vllm_config)
         # The model first: vLLM sets options itself where a model needs them, which nobody could drop.
-        check_model_config(vllm_config.model_config, policy)
+        if vllm_config.model_config is not None:
+            check_model_config(vllm_config.model_config, policy)
         check_options(serve_options(vllm_config), policy)
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)

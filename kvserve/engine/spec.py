@@ -6,7 +6,7 @@ Seams: `vllm.v1.kv_cache_interface.FullAttentionSpec`, `register_kv_cache_spec`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
@@ -72,15 +72,15 @@ class PageSpec(FullAttentionSpec):
         for spec in specs:
             if spec != specs[0]:
                 raise ValueError(
-                    f"kvserve needs the same pages in every layer, two of this model differ in {_difference(specs[0], spec)}"
-                    "; serve it with stock vLLM, without kvserve"
+                    "kvserve needs the same pages in every layer, two of this model differ in "
+                    f"{_difference(specs[0], spec)}; serve it with stock vLLM, without kvserve"
                 )
         return specs[0]
 
 
 def _difference(one: PageSpec, other: PageSpec) -> str:
     """Fields that differ, with both values; of the layouts, the fields within."""
-    pairs = [(one, other), (one.layout, other.layout)]
+    pairs: list[tuple[Any, Any]] = [(one, other), (one.layout, other.layout)]
     names = [(a, b, field.name) for a, b in pairs for field in fields(a) if field.name != "layout"]
     found = [(name, getattr(a, name), getattr(b, name)) for a, b, name in names]
     return ", ".join(f"{name} ({mine} and {its})" for name, mine, its in found if mine != its)
