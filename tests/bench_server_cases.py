@@ -65,7 +65,7 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def all_end(pids: list[int], seconds: float = 10.0) -> bool:
+def all_end(pids: list[int], seconds: float = 120.0) -> bool:
     """Whether all processes end within `seconds`."""
     deadline = time.monotonic() + seconds
     while any(map(is_running, pids)):
@@ -75,7 +75,7 @@ def all_end(pids: list[int], seconds: float = 10.0) -> bool:
     return True
 
 
-def wait_for(path: Path, seconds: float = 30.0) -> str:
+def wait_for(path: Path, seconds: float = 300.0) -> str:
     """The content of a file once it has one."""
     deadline = time.monotonic() + seconds
     while not (path.is_file() and path.read_text()):

@@ -7,18 +7,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvserve.bench.children import end_group
+from kvserve.bench.progress import wait_until
+
 MODEL = "smollm2-135m-instruct"
-START_TIMEOUT_SECONDS = 240
+SHUTDOWN_SECONDS = 60
+HTTP_TIMEOUT_SECONDS = 120  # on a busy machine
 
 # Without what engine_cases sets for engines inside the test process.
 ENVIRONMENT = {
@@ -50,7 +52,9 @@ def server_process(
     with tempfile.TemporaryDirectory() as folder:
         log = log or Path(folder) / "log"
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+            )
         try:
             wait_until_ready(url, process, log)
             yield url, process
@@ -60,16 +64,8 @@ def server_process(
 
 def end(server: subprocess.Popen[bytes]) -> None:
     """Stop a server, by force if need be, and whatever it started."""
-    started = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
     server.terminate()
-    try:
-        server.wait(60)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-    for process in started:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    end_group(server, SHUTDOWN_SECONDS)
 
 
 def free_port() -> int:
@@ -79,21 +75,22 @@ def free_port() -> int:
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
+    def answers() -> bool:
         try:
-            if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
-                return
+            return httpx.get(f"{url}/ready", timeout=HTTP_TIMEOUT_SECONDS).status_code == 200
         except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"the server did not become ready:\n{log.read_text()[-4000:]}")
+            return False
+
+    try:
+        wait_until(answers, server, log)
+    except RuntimeError as error:
+        pytest.fail(str(error))
 
 
 def metrics(base_url: str) -> dict[tuple[str, str], float]:
     """Every sample on /metrics by (name, value of its telling label)."""
     samples = {}
-    for family in text_string_to_metric_families(httpx.get(f"{base_url}/metrics").text):
+    for family in text_string_to_metric_families(httpx.get(f"{base_url}/metrics", timeout=HTTP_TIMEOUT_SECONDS).text):
         for sample in family.samples:
             label = next((sample.labels[key] for key in ("kind", "state", "policy") if key in sample.labels), "")
             samples[sample.name, label] = sample.value

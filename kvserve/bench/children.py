@@ -19,6 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 CLOSE_TIMEOUT_SECONDS = 20.0
+DEATH_SECONDS = 5.0
+# What a signal usually means for the kernels measured here.
+_SIGNAL_HINTS = {
+    signal.SIGILL: "an instruction that this CPU or system does not allow",
+    signal.SIGKILL: "by the system where memory ran out",
+}
 
 
 class ChildError(RuntimeError):
@@ -79,7 +85,10 @@ class Child:
         return result
 
     def _death(self) -> str:
-        return f"{self.name}: the process died; its last lines were:\n" + last_lines(Path(self._log.name))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(DEATH_SECONDS)  # the pipe closes a little earlier
+        end = describe_end(self._process.poll())
+        return f"{self.name}: the process died ({end}); its last lines were:\n" + last_lines(Path(self._log.name))
 
     def close(self, timeout: float = CLOSE_TIMEOUT_SECONDS) -> None:
         """End the process and everything it started, by force after `timeout` seconds."""
@@ -96,6 +105,24 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def describe_end(code: int | None) -> str:
+    """How a process ended, in words: its exit code, or the name of the signal.
+
+    Args:
+        code: as of Popen.returncode; None: it runs.
+    """
+    if code is None:
+        return "still running"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        ended_by = signal.Signals(-code)
+    except ValueError:
+        return f"signal {-code}"
+    hint = _SIGNAL_HINTS.get(ended_by)
+    return ended_by.name + (f", {hint}" if hint else "")
 
 
 def end_group(process: subprocess.Popen[Any], timeout: float) -> None:

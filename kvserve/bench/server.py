@@ -19,11 +19,12 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from kvserve.bench.children import CLOSE_TIMEOUT_SECONDS, Child, ChildError, last_lines
+from kvserve.bench.children import CLOSE_TIMEOUT_SECONDS, Child, ChildError, describe_end, last_lines
 from kvserve.bench.engines import ENVIRONMENT, STOCK, EngineConfig
+from kvserve.bench.progress import wait_until
 
 SERVED_NAME = "bench"  # of the model, in requests
-START_TIMEOUT_SECONDS = 900.0
+WARM_UP_TIMEOUT_SECONDS = 900.0
 HTTP_TIMEOUT_SECONDS = 60.0
 SHUTDOWN_SECONDS = 15.0  # less than CLOSE_TIMEOUT_SECONDS
 INFO_METRIC = "vllm:cache_config_info"
@@ -94,7 +95,7 @@ class Server(Child):
         lengths = [max(1, prompt_tokens - 16 * index) for index in range(4)]  # one completes a tile while decoding
         prompts = [[index + 1] * length for index, length in enumerate(lengths)]
         body = {"model": SERVED_NAME, "prompt": prompts, "max_tokens": WARM_UP_TOKENS, "temperature": 0}
-        self._request("POST", "/v1/completions", json={**body, "ignore_eos": True}, timeout=START_TIMEOUT_SECONDS)
+        self._request("POST", "/v1/completions", json={**body, "ignore_eos": True}, timeout=WARM_UP_TIMEOUT_SECONDS)
 
     def _get_metrics(self) -> str:
         return self._request("GET", "/metrics").text
@@ -132,22 +133,18 @@ class ServerHost:
         """Raise if the server is not running, or ends within `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(seconds)
-            raise RuntimeError(f"the server ended with {code}; its last lines were:\n{self._tail()}")
+            raise RuntimeError(f"the server ended with {describe_end(code)}; its last lines were:\n{self._tail()}")
 
     def _wait_until_ready(self, url: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
         with httpx.Client(timeout=HTTP_TIMEOUT_SECONDS, trust_env=False) as http:
-            while time.monotonic() < deadline:
-                self.check()
+
+            def answers() -> bool:
                 try:
-                    if http.get(f"{url}/health").status_code == 200:
-                        return
+                    return http.get(f"{url}/health").status_code == 200
                 except httpx.TransportError:
-                    pass
-                time.sleep(0.5)
-        raise RuntimeError(
-            f"the server was not ready after {START_TIMEOUT_SECONDS:.0f} s; its last lines were:\n{self._tail()}"
-        )
+                    return False
+
+            wait_until(answers, self._process, Path(self._log.name))
 
     def _tail(self) -> str:
         return last_lines(Path(self._log.name))

@@ -23,6 +23,22 @@ class StockStep:
     scheduler_metadata: torch.Tensor
 
 
+def allow_amx() -> None:
+    """Ask Linux for AMX's tile registers, without which the process gets SIGILL at its first tile instruction.
+
+    In an engine the first matrix product in bfloat16 (oneDNN) has done so before attention runs. Here there is none,
+    and vLLM's attention kernels do not ask.
+
+    Raises:
+        RuntimeError: the system does not allow it.
+    """
+    if not torch.cpu._init_amx():
+        raise RuntimeError(
+            "stock vLLM's attention in bfloat16 needs AMX here, which this system does not let the process use "
+            "(arch_prctl ARCH_REQ_XCOMP_PERM); measure with --dtype float32"
+        )
+
+
 class StockAttention:
     """One paged dense cache per layer, [num_blocks, num_kv_heads, block_size, 2 * head_dim].
 
@@ -31,11 +47,14 @@ class StockAttention:
     """
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, num_layers: int, num_seqs: int, capacity: int) -> None:
-        from vllm import _custom_ops
+        from vllm import _custom_ops, envs
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         self.ops, self.shape, self.dtype = _custom_ops, shape, dtype
+        self.split_kv = envs.VLLM_CPU_ATTN_SPLIT_KV
         self.isa = _get_attn_isa(dtype, BLOCK_SIZE, shape.head_dim, "auto")
+        if self.isa == "amx":
+            allow_amx()
         self.blocks_per_seq = ceil(capacity / BLOCK_SIZE)
         size = (1 + num_seqs * self.blocks_per_seq, shape.num_kv_heads, BLOCK_SIZE, 2 * shape.head_dim)
         self.layers = [torch.zeros(size, dtype=dtype) for _ in range(num_layers)]
@@ -54,7 +73,7 @@ class StockAttention:
         metadata = self.ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seqs), num_heads=self.shape.num_heads, num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim, seq_lens=lengths, dtype=self.dtype, query_start_loc=starts, causal=True,
-            sliding_window_size=-1, isa=self.isa, enable_kv_split=True,
+            sliding_window_size=-1, isa=self.isa, enable_kv_split=self.split_kv,
         )  # fmt: skip
         return StockStep(starts, lengths, table, torch.cat(slots), metadata)
 
