@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvserve.bench import main, suites
+from kvserve.bench import command, main, suites
 from kvserve.bench.capacity import CapacityHost, ModelShape
 from kvserve.bench.capacity import run as run_capacity
-from kvserve.bench.children import Child, ChildError
+from kvserve.bench.children import Child, ChildError, describe_end
 from kvserve.bench.command import Bench, pick_windows
 from kvserve.bench.engines import Generated
-from kvserve.bench.machine import cpu_info
+from kvserve.bench.machine import cpu_info, machine_id
 from kvserve.bench.options import parse, public_argv
 from kvserve.bench.prose import Prose
 from kvserve.bench.results import Row, SuiteResult, interleave, ratios, spread
@@ -29,6 +31,7 @@ from kvserve.bench.simulation import (
     simulate_values,
     simulated_attention,
 )
+from kvserve.bench.stock_attention import StockAttention
 from kvserve.cli.main import UsageError
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
@@ -239,10 +242,106 @@ def test_a_child_answers_reports_errors_and_notices_its_death() -> None:
         with pytest.raises(ChildError, match="AttributeError"):
             child.call("no_such_method")
         child._process.kill()
-        with pytest.raises(ChildError, match="died"):
+        with pytest.raises(ChildError, match=r"died \(SIGKILL, by the system where memory ran out\)"):
             child.call("most_common")
     with pytest.raises(ChildError, match="ModuleNotFoundError"):
         Child("test", "no_such_module:Thing", {})
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-4, "SIGILL, an instruction that this CPU"), (-11, "SIGSEGV"), (3, "exit code 3"), (None, "still running"),
+     (-99, "signal 99")],
+)  # fmt: skip
+def test_the_end_of_a_process_is_said_in_words(code: int | None, words: str) -> None:
+    assert describe_end(code).startswith(words)
+
+
+def test_a_suite_whose_child_dies_is_recorded_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_model_folder", lambda model: tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+
+    def die(self: Bench) -> SuiteResult:
+        with Child("operator", "collections:Counter", {}) as child:
+            os.kill(child._process.pid, signal.SIGILL)
+            child.call("most_common")
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(Bench, "_operator", die)
+    monkeypatch.setattr(Bench, "_capacity", lambda self: SuiteResult([], {}))
+    out = tmp_path / "result.json"
+    argv = ["--suite", "operator,capacity", "--policies", "stock", "--dtype", "bfloat16", "--out", str(out)]
+    assert main(argv) == 1
+    content = json.loads(out.read_text())
+    assert set(content["raw"]) == {"capacity"}
+    assert "SIGILL" in content["failed"]["operator"] and "operator: failed:" in capsys.readouterr().err
+
+
+HF_CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+
+
+# -- stock's attention ----------------------------------------------------------------------------------------------
+
+
+def test_amx_is_asked_for_where_vllm_would_use_it_and_named_where_it_is_not_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True) or len(asked) == 1)
+    shape = ModelShape(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64)
+    assert StockAttention(shape, torch.float32, 1, 1, 128).isa == "vec" and not asked
+    assert StockAttention(shape, torch.bfloat16, 1, 1, 128).isa == "amx" and asked == [True]
+    with pytest.raises(RuntimeError, match=r"does not let the process use.*--dtype float32"):
+        StockAttention(shape, torch.bfloat16, 1, 1, 128)
+
+
+# -- machines and their records -------------------------------------------------------------------------------------
+
+CPUINFO = "vendor_id : {}\ncpu family : {}\nmodel : {}\nmodel name : Some CPU\nflags : {}\n"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "flags", "found"),
+    [
+        ("AuthenticAMD", 25, 17, "avx512f avx512_bf16", "cpu-zen4"),
+        ("AuthenticAMD", 25, 97, "avx512f avx512_bf16", "cpu-zen4"),
+        ("AuthenticAMD", 25, 1, "avx2", "cpu-zen3"),
+        ("AuthenticAMD", 26, 2, "avx512f", "cpu-zen5"),
+        ("GenuineIntel", 6, 143, "avx512f amx_tile", "cpu-spr"),
+        ("GenuineIntel", 6, 207, "avx512f amx_tile", "cpu-emr"),
+        ("GenuineIntel", 6, 85, "avx512f avx512_vnni", "cpu-clx"),
+        ("GenuineIntel", 6, 85, "avx512f", "cpu-skx"),
+        ("GenuineIntel", 6, 200, "", "cpu-genuineintel-6-200"),
+    ],
+)
+def test_a_machine_is_named_by_the_generation_of_its_cpu(
+    vendor: str, family: int, model: int, flags: str, found: str
+) -> None:
+    assert machine_id(CPUINFO.format(vendor, family, model, flags)) == found
+
+
+def test_a_machine_without_cpuinfo_is_named_by_its_architecture() -> None:
+    assert machine_id("").startswith("cpu-") and " " not in machine_id("")
+
+
+@pytest.mark.parametrize(
+    ("suites", "dtype", "name"),
+    [
+        (["operator"], "float32", "cpu-spr-operator.json"),
+        (["operator"], "bfloat16", "cpu-spr-operator-bfloat16.json"),
+        (["step", "prefill"], "float32", "cpu-spr-step-prefill.json"),
+    ],
+)
+def test_a_folder_gets_a_record_named_after_machine_suite_and_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suites: list[str], dtype: str, name: str
+) -> None:
+    monkeypatch.setattr("kvserve.bench.options.this_machine", lambda: "cpu-spr")
+    argv = ["--suite", ",".join(suites), "--dtype", dtype, "--out"]
+    assert parse([*argv, str(tmp_path)]).out == tmp_path / name
+    assert parse([*argv, str(tmp_path / "own.json")]).out == tmp_path / "own.json"
 
 
 # -- prompts --------------------------------------------------------------------------------------------------------

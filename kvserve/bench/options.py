@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kvserve.bench.engines import STOCK
+from kvserve.bench.machine import this_machine
 from kvserve.bench.server_options import ServerSizes, add_options, server_sizes
 from kvserve.cli.main import UsageError
 from kvserve.policies.loading import PolicyError, load_policy
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="run all engines with torch.compile; default: eager")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
-    parser.add_argument("--out", type=Path, help="result file, for example benchmarks/results/NAME.json")
+    parser.add_argument("--out", type=Path, help="result file, or a folder: MACHINE-SUITE.json in it")
     add_options(parser)
     return parser
 
@@ -129,9 +130,16 @@ def parse(argv: Sequence[str]) -> Options:
         needles=_count("--needles", given.needles, 2 if quick else 10),
         quick=quick, model=given.model, dtype=given.dtype, compile=given.compile, seed=given.seed,
         text=read_text(given.text),
-        text_name=given.text.name if given.text else None, out=given.out,
+        text_name=given.text.name if given.text else None, out=_out(given.out, suites, given.dtype),
     )  # fmt: skip
     return options
+
+
+def _out(out: Path | None, suites: Sequence[str], dtype: str) -> Path | None:
+    """The result file; in a folder it is named after the machine, the suites and, where it is unusual, the dtype."""
+    if out is None or not out.is_dir():
+        return out
+    return out / ("-".join([this_machine(), *suites, *([] if dtype == "float32" else [dtype])]) + ".json")
 
 
 def _sizes(given: argparse.Namespace) -> Sizes:

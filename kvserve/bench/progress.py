@@ -17,7 +17,7 @@ from kvserve.bench.children import describe_end, last_lines
 
 STALL_SECONDS = 180.0  # without any progress
 END_SECONDS = 3600.0
-LEAST_CPU_SECONDS = 1.0  # an idle server takes about that in STALL_SECONDS
+LEAST_CPU_SHARE = 0.005  # of the time to stand still: less than that share of a core is no progress
 POLL_SECONDS = 0.5
 
 
@@ -26,17 +26,18 @@ class Progress:
 
     Args:
         log: where its output goes.
+        least_cpu_seconds: CPU time that counts as progress.
     """
 
-    def __init__(self, process: subprocess.Popen[Any], log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, process: subprocess.Popen[Any], log: Path, least_cpu_seconds: float) -> None:
+        self.process, self.log, self.least_cpu_seconds = process, log, least_cpu_seconds
         self._cpu: dict[int, float] = {}
         self._seen = self._mark()
 
     def has_come(self) -> bool:
-        """Whether the log grew or CPU time was spent since this was true last."""
+        """Whether the log grew, or enough CPU time was spent, since this was true last."""
         found = self._mark()
-        if found[0] != self._seen[0] or found[1] >= self._seen[1] + LEAST_CPU_SECONDS:
+        if found[0] != self._seen[0] or found[1] >= self._seen[1] + self.least_cpu_seconds:
             self._seen = found
             return True
         return False
@@ -66,7 +67,7 @@ def wait_until(
         RuntimeError: the process ended, stood still for `stall_seconds`, or was not ready after `end_seconds`; with its
             last lines.
     """
-    progress, start = Progress(process, log), time.monotonic()
+    progress, start = Progress(process, log, LEAST_CPU_SHARE * stall_seconds), time.monotonic()
     last = start
     while True:
         code = process.poll()
