@@ -50,16 +50,64 @@ class Figure(float):
         return figure
 
 
+def machines() -> dict[str, str]:
+    """The machines that have records: their names, which begin the names of their files, and what they are."""
+    found: dict[str, str] = {}
+    for path in sorted(RECORDS.glob("cpu-*.json")):
+        machine = json.loads(path.read_text(encoding="utf-8")).get("machine", {})
+        name = machine.get("id") or "-".join(path.stem.split("-")[:2])
+        found[name] = found.get(name) or _describe(machine)
+    return found
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    cores = f"{machine['cores']} cores" if "cores" in machine else ""
+    return ", ".join(str(part) for part in (machine.get("cpu"), machine.get("device"), cores) if part)
+
+
 def table(published: list[dict[str, Any]]) -> str:
-    """README's table; rows without `what` go on with the one above."""
-    lines = ["| what | policy | measured | aim | record |", "|---|---|---|---|---|"]
-    for row in published:
-        figures = {name: Figure.find(*where) for name, where in row["figures"].items()}
-        what, measured = (row.get(name, "").format(**figures) for name in ("what", "measured"))
+    """README's tables, one for each machine.
+
+    Raises:
+        SystemExit: no machine has the files of a row.
+    """
+    shown: set[int] = set()
+    tables = []
+    for machine, what in machines().items():
+        lines = _table_of(machine, published, shown)
+        if lines:
+            head = ["| what | policy | measured | aim | record |", "|---|---|---|---|---|"]
+            tables.append("\n".join([f"`{machine}`" + (f": {what}" if what else ""), "", *head, *lines]))
+    for index, row in enumerate(published):
+        if index not in shown:
+            raise SystemExit(f"{PUBLISHED.name} names {_files(row)}, which no machine has in {RECORDS.name}")
+    return "\n\n".join(tables)
+
+
+def _files(row: dict[str, Any]) -> str:
+    return " and ".join(sorted({where[0] for where in row["figures"].values()}))
+
+
+def _table_of(machine: str, published: list[dict[str, Any]], shown: set[int]) -> list[str]:
+    """The rows whose record this machine has, whose indices go into `shown`.
+
+    Rows without `what` go on with the one above, and are left out with it.
+    """
+    lines, above = [], False
+    for index, row in enumerate(published):
         (file,) = {where[0] for where in row["figures"].values()}
-        link = f"[{file.removeprefix('cpu-zen4-')}](benchmarks/results/{file}.json)"
+        has_record = (RECORDS / f"{machine}-{file}.json").exists()
+        above = has_record and (above or "what" in row)
+        if not above:
+            continue
+        shown.add(index)
+        figures = {
+            name: Figure.find(f"{machine}-{name_of}", *rest) for name, (name_of, *rest) in row["figures"].items()
+        }
+        what, measured = (row.get(name, "").format(**figures) for name in ("what", "measured"))
+        link = f"[{file}](benchmarks/results/{machine}-{file}.json)"
         lines.append(f"| {what} | {row['policy']} | {measured} | {_aim(row, figures)} | {link} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _aim(row: dict[str, Any], figures: dict[str, Figure]) -> str:
@@ -74,12 +122,10 @@ def record_list() -> str:
     lines = ["| result file | made by | on | started |", "|---|---|---|---|"]
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        command, machine = record["command"], record.get("machine", {})
+        command, on = record["command"], _describe(record.get("machine", {}))
         words = " ".join(command if isinstance(command, list) else [command])
-        on = ", ".join(str(part) for part in (machine.get("cpu"), machine.get("device")) if part)
-        cores = f", {machine['cores']} cores" if "cores" in machine else ""
         started = record.get("started", "")[:10]
-        lines.append(f"| [{path.stem}](../benchmarks/results/{path.name}) | `{words}` | {on}{cores} | {started} |")
+        lines.append(f"| [{path.stem}](../benchmarks/results/{path.name}) | `{words}` | {on} | {started} |")
     return "\n".join(lines)
 
 

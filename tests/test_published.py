@@ -39,7 +39,7 @@ def test_every_result_file_names_its_command():
 
 def test_a_row_shows_the_figures_of_its_record(records: Path):
     write_record(records, "cpu-zen4-speed", [row("stock", "step", 9, 8, 10), row("int8", "speed", 1.26, 1.1, 1.34)])
-    figures = {"stock": ["cpu-zen4-speed", "stock", "step"], "a": ["cpu-zen4-speed", "int8", "speed"]}
+    figures = {"stock": ["speed", "stock", "step"], "a": ["speed", "int8", "speed"]}
     published = {"what": "step (stock: {stock:.0f})", "policy": "`int8`", "measured": "{a:.1f}x ({a.low} to {a.high})"}
     shown = measured_table.table([published | {"figures": figures}]).splitlines()[-1]
     assert (
@@ -48,13 +48,33 @@ def test_a_row_shows_the_figures_of_its_record(records: Path):
     )
 
 
+def test_every_machine_with_records_has_a_table_of_the_rows_it_has(records: Path):
+    for machine, cpu, files in (("cpu-spr", "Intel Xeon", ["step"]), ("cpu-zen4", "AMD EPYC", ["speed", "step"])):
+        for name in files:
+            speed = {"step": 2.03, "speed": 1.26}[name] if machine == "cpu-spr" else 2.55
+            content = {"machine": {"id": machine, "cpu": cpu, "cores": 2}, "rows": [row("int8", "speed", speed, 1, 3)]}
+            (records / f"{machine}-{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    published = [
+        {"what": "alone", "policy": "p", "measured": "{a}", "figures": {"a": ["speed", "int8", "speed"]}},
+        {"policy": "goes on", "measured": "{a}", "figures": {"a": ["speed", "int8", "speed"]}},
+        {"what": "in the engine", "policy": "p", "measured": "{a}x", "figures": {"a": ["step", "int8", "speed"]}},
+    ]
+    spr, zen4 = (part.splitlines() for part in measured_table.table(published).split("\n\n`"))
+    assert spr[0] == "`cpu-spr`: Intel Xeon, 2 cores" and zen4[0] == "cpu-zen4`: AMD EPYC, 2 cores"
+    assert spr[4:] == ["| in the engine | p | 2.03x |  | [step](benchmarks/results/cpu-spr-step.json) |"]
+    assert len(zen4[4:]) == 3 and zen4[-1].startswith("| in the engine | p | 2.55x |")
+    with pytest.raises(SystemExit, match="gone, which no machine has"):
+        measured_table.table([*published, {"what": "", "policy": "p", "figures": {"a": ["gone", "int8", "speed"]}}])
+
+
 @pytest.mark.parametrize(
     ("sense", "bound", "shown"),
     [(">=", 1.2, "aim"), (">=", 1.3, "aim, **missed**"), ("<=", 1.2, "aim, **missed**")],
 )
 def test_a_missed_aim_is_called_missed(records: Path, sense: str, bound: float, shown: str):
-    write_record(records, "speed", {"the row": {"median": 1.26, "min": 1, "max": 2}})
+    write_record(records, "cpu-zen4-speed", {"the row": {"median": 1.26, "min": 1, "max": 2}})
     published = {
+        "what": "w",
         "policy": "p",
         "measured": "{a}",
         "figures": {"a": ["speed", "the row"]},
