@@ -122,6 +122,22 @@ def check_cache_dtype(options: ServeOptions, policy: Policy) -> None:
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
+def check_stages(num_stages: int, device_type: str, is_compiled: bool) -> None:
+    """Refuse a pipeline that vLLM cannot run, with or without kvserve.
+
+    On a CPU its worker makes room for what comes from the stage before while it warms up, which it only does for
+    compiled models; others end with the first request.
+
+    Raises:
+        UnsupportedError: naming the option to add.
+    """
+    if num_stages > 1 and device_type == "cpu" and not is_compiled:
+        raise UnsupportedError(
+            "on a CPU vLLM runs pipelines only with torch.compile, which is off; add --no-enforce-eager (in LLM(...): "
+            "enforce_eager=False), or drop --pipeline-parallel-size"
+        )
+
+
 def choose_kernels(asked: str, device_type: str) -> str:
     """The attention kernels of an engine.
 

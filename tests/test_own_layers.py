@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kvserve.checks import UnsupportedError
+from kvserve.checks import UnsupportedError, check_stages
 from kvserve.engine.backend import KvserveImpl, backend_for
 from kvserve.engine.endpoint import ReadyEndpoint
 from kvserve.engine.own_layers import check_own_layers
@@ -150,6 +150,20 @@ def test_stages_of_different_size_share_one_group_of_pages(policy: str) -> None:
     first, second = get_kv_cache_configs(config, stages, [1 << 26, 1 << 26])
     assert [len(stage.kv_cache_groups) for stage in (first, second)] == [1, 1]
     assert first.num_blocks == second.num_blocks == (1 << 26) // (2 * stages[0]["layers.0"].page_size_bytes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "device", "is_compiled", "runs"),
+    [(1, "cpu", False, True), (2, "cpu", True, True), (2, "cuda", False, True), (2, "cpu", False, False)],
+)
+def test_a_pipeline_that_vllm_cannot_run_is_refused_with_the_option_that_helps(
+    stages: int, device: str, is_compiled: bool, runs: bool
+) -> None:
+    if runs:
+        check_stages(stages, device, is_compiled)
+    else:
+        with pytest.raises(UnsupportedError, match="add --no-enforce-eager"):
+            check_stages(stages, device, is_compiled)
 
 
 def test_pages_that_differ_are_refused_with_what_differs() -> None:

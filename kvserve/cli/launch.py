@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import choose_kernels
+from kvserve.checks import check_stages, choose_kernels
 from kvserve.cli.main import UsageError
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
@@ -163,6 +163,7 @@ def _configure_cpu(args: argparse.Namespace) -> None:
         args.enforce_eager = True
         print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
     _keep_seeds_apart(args)
+    check_stages(args.pipeline_parallel_size, "cpu", is_compiled=not args.enforce_eager)
     if args.kv_transfer_config and RESERVED_CORES not in os.environ:
         # vLLM takes a second core from each worker that has a KV connector; this one moves no KV.
         os.environ[RESERVED_CORES] = str(args.tensor_parallel_size * args.pipeline_parallel_size)

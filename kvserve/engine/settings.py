@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 
 from kvserve.checks import (
     ServeOptions,
     UnsupportedError,
     check_model,
     check_options,
+    check_stages,
     check_window,
     check_windows,
     choose_kernels,
@@ -72,6 +74,8 @@ class EngineSettings:
         if vllm_config.model_config is not None:
             check_model_config(vllm_config.model_config, policy)
         check_options(serve_options(vllm_config), policy)
+        is_compiled = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+        check_stages(vllm_config.parallel_config.pipeline_parallel_size, device_type(), is_compiled)
         if policy.eviction:
             check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
         check_whole_prompts(vllm_config.scheduler_config, vllm_config.model_config.max_model_len)
