@@ -67,7 +67,7 @@ def test_a_window_that_applies_is_refused_before_the_weights_are_read(tmp_path: 
     model = make_tiny_model("mistral-window", tmp_path)
     (model / "model.safetensors").write_bytes(b"")
     with (
-        pytest.raises(UnsupportedError, match="last 96 tokens only.*--max-model-len 96"),
+        pytest.raises(UnsupportedError, match=r"last 96 tokens only.*--max-model-len 96"),
         engine(model, "snapkv", max_model_len=97, **SKIP_TOKENIZER),
     ):
         pass
