@@ -7,6 +7,7 @@ builds do not have. vLLM is imported when `launch` runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -130,10 +131,13 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     from kvserve.checks import ServeOptions, check_cache_dtype
     from kvserve.engine.settings import check_model_config
 
+    logging.disable(logging.CRITICAL)  # vLLM makes the same configuration again, and says then what it has to say
     try:
         model = AsyncEngineArgs.from_cli_args(args).create_model_config()
-    except Exception:  # vLLM makes the same configuration again and says what is wrong with it
+    except Exception:  # as well as what is wrong with it
         return
+    finally:
+        logging.disable(logging.NOTSET)
     check_model_config(model, policy, args.model)
     check_cache_dtype(ServeOptions(dtype=model.dtype, kv_cache_dtype=args.kv_cache_dtype), policy)
 
