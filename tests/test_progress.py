@@ -16,7 +16,7 @@ from kvserve.bench.progress import wait_until
 STALL = 3.0
 
 WORKS = "while True: pass"
-WRITES = "import time\nwhile True: print('.', flush=True); time.sleep(0.2)"
+WRITES = "import time\nwhile True: print('.', flush=True); time.sleep(1.5)"
 WORKS_IN_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORKS!r}])"
 SLEEPS = "import time\nprint('hangs', flush=True); time.sleep(600)"
 
