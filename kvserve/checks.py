@@ -403,8 +403,11 @@ def _shares_layers(config: Mapping[str, Any]) -> bool:
 
 
 def _has_mixed_heads(config: Mapping[str, Any]) -> bool:
-    head_dim = head_dim_of(config)
-    others = (config.get("v_head_dim"), config.get("global_head_dim"))
+    head_dim, by_layer = head_dim_of(config), config.get("per_layer_config")  # transformers' form of Gemma 4
+    layers = (
+        [layer for layer in by_layer.values() if isinstance(layer, Mapping)] if isinstance(by_layer, Mapping) else []
+    )
+    others = (config.get("v_head_dim"), config.get("global_head_dim"), *(layer.get("head_dim") for layer in layers))
     return head_dim is not None and any(other and int(other) != head_dim for other in others)
 
 

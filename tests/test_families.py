@@ -9,9 +9,7 @@ import pytest
 import torch
 from engine_cases import engine, generate, prompt_logprobs, random_prompts, tokens
 from tiny_models import COMMON, FAMILIES, make_tiny_model
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, GPTNeoXConfig
-
-from kvserve.checks import UnsupportedError
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 # Lengths around the tile of 64 tokens and past the windows of 96; longer ones are prefilled in chunks of 128.
 LENGTHS = [5, 63, 64, 65, 200, 333]
@@ -61,27 +59,6 @@ def test_a_window_that_no_request_exceeds_is_none_and_its_prompts_are_evicted(tm
         assert windowed.kv_transfer_params["kvserve"] == plain.kv_transfer_params["kvserve"]
         assert windowed.kv_transfer_params["kvserve"]["rate_effective"] > 1.5
         assert tokens(windowed) == tokens(plain)
-
-
-def test_a_window_that_applies_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
-    model = make_tiny_model("mistral-window", tmp_path)
-    (model / "model.safetensors").write_bytes(b"")
-    with (
-        pytest.raises(UnsupportedError, match=r"last 96 tokens only.*--max-model-len 96"),
-        engine(model, "snapkv", max_model_len=97, **SKIP_TOKENIZER),
-    ):
-        pass
-
-
-def test_what_a_model_lacks_is_named_before_what_vllm_set_because_of_it(tmp_path: Path) -> None:
-    """vLLM itself sets another attention backend for layers of different head_dim."""
-    config = Gemma4TextConfig(
-        **COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=64, global_head_dim=128, sliding_window=96,
-        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, vocab_size_per_layer_input=512,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="different head_dim"), engine(tmp_path, "int8", **SKIP_TOKENIZER):
-        pass
 
 
 def test_models_run_by_transformers_have_a_rotary_embedding_too(tmp_path: Path) -> None:

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import LLAMA, model_folder
+from layer_cases import attention_layer, engine_config
 from transformers import AutoConfig, GPTNeoXConfig, HeliumConfig, Qwen2Config, SmolLM3Config
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.helium import modeling_helium
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvserve.checks import ServeOptions, UnsupportedError, check_cache_dtype, check_model, window_of
 from kvserve.cli import launch, main
 from kvserve.engine import rotary
 from kvserve.engine.rotary import model_rotary, transformers_rotary
+from kvserve.engine.settings import EngineSettings
 from kvserve.policies.loading import load_policy
 
 MISTRAL = {
@@ -98,6 +102,40 @@ def test_the_model_is_checked_as_vllm_configures_it_before_it_is_loaded(
             launch.check_resolved_model(args, load_policy("snapkv"))
     else:
         launch.check_resolved_model(args, load_policy("snapkv"))
+
+
+def test_a_window_layer_is_refused_as_it_is_built_or_has_no_window(tmp_path: Path) -> None:
+    """Whatever the model's configuration says: these are the windows that its code asks for."""
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL, "sliding_window": None}))
+    config = engine_config(tmp_path, "snapkv")
+    with set_current_vllm_config(config):
+        layer = attention_layer(config, "model.layers.0.attn", per_layer_sliding_window=1024)
+        assert layer.impl.attention.spec.sliding_window is None
+        backend = layer.get_attn_backend()
+        windowed, plain = (
+            backend.customize_spec(kind(block_size=64, num_kv_heads=2, head_size=64, dtype=torch.float32, **window))
+            for kind, window in ((SlidingWindowSpec, {"sliding_window": 1024}), (FullAttentionSpec, {}))
+        )
+        assert windowed == plain
+        with pytest.raises(UnsupportedError, match=r"last 1,023 tokens only.*--max-model-len 1023"):
+            attention_layer(config, "model.layers.1.attn", per_layer_sliding_window=1023)
+    config = engine_config(tmp_path, "kivi-2bit")
+    with set_current_vllm_config(config):
+        layer = attention_layer(config, "model.layers.0.attn", per_layer_sliding_window=96)
+        assert layer.impl.attention.spec.sliding_window == 96
+
+
+@pytest.mark.parametrize("heads", [{"global_head_dim": 128}, {"per_layer_config": {"1": {"head_dim": 128}}}])
+def test_what_a_model_lacks_is_named_before_what_vllm_set_because_of_it(heads: dict[str, Any]) -> None:
+    """vLLM itself sets another attention backend for Gemma 4's layers of different head_dim."""
+    config = VllmConfig(additional_config={"kvserve": {"policy": "int8"}})
+    config.cache_config.block_size = 64
+    config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+    content = {**MISTRAL, "model_type": "gemma4_text", "head_dim": 64, **heads}
+    model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: content), max_model_len=1024)
+    object.__setattr__(config, "model_config", model)
+    with pytest.raises(UnsupportedError, match="layers, of different head_dim"):
+        EngineSettings.from_vllm_config(config)
 
 
 # The cache's dtype

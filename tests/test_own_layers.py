@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import MIB, engine
+from layer_cases import attention_layer, engine_config
 from tiny_models import make_tiny_model
-from vllm import ModelRegistry
-from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -72,30 +69,17 @@ def test_layers_with_another_backend_are_counted_and_named(layers: list[Layer], 
         check_own_layers(config_of(*layers), KvserveImpl)
 
 
-class OwnBackendLlama(LlamaForCausalLM):
-    """Llama whose second layer names vLLM's own CPU backend."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        attention, config = self.model.layers[1].self_attn, get_current_vllm_config()
-        name = attention.attn.layer_name
-        del config.compilation_config.static_forward_context[name]
-        attention.attn = Attention(
-            attention.num_heads, attention.head_dim, attention.scaling, num_kv_heads=attention.num_kv_heads,
-            cache_config=config.cache_config, prefix=name, attn_backend=CPUAttentionBackend,
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize("policy", ["kivi-2bit", "none"])
-def test_a_model_that_names_a_backend_for_one_layer_is_refused(tmp_path: Path, policy: str) -> None:
-    ModelRegistry.register_model("OwnBackendLlama", OwnBackendLlama)
-    model = make_tiny_model("llama-gqa-64", tmp_path)
-    overrides = {"architectures": ["OwnBackendLlama"]}
-    with (
-        pytest.raises(UnsupportedError, match="1 of the 2 layers with a KV cache bring their own attention backend"),
-        engine(model, policy, hf_overrides=overrides, skip_tokenizer_init=True, kv_cache_memory_bytes=8 * MIB),
-    ):
-        pass
+def test_a_model_that_names_a_backend_for_one_layer_is_refused_when_its_weights_are_there(
+    tmp_path: Path, policy: str
+) -> None:
+    config = engine_config(make_tiny_model("llama-gqa-64", tmp_path), policy)
+    with set_current_vllm_config(config):
+        own = attention_layer(config, "model.layers.0.self_attn.attn")
+        own.process_weights_after_loading(torch.float32)
+        attention_layer(config, "model.layers.1.self_attn.attn", attn_backend=CPUAttentionBackend)
+        with pytest.raises(UnsupportedError, match=r"1 of the 2 layers .*\(model.layers.1.self_attn.attn: CPU_ATTN\)"):
+            own.process_weights_after_loading(torch.float32)
 
 
 class Engine:
