@@ -21,6 +21,7 @@ from kvserve.engine.backend import KvserveImpl, backend_for
 from kvserve.engine.endpoint import ReadyEndpoint
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.probe_worker import ProbeWorker
+from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.self_test import EXTENSION_PATH, SelfTestError
 from kvserve.engine.settings import EngineSettings
 from kvserve.policies.loading import load_policy
@@ -88,9 +89,13 @@ class Engine:
     def __init__(self, reasons: list[str | None]) -> None:
         self.reasons = reasons
         self.vllm_config = SimpleNamespace(
-            parallel_config=SimpleNamespace(worker_extension_cls=EXTENSION_PATH), additional_config={},
+            parallel_config=SimpleNamespace(worker_extension_cls=EXTENSION_PATH, data_parallel_size=1),
+            additional_config={}, cache_config=SimpleNamespace(num_gpu_blocks=100),
             model_config=SimpleNamespace(get_head_size=lambda: 64, max_model_len=1024),
         )  # fmt: skip
+
+    async def check_health(self) -> None:
+        pass
 
     async def collective_rpc(self, method: str) -> list[str | None]:
         assert method == "kvserve_check_layers"
@@ -99,6 +104,7 @@ class Engine:
 
 def test_a_server_asks_its_workers_whether_any_layer_is_kvserves(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = EngineSettings(load_policy("int8"), 64, torch.bfloat16)
+    monkeypatch.setattr(RequestCheck, "server", RequestCheck.server)  # which the endpoint sets
     monkeypatch.setattr(EngineSettings, "from_vllm_config", lambda config: settings)
     worker = ProbeWorker()
     worker.vllm_config = config_of(Layer(KvserveImpl))

@@ -64,7 +64,8 @@ class ReadyEndpoint:
             self.policy = settings.policy
             RequestCheck.server = self
             if config.parallel_config.worker_extension_cls == EXTENSION_PATH:
-                for reason in filter(None, await engine_client.collective_rpc("kvserve_check_layers")):
+                found = await while_alive(engine_client, engine_client.collective_rpc("kvserve_check_layers"))
+                for reason in filter(None, found):
                     raise SelfTestError(reason)
             if is_requested(config) and why_not(config) is None:
                 report = await while_alive(engine_client, run_self_test(engine_client, settings))
