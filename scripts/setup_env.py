@@ -227,8 +227,8 @@ def install_default_model(installed: dict) -> None:
 
 def default_model_ready() -> bool:
     code = (
-        "import sys; from kvserve.default_model import default_model_path;"
-        "sys.exit(not (default_model_path() / 'model.safetensors').exists())"
+        "import sys; from kvserve.default_model import default_model_path, is_converted;"
+        "sys.exit(not is_converted(default_model_path()))"
     )
     return subprocess.run([str(VENV_PYTHON), "-c", code], cwd=ROOT).returncode == 0
 

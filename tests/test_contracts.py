@@ -600,3 +600,15 @@ def test_a_workers_heads_are_those_from_its_share_of_the_models_on(heads: int, w
     model = SimpleNamespace(get_total_num_kv_heads=lambda: heads)
     parallel = [SimpleNamespace(rank=rank, tensor_parallel_size=workers) for rank in range(workers)]
     assert [first_kv_head(SimpleNamespace(model_config=model, parallel_config=each)) for each in parallel] == first
+
+
+def test_max_new_tokens_of_a_model_is_a_default_and_no_limit() -> None:
+    from vllm.entrypoints.openai.chat_completion import serving
+    from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+
+    def tokens(asked: int | None) -> int:
+        return get_max_tokens(8192, asked, 37, {"max_tokens": 512})
+
+    assert [tokens(None), tokens(100), tokens(2000), tokens(9000)] == [512, 100, 2000, 8192 - 37]
+    # A limit for all requests comes from --override-generation-config or a folder named by --generation-config only.
+    assert 'if mc.generation_config not in ("auto", "vllm")' in inspect.getsource(serving)

@@ -6,9 +6,11 @@ The server's pool is so small that a handful of concurrent requests preempt each
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -59,6 +61,18 @@ def test_chat_answers_correctly(client: OpenAI) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=40)
     assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_the_question_in_readme_is_answered_as_readme_says(base_url: str) -> None:
+    """README's own request, which leaves sampling and length to the server."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (body,) = re.findall(r"^curl [^\n]*/v1/chat/completions -H '[^']*' -d '(.*?)'$", readme, re.MULTILINE | re.DOTALL)
+    (quoted,) = re.findall(r'^The answer is "(.*?)"', readme, re.MULTILINE)
+    assert set(json.loads(body)) == {"model", "messages"}
+    for _ in range(10):
+        response = httpx.post(f"{base_url}/v1/chat/completions", json=json.loads(body), timeout=300).json()
+        (choice,) = response["choices"]
+        assert choice["finish_reason"] == "stop" and choice["message"]["content"] == quoted
 
 
 def test_a_streamed_answer_is_the_unstreamed_one(client: OpenAI) -> None:
