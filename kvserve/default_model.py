@@ -103,9 +103,7 @@ def _convert(source: Path, target: Path) -> None:
     _tokenizer(source, config.max_position_embeddings).save_pretrained(target)
     stamp = target / STAMP_FILE
     stamp.write_text(json.dumps(_stamp()) + "\n", encoding="utf-8")
-    for (
-        file
-    ) in target.iterdir():  # safetensors' is its owner's only; an image may serve another user
+    for file in target.iterdir():  # safetensors' is its owner's only; an image may serve another user
         file.chmod(stamp.stat().st_mode)
 
 
