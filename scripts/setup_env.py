@@ -200,7 +200,7 @@ def install_kvserve(installed: dict) -> None:
         pip("install", "setuptools>=77,<82")
     started = time.monotonic()
     # No build isolation: the build needs g++ and setuptools only, and nothing is downloaded for it.
-    pip("install", "--no-build-isolation", "--editable", f"{ROOT}[test,model,bench]")
+    pip("install", "--no-build-isolation", "--editable", f"{ROOT}[test,model,bench,release]")
     STAMP.write_text(digest)
     step(f"kvserve installed in {time.monotonic() - started:.0f} s")
 

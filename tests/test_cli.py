@@ -78,6 +78,14 @@ def test_kernels_of_another_device_are_refused(asked, device, part, monkeypatch)
         choose_kernels(asked, device)
 
 
+@pytest.mark.parametrize("asked", ["auto", "native"])
+def test_a_cpu_is_refused_where_the_cpu_kernels_were_not_built(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvserve.native.LIBRARY_DIR", tmp_path)
+    with pytest.raises(UnsupportedError, match=f"--kernels {asked} needs the CPU kernels.*KVSERVE_NO_NATIVE"):
+        choose_kernels(asked, "cpu")
+    assert choose_kernels("auto", "cuda") == "triton"
+
+
 def test_the_interpreter_runs_the_triton_kernels_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernels("triton", "cpu") == "triton"

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import platform
-import sysconfig
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -40,6 +39,7 @@ from kvserve.attention.structs import (
     kvs_received,
     kvs_rows,
 )
+from kvserve.native import LIBRARY_DIR, library_path
 from kvserve.pages.kept import (
     NOT_KEPT,
     Header,
@@ -50,7 +50,6 @@ from kvserve.pages.kept import (
 )
 from kvserve.pages.layout import PageLayout
 
-LIBRARY_DIR = Path(__file__).resolve().parent.parent / "native"
 ISA_VARIABLE = "KVSERVE_ISA"
 # Best first; the CPU flags (as /proc/cpuinfo spells them) that each needs.
 ISA_FLAGS = {
@@ -281,11 +280,6 @@ def choose_isa() -> str:
         missing = ", ".join(sorted(ISA_FLAGS[wanted] - _cpu_flags()))
         raise RuntimeError(f"{ISA_VARIABLE}={wanted} is not supported by this CPU, which lacks {missing}")
     return wanted
-
-
-def library_path(isa: str) -> Path:
-    """Where setup.py puts the library of one instruction set."""
-    return LIBRARY_DIR / f"_{isa}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @functools.cache
