@@ -52,6 +52,16 @@ def test_config_with_an_equals_sign_is_given_to_vllm_in_the_form_it_reads(starte
     assert started[0][2] == ["--config", "server.yaml"]
 
 
+def test_the_environment_names_the_policy_where_the_command_line_does_not(started, refusal, monkeypatch):
+    monkeypatch.setenv("KVSERVE_POLICY", "kivi-2bit")
+    assert main(["serve", "--model", "somewhere/model"]) == 0
+    assert main(["serve", "--policy", "int8"]) == 0
+    assert [call[0].name for call in started] == ["kivi-2bit", "int8"]
+    started.clear()
+    monkeypatch.setenv("KVSERVE_POLICY", "")
+    assert "--policy is missing" in refusal("serve")
+
+
 # Kernels
 
 

@@ -28,6 +28,7 @@ from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 
+POLICY_VARIABLE = "KVSERVE_POLICY"  # for command lines without --policy, as of containers
 _SHORT_NAMES = {
     "-sc": "speculative_config",
     "-dcp": "decode_context_parallel_size",
@@ -61,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         from kvserve.cli.launch import print_vllm_help
 
         return print_vllm_help(request.vllm_arguments)
+    request.policy = request.policy or os.environ.get(POLICY_VARIABLE) or None
     if request.policy is None:
         raise UsageError(
             f"--policy is missing; choose one of {', '.join(policy_names())}, or the path of a YAML file "
