@@ -20,6 +20,10 @@ from pydantic_core import ErrorDetails
 
 from kvserve.policies.base import Policy
 from kvserve.policies.registry import policy_names, shipped_path
+from kvserve.policies.yaml_text import parse
+from kvserve.text_files import UnreadableError, one_line, read_text
+
+MAX_FILE_BYTES = 64 * 2**10  # the longest shipped policy has one of them
 
 _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
 _PARTS = ("scorer", "budget", "schedule")
@@ -28,7 +32,10 @@ _CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages")
 
 
 class PolicyError(ValueError):
-    """A policy that cannot be used; the message says why and what to do."""
+    """A policy that cannot be used; the message says in one line why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def load_policy(name_or_path: str, overrides: Sequence[str] = ()) -> Policy:
@@ -102,35 +109,20 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in policy_names():
         return shipped_path(name_or_path)
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
-        return Path(name_or_path).expanduser()
+        return Path(name_or_path)
     raise PolicyError(
         f"there is no policy {name_or_path!r}{_did_you_mean(name_or_path, policy_names())}; "
         f"the policies are {', '.join(policy_names())}, or give the path of a YAML file"
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                mark = key_node.start_mark
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key_node.value!r}", problem_mark=mark)
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PolicyError(f"cannot read the policy file {path}: {reason}") from None
+        text = read_text(path, MAX_FILE_BYTES)
+    except UnreadableError as error:
+        raise PolicyError(f"cannot read the policy file {path}: {error}") from None
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        content = parse(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise PolicyError(f"{path}, line {line}: not valid YAML ({error.problem})") from None
@@ -167,11 +159,15 @@ def _layer_codec(index: Any, codec: Any) -> Any:
 def _apply_override(content: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted.strip():
-        raise PolicyError(f"--policy-set takes key=value, for example sink_tokens=0 or key.bits=4, got {override!r}")
+        raise PolicyError(
+            f"--policy-set takes key=value, for example sink_tokens=0 or key.bits=4, got {override!r:.60}"
+        )
     try:
-        value = yaml.safe_load(text)
+        if len(text) > MAX_FILE_BYTES:
+            raise yaml.YAMLError
+        value = parse(text)
     except yaml.YAMLError:
-        raise PolicyError(f"--policy-set {override}: the value is not a number, true, false or a word") from None
+        raise PolicyError(f"--policy-set {override:.60}: the value is not a number, true, false or a word") from None
     _set(content, re.sub(r"-(?!\d)", "_", dotted.strip()), value)  # layers.-1 is the last layer
 
 
@@ -227,6 +223,8 @@ def _sentence(error: ErrorDetails) -> str:
     dotted = ".".join(part for part in error["loc"] if isinstance(part, str))  # without places in lists
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
+    if error["type"] == "invalid_key":
+        return f"unknown key {_show(error['input'])}; keys are words"
     if error["loc"][0] == "layers" and (len(error["loc"]) > 1 or error["type"] == "tuple_type"):
         return (
             f"{dotted} is {_show(error['input'])}; layers takes the name of a policy, dense, or key and value for each "
@@ -257,7 +255,10 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 def _show(value: Any) -> str:
     if value is None:
         return "empty"
-    return str(value).lower() if isinstance(value, bool) else f"{value!r:.60}"
+    try:
+        return str(value).lower() if isinstance(value, bool) else f"{value!r:.60}"
+    except (ValueError, RecursionError):  # a JSON policy may bring numbers and depths that Python does not print
+        return "something too large to show"
 
 
 def _allowed(dotted: str) -> str:

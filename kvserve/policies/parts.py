@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from kvserve.budgets.registry import make_budget
 from kvserve.schedules.registry import make_schedule
 from kvserve.scorers.registry import make_scorer
@@ -18,6 +20,11 @@ def make_part(kind: str, content: Any) -> Any:
     Raises:
         ValueError: unknown name or parameter, or a value out of range.
     """
+    if isinstance(content, BaseModel):
+        return content  # made before
     if not isinstance(content, str | Mapping):
-        return content
+        raise ValueError(
+            f"eviction.{kind} is {content!r:.60}, it must be the name of a {kind}, or a mapping with its name and "
+            "parameters"
+        )
     return _MAKERS[kind]({"name": content} if isinstance(content, str) else content)
