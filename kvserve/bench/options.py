@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kvserve.bench.engines import STOCK
 from kvserve.bench.machine import this_machine
 from kvserve.bench.server_options import ServerSizes, add_options, server_sizes
 from kvserve.cli.main import UsageError
+from kvserve.cli.parser import MAX_SEED, Parser, output_file, text_of, whole
 from kvserve.policies.loading import PolicyError, load_policy
 from kvserve.policies.registry import policy_names
 
@@ -77,20 +78,17 @@ class Options:
     out: Path | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise OptionError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options with their help."""
-    parser = _Parser(prog="kvserve bench", description="Measure stock vLLM and kvserve's policies side by side.")
+    parser = Parser(prog="kvserve bench", description="Measure stock vLLM and kvserve's policies side by side.")
     parser.add_argument("--model", help="Hugging Face folder; default: the small model that needs no download")
     parser.add_argument(
         "--policies", default=DEFAULT_POLICIES, help="comma separated, NAME@RATE sets a rate; default: %(default)s"
     )
-    parser.add_argument("--context", type=int, help="tokens of long prompts; default: 4096, with --quick 512")
-    parser.add_argument("--sequences", type=int, help="decoding together, in operator and step; default: 8")
+    parser.add_argument(
+        "--context", type=whole(1, 2**24), help="tokens of long prompts; default: 4096, with --quick 512"
+    )
+    parser.add_argument("--sequences", type=whole(1, 2**16), help="decoding together, in operator and step; default: 8")
     parser.add_argument("--suite", default="all", help=f"all, which leaves out server, or some of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, help="of every timing; default: 5, with --quick 1")
     parser.add_argument(
@@ -103,9 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, measures little")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--compile", action="store_true", help="run all engines with torch.compile; default: eager")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0)
     parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
-    parser.add_argument("--out", type=Path, help="result file, or a folder: MACHINE-SUITE.json in it")
+    parser.add_argument("--out", type=output_file, help="result file, or a folder: MACHINE-SUITE.json in it")
     add_options(parser)
     return parser
 
@@ -208,17 +206,9 @@ def read_text(path: Path | None) -> str | None:
     """The content of --text; None where it was not given.
 
     Raises:
-        OptionError: it cannot be read, or is empty.
+        UsageError: it cannot be read, or is empty.
     """
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read --text {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    if not text.strip():
-        raise OptionError(f"--text {path} is empty")
-    return text
+    return None if path is None else text_of(path, "--text")
 
 
 def public_argv(argv: Sequence[str]) -> list[str]:

@@ -10,17 +10,21 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kvserve.checks import check_stages, choose_kernels
+from kvserve.cli.address import OPEN_HOSTS
 from kvserve.cli.main import UsageError
+from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_content
+from kvserve.text_files import one_line
 
 PLUGIN_NAME = "kvserve"
 _PLUGIN_GROUPS = (
@@ -30,32 +34,32 @@ _PLUGIN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 _VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
+OWN_LEVEL = "KVSERVE_LOG_LEVEL"  # of kvserve's lines (kvserve/engine/log.py)
 RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 # Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
 
 def launch(
-    policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto", self_test: bool = True
+    policy: Policy, overrides: Sequence[str], arguments: Sequence[str], kernels: str = "auto", self_test: bool = True,
+    verbose: bool = False,
 ) -> int:  # fmt: skip
     """Serve until stopped.
 
     Args:
         kernels: attention kernels, a name of `kvserve.checks.KERNELS` or "auto".
         self_test: whether the server tests its cache before it answers (kvserve/engine/self_test.py).
+        verbose: whether vLLM's own log lines below WARNING are shown, and the traceback of what ends the server.
 
     Returns:
-        1 where the self-test failed.
+        0: stopped by a signal; 1: the self-test or the engine failed; 2: vLLM refused its configuration.
 
     Raises:
         UsageError, UnsupportedError: the checks, repeated on what vLLM parsed.
     """
+    choose_log_levels(verbose)
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"), _discovered_plugins())
-    _look_like_vllm_serve(arguments)
-    parser = _parser()
-    # None: not given, neither here nor in a --config file.
-    parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
-    args = parser.parse_args(list(arguments))
+    args = _parse(arguments)
     from kvserve.engine.device import device_type
 
     choose_kernels(kernels, device_type())
@@ -63,24 +67,103 @@ def launch(
     check_resolved_model(args, policy)
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
-    print(f"kvserve: serving {args.model} with policy {policy.name}{changed}", file=sys.stderr, flush=True)
+    say(f"serving {args.model} with policy {policy.name}{changed}")
+    for warning in (open_to_all(args), pinned_beside(device_type())):
+        if warning:
+            say(warning)
+    return _serve(args, verbose)
 
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """vLLM's parsed arguments.
+
+    Raises:
+        UsageError: its parser, or its checks of single arguments, refuse them.
+    """
+    _look_like_vllm_serve(arguments)
+    parser = _parser()
+    # None: not given, neither here nor in a --config file.
+    parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    try:
+        args: argparse.Namespace = parser.parse_args(list(arguments))
+        validate_parsed_serve_args(args)
+    except UsageError:
+        raise
+    except Exception as error:  # vLLM's parser reads files and JSON, and raises whatever comes
+        raise UsageError(describe(error)) from error
+    return args
+
+
+def _serve(args: argparse.Namespace, verbose: bool) -> int:
+    """Run vLLM's server; the exit code."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
+    from kvserve.engine.lifetime import engine_died
+
     cli_env_setup()
     configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
-    from kvserve.engine.self_test import SelfTestError
-
     try:
         ServeSubcommand.cmd(args)
-    except SelfTestError as error:
-        print(f"kvserve: error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # vLLM raises it for SIGTERM, too, while it starts
+        say("stopped before it was ready")
+        return 130
+    except Exception as error:
+        if verbose:
+            traceback.print_exception(error)
+        say(f"error: {describe(error)}")
+        return 2 if refused_before_start(error) else 1
+    if engine_died():
+        say("error: the engine died, so the server ended; its log above says why")
         return 1
     return 0
+
+
+def refused_before_start(error: BaseException) -> bool:
+    """Whether vLLM raised `error` while it made its configuration or opened its port: no engine was started."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name in ("create_engine_config", "setup_server") for frame, _ in frames)
+
+
+def describe(error: BaseException) -> str:
+    """What an exception of vLLM's says, in one line; of pydantic's errors the first, without its address."""
+    errors = getattr(error, "errors", None)
+    try:
+        first = errors()[0] if callable(errors) else None
+    except (TypeError, IndexError):
+        first = None
+    if isinstance(first, Mapping) and "msg" in first:
+        where = ".".join(str(part) for part in first.get("loc", ()))
+        text = f"{where}: {first['msg']}" if where else str(first["msg"])
+    else:
+        text = str(error)
+    return one_line(text.removeprefix("Value error, ")) or type(error).__name__
+
+
+def say(line: str) -> None:
+    """One line of kvserve's own on stderr."""
+    print(f"kvserve: {one_line(line)}", file=sys.stderr, flush=True)
+
+
+def choose_log_levels(verbose: bool) -> None:
+    """Show kvserve's lines and vLLM's warnings, unless the user chose a level. Every process reads these variables."""
+    if verbose or "VLLM_LOGGING_LEVEL" in os.environ or "VLLM_LOGGING_CONFIG_PATH" in os.environ:
+        return
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ.setdefault(OWN_LEVEL, "INFO")
+
+
+def open_to_all(args: argparse.Namespace) -> str | None:
+    """A warning where everyone who reaches this machine may use the server; None: nobody else can, or by a key only."""
+    if args.host not in OPEN_HOSTS or args.uds or args.api_key or os.environ.get("VLLM_API_KEY"):
+        return None
+    return (
+        f"warning: port {args.port} is open to everyone who reaches this machine; --host 127.0.0.1 keeps it local, "
+        "--api-key KEY asks for a key"
+    )
 
 
 def configure(
@@ -160,12 +243,12 @@ def _configure_cpu(args: argparse.Namespace) -> None:
         args.dtype = "auto"
         if not cpu_has_bfloat16():
             args.dtype = "float32"
-            print("kvserve: this CPU has no bfloat16 arithmetic, using --dtype float32", file=sys.stderr, flush=True)
+            say("this CPU has no bfloat16 arithmetic, using --dtype float32")
     if args.enforce_eager is None:
         # Seen with vllm-cpu 0.32.0, stock attention, bfloat16, GCC 12 and SmolLM2-135M: compiled, the model wrote
         # nonsense; eager, or compiled in float32, it answered. Compiling also takes minutes.
         args.enforce_eager = True
-        print("kvserve: not using torch.compile; --no-enforce-eager turns it on", file=sys.stderr, flush=True)
+        say("not using torch.compile; --no-enforce-eager turns it on")
     _keep_seeds_apart(args)
     check_stages(args.pipeline_parallel_size, "cpu", is_compiled=not args.enforce_eager)
     if args.kv_transfer_config and RESERVED_CORES not in os.environ:
@@ -217,7 +300,7 @@ def _size_the_pool(args: argparse.Namespace) -> None:
         workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
         args.kv_cache_memory_bytes = pool_bytes(_free_memory_bytes(), workers)
         size = f"{args.kv_cache_memory_bytes / 2**30:.1f} GiB"
-        print(f"kvserve: KV cache of {size}, change it with --kv-cache-memory-bytes", file=sys.stderr, flush=True)
+        say(f"KV cache of {size}, change it with --kv-cache-memory-bytes")
 
 
 def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
@@ -263,8 +346,12 @@ def _parser() -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message}; `kvserve serve --help=all` lists vLLM's options")
+
     usage = "kvserve serve --policy POLICY [options]"
-    return make_arg_parser(FlexibleArgumentParser(prog="kvserve serve", usage=usage))
+    return make_arg_parser(Parser(prog="kvserve serve", usage=usage))
 
 
 def _look_like_vllm_serve(arguments: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,29 +11,57 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvserve.cli.main import UsageError
+from kvserve.cli.parser import Parser, whole
+from kvserve.cli.serve import split_arguments
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import configs_dir, policy_names
 
+DESCRIPTION = """\
+List the policies, or explain one.
+
+policy options: --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
+"""
 CONTEXT = 4096
+HEAD_DIMS = (64, 128)
+PIPED_WIDTH = 110
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the table, or explain the policy named in `arguments`."""
-    parser = argparse.ArgumentParser(prog="kvserve policies", description="List the policies, or explain one.")
-    parser.add_argument("policy", nargs="?", help="a name, or the path of a YAML file")
-    parser.add_argument("--policy-set", action="append", default=[], metavar="KEY=VALUE", help="change one value")
-    parser.add_argument("--head-dim", type=int, default=128, help="of the model (default: %(default)s)")
-    parser.add_argument("--num-layers", type=int, default=32, help="of the model (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    if args.policy is None and args.policy_set:
-        parser.error("--policy-set needs the policy it changes: kvserve policies NAME --policy-set KEY=VALUE")
-    console = _console()
-    if args.policy is None:
-        _print_table(console)
+    """Print the table, or explain the policy named in `arguments`.
+
+    Raises:
+        UsageError, PolicyError, UnsupportedError: it cannot be explained.
+    """
+    request = split_arguments(arguments, policy_only=True)
+    args = _parser().parse_args([*request.vllm_arguments, *(["--help"] if request.wants_help else [])])
+    name = args.policy or request.policy
+    if args.policy and request.policy not in (None, args.policy):
+        raise UsageError(f"two policies were named, {args.policy:.60} and {request.policy:.60}; keep one")
+    if name is None and request.overrides:
+        raise UsageError("--policy-set needs the policy it changes: kvserve policies NAME --policy-set KEY=VALUE")
+    if name is not None:
+        if args.json or args.wide:
+            raise UsageError("--json and --wide are for the table; leave out the policy's name")
+        _explain(_console(), load_policy(name, request.overrides), args.head_dim, args.num_layers)
+    elif args.json:
+        print(json.dumps([_figures(policy) for policy in _sorted_policies()], indent=1))
     else:
-        _explain(console, load_policy(args.policy, args.policy_set), args.head_dim, args.num_layers)
+        _print_table(_console(), args.wide)
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="kvserve policies", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("policy", nargs="?", help="a name, NAME@RATE, or the path of a YAML file")
+    parser.add_argument("--head-dim", type=whole(1, 4096), default=128, help="of the model (default: %(default)s)")
+    parser.add_argument("--num-layers", type=whole(1, 10_000), default=32, help="of the model (default: %(default)s)")
+    parser.add_argument("--wide", action="store_true", help="the table with both head_dims and the papers")
+    parser.add_argument("--json", action="store_true", help="the table for programs")
+    return parser
 
 
 def context_ratio(layout: Any, num_tokens: int = CONTEXT) -> float:
@@ -43,10 +72,10 @@ def context_ratio(layout: Any, num_tokens: int = CONTEXT) -> float:
     return float(sixteen_bit / (held_blocks(layout, num_tokens) * layout.cell_bytes))
 
 
-def _console() -> Console:
+def _console(width: int = PIPED_WIDTH) -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)  # piped: one line per row, whatever $COLUMNS says
+        console = Console(highlight=False, width=width)  # piped: the same lines whatever $COLUMNS says
     return console
 
 
@@ -58,30 +87,60 @@ def _layout(policy: Policy, head_dim: int, num_layers: int = 1) -> Any:
     return PageLayout.build(policy, head_dim, policy.tile_tokens, torch.bfloat16, num_layers=num_layers)
 
 
-def _print_table(console: Console) -> None:
+def _sorted_policies() -> list[Policy]:
+    """The shipped policies, those of most bits first."""
     policies = [load_policy(name) for name in policy_names()]
-    policies.sort(key=lambda policy: (-_layout(policy, 128).bits_per_element(), policy.name))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("policy", no_wrap=True)
-    for head_dim in (64, 128):
-        table.add_column(f"bits/element\nhead_dim {head_dim}", justify="right")
-    for head_dim in (64, 128):
-        table.add_column(f"capacity\nhead_dim {head_dim}", justify="right")
-    table.add_column("what it keeps")
-    table.add_column("paper")
-    for policy in policies:
-        layouts = [_layout(policy, head_dim) for head_dim in (64, 128)]
-        bits = [f"{layout.bits_per_element():.2f}" for layout in layouts]
-        ratios = [f"{context_ratio(layout):.2f}x" for layout in layouts]
-        table.add_row(policy.name, *bits, *ratios, policy.summary, policy.paper or "-")
-    console.print(table)
+    return sorted(policies, key=lambda policy: (-_layout(policy, 128).bits_per_element(), policy.name))
+
+
+def _figures(policy: Policy) -> dict[str, Any]:
+    """One row of the table; numbers by head_dim."""
+    layouts = {head_dim: _layout(policy, head_dim) for head_dim in HEAD_DIMS}
+    return {
+        "policy": policy.name,
+        "bits_per_element": {str(head_dim): layout.bits_per_element() for head_dim, layout in layouts.items()},
+        "capacity": {str(head_dim): context_ratio(layout) for head_dim, layout in layouts.items()},
+        "evicts": policy.eviction is not None,
+        "summary": policy.summary,
+        "paper": policy.paper or None,
+    }
+
+
+def _print_table(console: Console, wide: bool) -> None:
+    """One line per policy; `wide` has every column, however long its lines get."""
+    head_dims = HEAD_DIMS if wide else HEAD_DIMS[-1:]
+    rows = []
+    for figures in map(_figures, _sorted_policies()):
+        bits = [f"{figures['bits_per_element'][str(head_dim)]:.2f}" for head_dim in head_dims]
+        ratios = [f"{figures['capacity'][str(head_dim)]:.2f}x" for head_dim in head_dims]
+        rows.append([figures["policy"], *bits, *ratios, figures["summary"], *([figures["paper"] or "-"] * wide)])
+    of = [f" at {head_dim}" if wide else "" for head_dim in head_dims]
+    names = ["policy", *(f"bits{text}" for text in of), *(f"capacity{text}" for text in of), "what it keeps"]
+    for line in _aligned([[*names, *(["paper"] * wide)], *rows], numbers=2 * len(head_dims)):
+        console.print(line if wide else _cut(line, console.width), soft_wrap=True, markup=False)
     console.print(
-        f"\nbits/element: one sealed K or V element, scales included. capacity: requests of {CONTEXT} tokens\n"
-        "that fit, relative to a 16-bit cache; dense tail and sinks counted, prompts evicted where the policy evicts.\n"
-        "`kvserve policies NAME` explains one.\n"
+        f"\nbits: of one sealed K or V element, scales included{'' if wide else f', at head_dim {HEAD_DIMS[-1]}'}.\n"
+        f"capacity: requests of {CONTEXT} tokens that fit, relative to a 16-bit cache; dense tail and sinks counted,\n"
+        "prompts evicted where the policy evicts. `kvserve policies NAME` explains one; --wide and --json print more.\n"
         f"Files: {configs_dir()}",
         soft_wrap=True,
     )
+
+
+def _aligned(rows: list[list[str]], numbers: int) -> list[str]:
+    """Rows as lines; the columns 1 to `numbers` end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if 1 <= place <= numbers else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: max(width - 1, 1)] + "…"
 
 
 def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -> None:

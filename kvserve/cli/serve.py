@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from kvserve.checks import (
     KERNELS,
@@ -21,23 +22,38 @@ from kvserve.checks import (
     num_layers_of,
     text_config,
 )
+from kvserve.cli.address import check_address
 from kvserve.cli.main import UsageError, print_help
+from kvserve.cli.model_folder import check_model_files, read_model_config
 from kvserve.compat import check_vllm_version
+from kvserve.default_model import check_default_model
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
+from kvserve.policies.yaml_text import parse as parse_yaml
+from kvserve.text_files import UnreadableError, read_text
+
+MAX_CONFIG_BYTES = 2**20  # of --config
 
 POLICY_VARIABLE = "KVSERVE_POLICY"  # for command lines without --policy, as of containers
 _SHORT_NAMES = {
+    "-tp": "tensor_parallel_size",
+    "-pp": "pipeline_parallel_size",
+    "-dp": "data_parallel_size",
     "-sc": "speculative_config",
     "-dcp": "decode_context_parallel_size",
     "-pcp": "prefill_context_parallel_size",
 }
-_NUMBERS = {
-    *("block_size", "kv_offloading_size", "decode_context_parallel_size", "prefill_context_parallel_size"),
-    "max_model_len",
+# Numbers that are refused before vLLM is loaded, and the least that each takes. Other options are vLLM's to judge.
+_LEAST = {
+    **dict.fromkeys(("port", "kv_offloading_size"), 0),
+    **dict.fromkeys(("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"), 1),
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_model_len"), 1),
+    **dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), 1),
 }
+_MOST = {"port": 65535}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # vLLM's
 
 
 @dataclass
@@ -48,6 +64,7 @@ class ServeRequest:
     overrides: list[str] = field(default_factory=list)
     kernels: str | None = None
     self_test: bool = True
+    verbose: bool = False
     vllm_arguments: list[str] = field(default_factory=list)
     wants_help: bool = False
 
@@ -65,52 +82,56 @@ def run(arguments: Sequence[str]) -> int:
     request.policy = request.policy or os.environ.get(POLICY_VARIABLE) or None
     if request.policy is None:
         raise UsageError(
-            f"--policy is missing; choose one of {', '.join(policy_names())}, or the path of a YAML file "
-            "(--policy none keeps the cache uncompressed)"
+            f"--policy is missing{_meant(request.vllm_arguments)}; choose one of {', '.join(policy_names())}, or the "
+            "path of a YAML file (--policy none keeps the cache uncompressed)"
         )
     policy = load_policy(request.policy, request.overrides)
     check_vllm_version()
-    check_arguments(scan_options(request.vllm_arguments), policy)
+    options = scan_options(request.vllm_arguments)
+    check_arguments(options, policy)
+    check_address(options)
+    if not options.get("model"):
+        check_default_model()
 
     from kvserve.cli.launch import launch
 
-    return launch(policy, request.overrides, request.vllm_arguments, request.kernels or "auto", request.self_test)
+    return launch(
+        policy, request.overrides, request.vllm_arguments, request.kernels or "auto", request.self_test, request.verbose
+    )
 
 
-def split_arguments(arguments: Sequence[str]) -> ServeRequest:
+def _meant(arguments: Sequence[str]) -> str:
+    """A guess which of vLLM's supposed options was meant to be --policy."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    close = difflib.get_close_matches("--policy", names, n=1)
+    return f", did you mean it instead of {close[0]}" if close else ""
+
+
+def split_arguments(arguments: Sequence[str], policy_only: bool = False) -> ServeRequest:
     """Take kvserve's options out of a command line and leave the others in order.
+
+    Args:
+        policy_only: take the options that make up a policy; those of the server are left to the command's own parser.
 
     Raises:
         UsageError: an option without its value, or two different policies.
     """
-    request = ServeRequest()
+    request, own = ServeRequest(), _POLICY_OPTIONS if policy_only else _EXAMPLES
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
-        if name in _EXAMPLES:
+        if name in own:
             if not equals:
                 value = next(rest, "")
             if not value or value.startswith("--"):
                 raise UsageError(f"{name} needs a value, for example {_EXAMPLES[name]}")
-            if name == "--policy-set":
-                request.overrides.append(value)
-            elif name == "--compression-rate":
-                request.overrides += [f"eviction.rate={value}", "eviction.max_tokens=null"]
-            elif name == "--max-cache-tokens":
-                request.overrides += ["eviction.rate=null", f"eviction.max_tokens={value}"]
-            elif name == "--kernels":
-                if value not in ("auto", *KERNELS):
-                    raise UsageError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {value!r}")
-                request.kernels = value
-            elif request.policy not in (None, value):
-                raise UsageError(f"--policy was given twice, as {request.policy} and as {value}; keep one")
-            else:
-                request.policy = value
-        elif name in ("--self-test", "--no-self-test"):
+            _take(request, name, value)
+        elif name in ("--self-test", "--no-self-test", "--verbose") and not policy_only:
             if equals:
                 raise UsageError(f"{name} takes no value")
-            request.self_test = name == "--self-test"
+            request.verbose |= name == "--verbose"
+            request.self_test = request.self_test if name == "--verbose" else name == "--self-test"
         elif argument in ("-h", "--help"):
             request.wants_help = True
         elif name == "--config" and equals:  # vLLM reads the two-word form only and would ignore this one
@@ -120,6 +141,24 @@ def split_arguments(arguments: Sequence[str]) -> ServeRequest:
     return request
 
 
+def _take(request: ServeRequest, name: str, value: str) -> None:
+    """One of kvserve's options that have a value."""
+    if name == "--policy-set":
+        request.overrides.append(value)
+    elif name == "--compression-rate":
+        request.overrides += [f"eviction.rate={value}", "eviction.max_tokens=null"]
+    elif name == "--max-cache-tokens":
+        request.overrides += ["eviction.rate=null", f"eviction.max_tokens={value}"]
+    elif name == "--kernels":
+        if value not in ("auto", *KERNELS):
+            raise UsageError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {value!r:.60}")
+        request.kernels = value
+    elif request.policy not in (None, value):
+        raise UsageError(f"--policy was given twice, as {request.policy:.60} and as {value:.60}; keep one")
+    else:
+        request.policy = value
+
+
 _EXAMPLES = {
     "--policy": "--policy kivi-2bit",
     "--policy-set": "--policy-set sink_tokens=0",
@@ -127,32 +166,70 @@ _EXAMPLES = {
     "--max-cache-tokens": "--max-cache-tokens 1024",
     "--kernels": "--kernels triton",
 }
+_POLICY_OPTIONS = frozenset(_EXAMPLES) - {"--kernels"}
 
 
 def scan_options(arguments: Sequence[str]) -> dict[str, Any]:
     """What vLLM's parser would very likely read, without importing it.
 
     It only serves to refuse early: launch() repeats the checks on what vLLM really parsed.
+
+    Raises:
+        UsageError: the file of --config cannot be used, or a number is out of range.
     """
     options: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         options["model"] = arguments[0]
     for index, argument in enumerate(arguments):
-        if not argument.startswith("-"):
+        if not re.match(r"-[^0-9]", argument):
             continue
         name, equals, value = argument.partition("=")
         if not equals:
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            value = following if following and not following.startswith("-") else "true"
+            value = following if re.match(r"[^-]|-[0-9]", following) else "true"
         dest = _SHORT_NAMES.get(name) or name.removeprefix("--").split(".")[0].replace("-", "_")
-        if dest in _NUMBERS:
-            try:
-                options[dest] = float(value) if dest == "kv_offloading_size" else int(value)
-            except ValueError:
-                options.pop(dest, None)  # vLLM's parser will say what is wrong with it
-        elif not (value == "true" and dest == "model"):
+        if not (value == "true" and dest == "model"):
             options[dest] = value
-    return options
+    if "config" in options:
+        options = {**_config_file(str(options["config"])), **options}
+    return {dest: _number(dest, value) if dest in _LEAST else value for dest, value in options.items()}
+
+
+def _config_file(name: str) -> dict[str, Any]:
+    """The options of a --config file.
+
+    Raises:
+        UsageError: vLLM could not read it.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        raise UsageError(f"--config takes a file that ends in .yaml or .yml, got {name!r:.200}")
+    try:
+        content = parse_yaml(read_text(Path(name), MAX_CONFIG_BYTES))
+    except UnreadableError as error:
+        raise UsageError(f"cannot read --config {name}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {name} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"--config {name} must be a list of `option: value` lines")
+    return {key.replace("-", "_"): value for key, value in content.items() if isinstance(value, str | int | float)}
+
+
+def _number(dest: str, value: Any) -> float | None:
+    """A number as vLLM writes it (4096, 4k); None where vLLM chooses (auto, -1).
+
+    Raises:
+        UsageError: it is none, or out of range.
+    """
+    text = str(value).strip()
+    found = re.fullmatch(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)", text)
+    if dest == "max_model_len" and text in ("auto", "-1"):
+        return None
+    number = float(found[1]) * _UNITS.get(found[2], 1) if found else -1.0
+    most = _MOST.get(dest)
+    if number < _LEAST[dest] or (most is not None and number > most):
+        limit = f"from {_LEAST[dest]} to {most}" if most else f"of at least {_LEAST[dest]}"
+        raise UsageError(f"--{dest.replace('_', '-')} must be a number {limit}, got {text!r:.60}")
+    return int(number) if number.is_integer() else number
 
 
 def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
@@ -162,7 +239,7 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
         options: vLLM's options by their names in its parsed arguments.
 
     Raises:
-        UsageError: the model folder does not exist.
+        UsageError: the model folder does not exist, or holds no model.
         UnsupportedError: see kvserve.checks.
     """
     check_options(ServeOptions.from_mapping(options), policy)
@@ -176,6 +253,8 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
             if longest > 0 and not options.get("disable_sliding_window"):
                 check_windows(config, policy, longest, str(model))
             _check_maximum(config, policy, options)
+    if model:
+        check_model_files(str(model), options)
 
 
 def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[str, Any]) -> None:
@@ -196,33 +275,3 @@ def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[s
         check_limit(layout, limit, max_len)
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
-
-
-def read_model_config(model: str) -> dict[str, Any] | None:
-    """config.json of a local folder, or of a Hugging Face model that is already cached; None where there is none.
-
-    Raises:
-        UsageError: `model` is a path and nothing is there.
-    """
-    folder = Path(model).expanduser()
-    if re.match(r"^(/|\.{1,2}/|~)", model) and not folder.exists():
-        raise UsageError(f"the model folder {model} does not exist; give a Hugging Face folder or name with --model")
-    path = folder / "config.json" if folder.is_dir() else _cached_config(model)
-    if path is None or not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    return config if isinstance(config, dict) else None
-
-
-def _cached_config(model: str) -> Path | None:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    repo = hub / f"models--{model.replace('/', '--')}"
-    try:
-        revision = (repo / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    return repo / "snapshots" / revision / "config.json"

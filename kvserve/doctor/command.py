@@ -21,7 +21,9 @@ from kvserve.bench.engines import Engine, EngineConfig
 from kvserve.bench.options import read_text
 from kvserve.checks import check_model, text_config
 from kvserve.cli.main import UsageError
-from kvserve.cli.serve import read_model_config, split_arguments
+from kvserve.cli.model_folder import check_model_files, path_of, read_model_config
+from kvserve.cli.parser import MAX_SEED, Parser, output_file, whole
+from kvserve.cli.serve import split_arguments
 from kvserve.compat import check_vllm_version
 from kvserve.doctor.engine import HOST
 from kvserve.doctor.examination import Examination, Examiner
@@ -38,7 +40,7 @@ DESCRIPTION = """\
 Compare a policy's cache with a dense one on your own weights: every layer's kernels and losses, and the next token.
 Exit code 1: not fit to serve.
 
-policy options: --policy POLICY, --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
+policy options: --policy POLICY or NAME@RATE, --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
 """
 CONTEXT, CONTINUATION, WINDOWS = 448, 24, 2
 LAYERS_ALONE = 6
@@ -55,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UsageError, PolicyError, UnsupportedError: refused before an engine is started.
     """
-    request = split_arguments(arguments)
+    request = split_arguments(arguments, policy_only=True)
     args = _parser().parse_args([*request.vllm_arguments, *(["--help"] if request.wants_help else [])])
     if request.policy is None:
         raise UsageError(f"--policy is missing; choose one of {', '.join(policy_names())}, or the path of a YAML file")
@@ -127,6 +129,7 @@ class Case:
         if config is None:
             raise UsageError(f"--model {model} is neither a Hugging Face folder nor a downloaded model")
         check_model(config, policy, model)
+        check_model_files(model, {})
         text = read_text(args.text)
         tokens = load_tokenizer(model)(text if text is not None else default_text()[1], verbose=False).input_ids
         test_len = TILES * policy.tile_tokens + OUTPUT_TOKENS + LONGEST_INTERVAL + 1
@@ -162,7 +165,7 @@ def _model(name: str | None) -> str:
         from kvserve.default_model import prepare_default_model
 
         return str(prepare_default_model())
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     return str(folder) if folder.is_dir() else name
 
 
@@ -171,18 +174,18 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvserve doctor", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", help="a Hugging Face folder or downloaded model (default: the model that needs no download)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--text", type=Path, metavar="FILE", help="your own text (default: Python's language reference)")
-    add("--seed", type=int, default=0, help="chooses the part of the text")
+    add("--seed", type=whole(0, MAX_SEED), default=0, help="chooses the part of the text")
     add(
-        "--layers", type=int, default=LAYERS_ALONE, metavar="N",
+        "--layers", type=whole(0, 10_000), default=LAYERS_ALONE, metavar="N",
         help="try the N layers that are off most, the first and the last each alone; 0: none (default: %(default)s)",
     )  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write every number")
-    add("--write-policy", type=Path, metavar="FILE", help="try the proposal, and write it if it is better")
+    add("--json", type=output_file, metavar="FILE", help="write every number")
+    add("--write-policy", type=output_file, metavar="FILE", help="try the proposal, and write it if it is better")
     return parser

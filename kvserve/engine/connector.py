@@ -17,11 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
-from vllm.logger import init_logger
 
 from kvserve.attention.collector import Collector
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.log import logger
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
@@ -57,7 +57,6 @@ class StepPlans(KVConnectorMetadata):
         return {block: step for block, step in rows if step.cut or step.collects or step.window_start is not None}
 
 
-logger = init_logger("vllm.kvserve")
 _current = StepPlans()
 _followers: WeakSet[KeptRows] = WeakSet()
 _collectors: WeakSet[Collector] = WeakSet()

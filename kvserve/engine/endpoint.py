@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from kvserve.engine import lifetime
 from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
@@ -70,6 +71,8 @@ class ReadyEndpoint:
             if is_requested(config) and why_not(config) is None:
                 report = await while_alive(engine_client, run_self_test(engine_client, settings))
                 publish_self_test(config, report)
+        if engine_client is not None:
+            lifetime.begin(engine_client, state, args)
 
     async def _ready(self) -> Response:
         """200 with an empty body, or 503 with the reason."""
@@ -102,8 +105,9 @@ class ReadyEndpoint:
 
     async def _generate_one_token(self) -> None:
         from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        prompt = {"prompt_token_ids": [1]}
+        prompt = tokens_input([1])
         async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready")):
             pass

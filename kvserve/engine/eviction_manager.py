@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvserve.engine.failures import Failures
+from kvserve.engine.log import logger
 from kvserve.engine.manager import PageManager
 from kvserve.pages.kept import NOT_KEPT, Kept
 from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
@@ -23,8 +23,6 @@ from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
-
-logger = init_logger("vllm.kvserve")
 
 
 class KeptBlocks(NamedTuple):

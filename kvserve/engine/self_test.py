@@ -1,7 +1,7 @@
 """The self-test of a server: two short requests under the probe, before it answers any other.
 
-Seams: `EngineClient.generate`, `collective_rpc` and `reset_prefix_cache`. vLLM's API server initialises endpoint
-plugins after the engine and before it answers on its port, and ends where one raises.
+Seams: `EngineClient.generate` with `vllm.inputs.engine.tokens_input`, `collective_rpc` and `reset_prefix_cache`. vLLM's
+API server initialises endpoint plugins after the engine and before it answers on its port, and ends where one raises.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
-
 from kvserve.checks import UnsupportedError
 from kvserve.doctor.distances import KERNEL_LIMIT, ProbeReport, complaints
 from kvserve.doctor.request import TestPlan, num_queries, plan_test, prompt_tokens
 from kvserve.engine.device import device_type
+from kvserve.engine.log import logger
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.kvserve")
 
 EXTENSION_PATH = "kvserve.engine.probe_worker.ProbeWorker"
 
@@ -102,6 +100,7 @@ def passed_line(report: ProbeReport, seconds: float) -> str:
 async def _run_requests(engine: Any, plan: TestPlan) -> int:
     """Both requests, one after the other; how many queries every layer answered for them."""
     from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
 
     config = engine.vllm_config.model_config
     tokenizer = None if config.skip_tokenizer_init else engine.get_tokenizer()
@@ -109,7 +108,7 @@ async def _run_requests(engine: Any, plan: TestPlan) -> int:
     num_tokens = 0
     for length, params in plan.requests():
         await engine.collective_rpc("kvserve_probe_begin")
-        prompt = {"prompt_token_ids": tokens[:length]}
+        prompt = tokens_input(tokens[:length])
         request_id = own_request_id("self-test")
         async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id):
             cached = output.num_cached_tokens

@@ -25,7 +25,7 @@ from kvserve.bench.options import public_argv
 from kvserve.bench.results import SCHEMA_VERSION, write_json
 from kvserve.checks import check_model, text_config
 from kvserve.cli.main import UsageError
-from kvserve.cli.serve import read_model_config
+from kvserve.cli.model_folder import check_model_files, path_of, read_model_config
 from kvserve.compat import check_vllm_version
 from kvserve.evals.engine import HOST
 from kvserve.evals.items import BATCH, Item, TaskItem, TextItem
@@ -222,12 +222,13 @@ def _model(options: Options) -> tuple[str, dict[str, Any]]:
 
         model = str(prepare_default_model())
     else:
-        model = str(Path(options.model).expanduser()) if Path(options.model).expanduser().is_dir() else options.model
+        model = str(path_of(options.model)) if path_of(options.model).is_dir() else options.model
     config = read_model_config(model)
     if config is None:
         raise UsageError(f"--model {model} is neither a Hugging Face folder nor a downloaded model")
     for policy in options.policies.values():
         check_model(config, policy, model)
+    check_model_files(model, {})
     longest, limit = options.sizes.longest, text_config(config).get("max_position_embeddings")
     if limit and longest >= limit:
         raise UsageError(f"the longest request has {longest} tokens and the model takes {limit}; lower --lengths")

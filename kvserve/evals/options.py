@@ -10,6 +10,7 @@ from typing import Any
 
 from kvserve.bench.options import read_text
 from kvserve.cli.main import UsageError
+from kvserve.cli.parser import MAX_SEED, Parser, output_file, whole
 from kvserve.evals.tasks.registry import TASKS
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -89,7 +90,7 @@ class Options:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options with their help."""
-    parser = argparse.ArgumentParser(prog="kvserve eval", description=DESCRIPTION)
+    parser = Parser(prog="kvserve eval", description=DESCRIPTION)
     add = parser.add_argument
     add("--model", help="Hugging Face folder or downloaded model; default: the small model that needs no download")
     add(
@@ -114,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--greedy", type=int, help="tokens generated behind each context, 0: none")
     add("--text", type=Path, help="text file; default: Python's language reference, and packaged prose in prompts")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="result file; finished parts found in it are not run again")
+    add("--seed", type=whole(0, MAX_SEED), default=0)
+    add("--out", type=output_file, help="result file; finished parts found in it are not run again")
     return parser  # fmt: skip
 
 

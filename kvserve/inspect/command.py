@@ -9,9 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kvserve.checks import UnsupportedError
+from kvserve.checks import UnsupportedError, check_model
 from kvserve.cli.main import UsageError
-from kvserve.cli.serve import read_model_config, split_arguments
+from kvserve.cli.model_folder import check_model_files, read_model_config
+from kvserve.cli.parser import Parser, output_file, text_of
+from kvserve.cli.serve import split_arguments
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
@@ -19,9 +21,10 @@ from kvserve.policies.registry import policy_names
 DESCRIPTION = """\
 Run one prompt through the engine and draw which of its tokens each KV head keeps.
 
-policy options: --policy POLICY, --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
+policy options: --policy POLICY or NAME@RATE, --policy-set KEY=VALUE, --compression-rate RATE, --max-cache-tokens N
 """
 PIPED_WIDTH = 120
+DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")  # vLLM's
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         UsageError, PolicyError, UnsupportedError: refused before anything is started, or by the engine's checks.
     """
-    request = split_arguments(arguments)
+    request = split_arguments(arguments, policy_only=True)
     args = _parser().parse_args([*request.vllm_arguments, *(["--help"] if request.wants_help else [])])
     policy = _policy(request.policy, request.overrides)
     text = _text(args)
@@ -39,7 +42,10 @@ def run(arguments: Sequence[str]) -> int:
 
         load_pyplot()
     if args.model is not None:
-        read_model_config(args.model)  # refuses a folder that does not exist
+        config = read_model_config(args.model)
+        if config is not None:
+            check_model(config, policy, args.model)
+        check_model_files(args.model, {})
     from kvserve.compat import check_vllm_version
 
     check_vllm_version()
@@ -60,15 +66,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvserve inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("text", nargs="?", help="the prompt; it gets no chat template")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--model", help="a Hugging Face folder or name (default: the model that needs no download)")
-    parser.add_argument("--dtype", help="of the model, as vLLM names it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every kept position and the shares")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also write the two maps (needs matplotlib)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: its own)")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write every kept position and the shares"
+    )
+    parser.add_argument("--png", type=output_file, metavar="FILE", help="also write the two maps (needs matplotlib)")
     return parser
 
 
@@ -87,7 +95,4 @@ def _text(args: argparse.Namespace) -> str:
         raise UsageError("give the prompt as an argument, or a file with --prompt-file FILE")
     if args.text is not None:
         return str(args.text)
-    try:
-        return str(args.prompt_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {args.prompt_file}: {error}") from None
+    return text_of(args.prompt_file, "--prompt-file")
