@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,8 @@ def check_default_model() -> None:
         if is_converted(target):
             return
         _gguf_folder()
-        folder = next(path for path in target.parents if path.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise _unusable(target.parent, f"{folder} {'may not be written' if folder.is_dir() else 'is no folder'}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise _unusable(target.parent, error.strerror) from None
 

@@ -35,6 +35,8 @@ _PLUGIN_GROUPS = (
 )
 _VLLM_MEMORY_UTILIZATION = 0.92  # vLLM's own default
 OWN_LEVEL = "KVSERVE_LOG_LEVEL"  # of kvserve's lines (kvserve/engine/log.py)
+# Of libraries that vLLM uses, about their own code.
+_WARNINGS = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
 RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 # Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
 _OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
@@ -71,6 +73,7 @@ def launch(
     for warning in (open_to_all(args), pinned_beside(device_type())):
         if warning:
             say(warning)
+    say("loading the model, a line with the address follows when the server answers")
     return _serve(args, verbose)
 
 
@@ -154,6 +157,8 @@ def choose_log_levels(verbose: bool) -> None:
         return
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     os.environ.setdefault(OWN_LEVEL, "INFO")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", _WARNINGS)
 
 
 def open_to_all(args: argparse.Namespace) -> str | None:

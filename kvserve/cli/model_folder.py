@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,11 @@ def check_model_files(model: str, options: Mapping[str, Any]) -> None:
 
 
 def is_local_model(name: str) -> bool:
-    """Whether a name is a path, or a Hugging Face model that is already cached."""
+    """Whether a name is a path, or a Hugging Face model that is already cached.
+
+    Raises:
+        UsageError: as `path_of`.
+    """
     return "/" in name or path_of(name).exists() or ((path := _cached_config(name)) is not None and path.exists())
 
 
@@ -109,11 +114,19 @@ def _wrong(path: Path, key: str, value: Any, words: str) -> UsageError:
 
 
 def path_of(model: str) -> Path:
-    """The path that a model's name would be."""
+    """The path that a model's name would be.
+
+    Raises:
+        UsageError: the system does not say whether something is there.
+    """
+    path = Path(model)
+    with suppress(RuntimeError):  # ~ without a home folder
+        path = path.expanduser()
     try:
-        return Path(model).expanduser()
-    except RuntimeError:  # ~ without a home folder
-        return Path(model)
+        path.exists()
+    except OSError as error:
+        raise UsageError(f"cannot look for the model {model:.200}: {error.strerror}") from None
+    return path
 
 
 def _cached_config(model: str) -> Path | None:

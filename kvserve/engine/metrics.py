@@ -106,8 +106,7 @@ class KvserveStatLogger(AggregateStatLoggerBase):
         if self.settings is None:
             return
         self.report = EngineReport.from_vllm_config(self.vllm_config, self.settings, len(self.engines))
-        for line in self.report.table().splitlines():
-            logger.info("%s", line)
+        logger.info("%s", self.report.table())
         for metrics in self.engines.values():
             self._publish_report(metrics, self.report)
 

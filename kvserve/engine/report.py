@@ -139,7 +139,7 @@ class EngineReport:
     def table(self) -> str:
         """The startup table."""
         policy, layout = self.layout.policy, self.layout
-        table = Table(title=f"kvserve: policy {policy.name}", show_header=False, title_justify="left")
+        table = Table(title=f"policy {policy.name}", show_header=False, title_justify="left")
         rows = [
             ("keys / values", describe_codecs(layout)),
             ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, "
@@ -162,7 +162,7 @@ class EngineReport:
         console = Console(width=120, force_terminal=False, no_color=True)
         with console.capture() as capture:
             console.print(table)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().strip().splitlines())
 
 
 def describe_codecs(layout: PageLayout) -> str:

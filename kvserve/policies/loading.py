@@ -98,6 +98,8 @@ def _read_named(name_or_path: str) -> dict[str, Any]:
     name, at, rate = os.fspath(name_or_path).partition("@")
     if not at or name not in policy_names():
         return _read_yaml(_find(name_or_path))
+    if not rate:
+        raise PolicyError(f"policy {name}@ lacks its rate; write one behind the @, for example {name}@4")
     content = _read_yaml(shipped_path(name))
     _apply_override(content, f"eviction.rate={rate}")
     _set(content, "eviction.max_tokens", None)
@@ -145,14 +147,14 @@ def _codec_of(name: Any) -> dict[str, Any]:
     return {key: content[key] for key in _CODEC_KEYS if key in content}
 
 
-def _layer_codec(index: Any, codec: Any) -> Any:
+def _layer_codec(index: Any, codec: Any, label: str) -> Any:
     """Keys and values of one layer, where `codec` is the name of a shipped policy or `dense`."""
     if not isinstance(codec, str):
         return codec
     try:
         content = _codec_of(codec)
     except PolicyError as error:
-        raise PolicyError(f"layers.{index}: {error}") from None
+        raise PolicyError(f"policy {label}: layers.{_show(index)}: {error}") from None
     return {part: content[part] for part in ("key", "value") if part in content}
 
 
@@ -210,7 +212,8 @@ def _settable_keys() -> list[str]:
 
 def _validate(content: dict[str, Any], label: str) -> Policy:
     if isinstance(content.get("layers"), Mapping):
-        content["layers"] = {index: _layer_codec(index, codec) for index, codec in content["layers"].items()}
+        codecs = content["layers"].items()
+        content["layers"] = {index: _layer_codec(index, codec, label) for index, codec in codecs}
     try:
         return Policy.model_validate(content)
     except ValidationError as error:

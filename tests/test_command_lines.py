@@ -1,0 +1,69 @@
+"""Every bad command line ends at once, with exit code 2 and one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from command_lines import REFUSED_BY_VLLM, REFUSED_EARLY, Line, taken_port, write_files
+
+from kvserve.cli import launch, main
+
+SECONDS = 30.0  # each, on a loaded machine; nearly all take a few milliseconds
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with taken_port() as number:
+        yield number
+
+
+def assert_one_sentence(line: Line, code: int, out: str, err: str) -> None:
+    assert code == 2, (line, err)
+    assert out == "" and err.count("\n") == 1 and err.startswith("kvserve"), (line, out, err)
+    assert "error: " in err and line.part in err and len(err) < 1000, (line, err)
+
+
+def test_there_are_enough_of_them():
+    lines = [(line.words, line.environment) for line in (*REFUSED_EARLY, *REFUSED_BY_VLLM)]
+    assert len(lines) == len(set(lines)) >= 150
+
+
+@pytest.mark.parametrize("line", REFUSED_EARLY, ids=lambda line: line.words[:60] or "nothing")
+def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "launch", lambda *arguments: pytest.fail(f"{line} was started"))
+    for name, value in line.environment:
+        monkeypatch.setenv(name, value.replace("{files}", str(files)))
+    start = time.monotonic()
+    code = main(line.arguments(files, port))
+    assert time.monotonic() - start < SECONDS
+    assert_one_sentence(line, code, *capfd.readouterr())
+
+
+def run(line: Line, files: Path, port: int) -> tuple[Line, int, str, str]:
+    environment = {**os.environ, **{name: value.replace("{files}", str(files)) for name, value in line.environment}}
+    command = [sys.executable, "-m", "kvserve.cli", *line.arguments(files, port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL)
+    return line, done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow  # two minutes: every line starts a process, some of which load torch or vLLM
+def test_the_same_in_processes_of_their_own(files, port):
+    with ThreadPoolExecutor(2) as pool:
+        for line, code, out, err in pool.map(lambda line: run(line, files, port), [*REFUSED_EARLY, *REFUSED_BY_VLLM]):
+            kept = [text for text in err.splitlines(keepends=True) if text.startswith("kvserve") or "Traceback" in text]
+            own = [text for text in kept if "error: " in text or "Traceback" in text]
+            assert_one_sentence(line, code, out, err if line in REFUSED_EARLY else "".join(own))
