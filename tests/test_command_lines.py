@@ -45,8 +45,8 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("line", REFUSED_EARLY, ids=lambda line: line.words[:60] or "nothing")
 def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda *arguments: pytest.fail(f"{line} was started"))
-    for name, value in line.environment:
-        monkeypatch.setenv(name, value.replace("{files}", str(files)))
+    for name, value in line.variables(files).items():
+        monkeypatch.setenv(name, value)
     start = time.monotonic()
     code = main(line.arguments(files, port))
     assert time.monotonic() - start < SECONDS
@@ -56,7 +56,9 @@ def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monke
 def run(line: Line, files: Path, port: int) -> tuple[Line, int, str, str]:
     environment = {**os.environ, **{name: value.replace("{files}", str(files)) for name, value in line.environment}}
     command = [sys.executable, "-m", "kvserve.cli", *line.arguments(files, port)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL
+    )
     return line, done.returncode, done.stdout, done.stderr
 
 
