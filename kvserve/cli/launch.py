@@ -143,7 +143,7 @@ def describe(error: BaseException) -> str:
         text = f"{where}: {first['msg']}" if where else str(first["msg"])
     else:
         text = str(error)
-    return one_line(text.removeprefix("Value error, ")) or type(error).__name__
+    return one_line(text.removeprefix("Value error, ").removeprefix("Error: ")) or type(error).__name__
 
 
 def say(line: str) -> None:
@@ -183,6 +183,8 @@ def configure(
     if args.model_tag is not None:
         args.model = args.model_tag
     check_arguments(vars(args), policy)
+    if args.additional_config and not isinstance(args.additional_config, Mapping):
+        raise UsageError("--additional-config takes a JSON object")
     additional = dict(args.additional_config or {})
     if PLUGIN_NAME in additional:
         raise UsageError(

@@ -32,6 +32,7 @@ from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 from kvserve.policies.yaml_text import parse as parse_yaml
+from kvserve.policies.yaml_text import problem_of
 from kvserve.text_files import UnreadableError, read_text
 
 MAX_CONFIG_BYTES = 2**20  # of --config
@@ -208,7 +209,7 @@ def _config_file(name: str) -> dict[str, Any]:
     except UnreadableError as error:
         raise UsageError(f"cannot read --config {name}: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {name} is not valid YAML: {error}") from None
+        raise UsageError(f"--config {name}{problem_of(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"--config {name} must be a list of `option: value` lines")
     return {key.replace("-", "_"): value for key, value in content.items() if isinstance(value, str | int | float)}
@@ -224,6 +225,8 @@ def _number(dest: str, value: Any) -> float | None:
     found = re.fullmatch(r"(-?[0-9]{1,18}(?:\.[0-9]{1,18})?)([kmgtKMGT]?)", text)
     if dest == "max_model_len" and text in ("auto", "-1"):
         return None
+    if text == "true":
+        raise UsageError(f"--{dest.replace('_', '-')} needs a value")
     number = float(found[1]) * _UNITS.get(found[2], 1) if found else -1.0
     most = _MOST.get(dest)
     if number < _LEAST[dest] or (most is not None and number > most):

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from kvserve.policies.base import Policy
 from kvserve.policies.registry import policy_names, shipped_path
-from kvserve.policies.yaml_text import parse
+from kvserve.policies.yaml_text import parse, problem_of
 from kvserve.text_files import UnreadableError, one_line, read_text
 
 MAX_FILE_BYTES = 64 * 2**10  # the longest shipped policy has one of them
@@ -125,11 +125,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise PolicyError(f"cannot read the policy file {path}: {error}") from None
     try:
         content = parse(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise PolicyError(f"{path}, line {line}: not valid YAML ({error.problem})") from None
     except yaml.YAMLError as error:
-        raise PolicyError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise PolicyError(f"{path}{problem_of(error)}") from None
     if not isinstance(content, dict):
         raise PolicyError(f"{path}, line 1: a policy is a list of `key: value` lines, found {content!r:.60}")
     if "codec" in content:

@@ -20,6 +20,14 @@ def parse(text: str) -> Any:
     return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
 
 
+def problem_of(error: yaml.YAMLError) -> str:
+    """What `parse` raised, to be put behind the name of a file: ", line 3: not valid YAML (...)"."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f": not valid YAML ({error})"
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    return f", line {line}: not valid YAML ({error.problem})"
+
+
 class _PlainLoader(yaml.SafeLoader):
     """SafeLoader that refuses what a policy cannot mean: tags, a key written twice, values of any size."""
 
