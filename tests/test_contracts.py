@@ -612,3 +612,56 @@ def test_max_new_tokens_of_a_model_is_a_default_and_no_limit() -> None:
     assert [tokens(None), tokens(100), tokens(2000), tokens(9000)] == [512, 100, 2000, 8192 - 37]
     # A limit for all requests comes from --override-generation-config or a folder named by --generation-config only.
     assert 'if mc.generation_config not in ("auto", "vllm")' in inspect.getsource(serving)
+
+
+def test_where_the_server_refuses_its_configuration_or_its_port_is_told_by_the_function() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    assert EngineArgs.create_engine_config.__name__ == "create_engine_config"
+    assert setup_server.__name__ == "setup_server"
+    source = inspect.getsource(entry)
+    assert ".create_engine_config(" in source and "setup_server(args, reuse_port=False)" in source
+
+
+def test_a_server_that_listens_is_found_in_the_state_and_handles_signals_in_its_loop() -> None:
+    from vllm.entrypoints.launchers import launcher
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    source = inspect.getsource(launcher.serve_http)
+    assert "app.state.server = server" in source
+    handlers = [f"loop.add_signal_handler(signal.{name}, signal_handler)" for name in ("SIGINT", "SIGTERM")]
+    assert all(handler in source for handler in handlers)
+    assert source.index("server_task = ") < source.index(handlers[0]) < source.index("await server_task")
+    assert isinstance(AsyncLLM.errored, property)
+    assert "server.should_exit = True" in inspect.getsource(launcher.terminate_if_errored)
+
+
+def test_log_levels_come_from_the_environment_in_every_process() -> None:
+    from vllm import envs
+    from vllm.config.logging import LoggingConfig
+
+    assert "VLLM_LOGGING_LEVEL" in envs.environment_variables
+    assert "envs.VLLM_LOGGING_LEVEL" in inspect.getsource(LoggingConfig)
+
+
+def test_threads_of_cpu_workers_are_pinned_to_the_first_cores_unless_nobind() -> None:
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    source = inspect.getsource(OMPProcessManager)
+    assert 'self.skip_setup = vllm_mask == "nobind"' in source and 'self.auto_setup = vllm_mask == "auto"' in source
+    assert 'vllm_mask.split("|")' in source and "get_allowed_cpu_list()" in source
+
+
+def test_tokens_are_given_to_the_engine_as_it_wants_them() -> None:
+    from vllm.inputs.engine import tokens_input
+
+    assert tokens_input([1, 2]) == {"type": "token", "prompt_token_ids": [1, 2]}
+
+
+def test_the_parser_of_serve_reports_what_it_refuses_by_error() -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert parameters(FlexibleArgumentParser.error) == ["self", "message"]
+    assert FlexibleArgumentParser.load_config_file is not None
