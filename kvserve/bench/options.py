@@ -12,7 +12,7 @@ from kvserve.bench.engines import STOCK
 from kvserve.bench.machine import this_machine
 from kvserve.bench.server_options import ServerSizes, add_options, server_sizes
 from kvserve.cli.main import UsageError
-from kvserve.cli.parser import MAX_SEED, Parser, output_file, text_of, whole
+from kvserve.cli.parser import MAX_SEED, Parser, result_path, text_of, whole
 from kvserve.policies.loading import PolicyError, load_policy
 from kvserve.policies.registry import policy_names
 
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="run all engines with torch.compile; default: eager")
     parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0)
     parser.add_argument("--text", type=Path, help="prose for the prompts; the quality suite needs it (WikiText-2 test)")
-    parser.add_argument("--out", type=output_file, help="result file, or a folder: MACHINE-SUITE.json in it")
+    parser.add_argument("--out", type=result_path, help="result file, or a folder: MACHINE-SUITE.json in it")
     add_options(parser)
     return parser
 

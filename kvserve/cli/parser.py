@@ -63,14 +63,29 @@ def positive(text: str) -> float:
 
 def output_file(text: str) -> Path:
     """The type of an option that names a file to write: refused here, and not when hours of work are done."""
+    path = result_file(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r:.200}")
+    return path
+
+
+def result_file(text: str) -> Path:
+    """As `output_file`, for a file whose folder will be made."""
+    path = result_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is a directory")
+    return path
+
+
+def result_path(text: str) -> Path:
+    """As `result_file`; may also name a folder that is there."""
     try:
         path = Path(text).expanduser()
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r:.200} is a directory")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r:.200}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r:.200} may not be written")
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if existing != path and not existing.is_dir():
+            raise argparse.ArgumentTypeError(f"{str(existing)!r:.200} is not a folder")
+        if not os.access(existing, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{str(existing)!r:.200} may not be written")
     except (OSError, RuntimeError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r:.200} is no path") from None
     return path

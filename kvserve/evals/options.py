@@ -10,7 +10,7 @@ from typing import Any
 
 from kvserve.bench.options import read_text
 from kvserve.cli.main import UsageError
-from kvserve.cli.parser import MAX_SEED, Parser, output_file, whole
+from kvserve.cli.parser import MAX_SEED, Parser, result_file, whole
 from kvserve.evals.tasks.registry import TASKS
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", type=Path, help="text file; default: Python's language reference, and packaged prose in prompts")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--seed", type=whole(0, MAX_SEED), default=0)
-    add("--out", type=output_file, help="result file; finished parts found in it are not run again")
+    add("--out", type=result_file, help="result file; finished parts found in it are not run again")
     return parser  # fmt: skip
 
 
