@@ -31,11 +31,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def started(monkeypatch):
     """Replaces the launch of a server by a record of what it would have been; the port it would have is free."""
-    from kvserve.cli import address, launch, serve
+    from kvserve.cli import address, launch, model_folder, serve
 
     calls = []
     monkeypatch.setattr(address, "DEFAULT_PORT", 0)
     monkeypatch.setattr(serve, "check_default_model", lambda: None)
+    monkeypatch.setattr(model_folder, "hub_answers", lambda: True)
     monkeypatch.setattr(launch, "launch", lambda *arguments: calls.append(arguments) or 0)
     return calls
 
@@ -65,3 +66,4 @@ def default_model(monkeypatch):
 
     monkeypatch.setattr(launch, "prepare_default_model", lambda: Path("/cache/default"))
     monkeypatch.setattr(serve, "read_model_config", lambda model: LLAMA)
+    monkeypatch.setattr(serve, "check_model_files", lambda model, options: None)

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from kvserve import default_model
 from kvserve.checks import UnsupportedError
-from kvserve.cli import address, launch, main
+from kvserve.cli import address, launch, main, model_folder
 from kvserve.cli.address import check_address
 from kvserve.cli.main import UsageError
 from kvserve.cli.model_folder import check_model_files
@@ -270,8 +271,60 @@ def test_an_engine_that_died_is_told_from_a_server_that_was_stopped(capfd, dies,
 # Models
 
 
-def test_models_in_other_formats_are_left_to_vllm(tmp_path):
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """Nothing was downloaded, and nobody answers where the hub should be."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    model_folder.hub_answers.cache_clear()
+    yield
+    model_folder.hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("some-org/model", "127.0.0.1 does not answer"),
+        ("gpt2", "127.0.0.1 does not answer"),
+        ("a/b/c", "ORGANISATION/NAME"),
+        ("some org/model", "ORGANISATION/NAME"),
+        ("\u212bngstrom/model", "ORGANISATION/NAME"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused_before_vllm_retries(no_hub, name, part):
+    with pytest.raises(UsageError, match=part):
+        check_model_files(name, {})
+
+
+def test_without_the_hub_a_name_must_have_been_downloaded(no_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
+        check_model_files("some-org/model", {})
+    repo = tmp_path / "models--some-org--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "snapshots" / "abc" / "config.json").write_text("{}")
     check_model_files("some-org/model", {})
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    check_model_files("some-org/model", {})
+    check_model_files("s3://bucket/model", {})
+
+
+def test_a_proxy_or_a_hub_that_listens_is_asked_by_vllm(no_hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        check_model_files("some-org/model", {})
+    model_folder.hub_answers.cache_clear()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    check_model_files("some-org/model", {})
+
+
+def test_models_in_other_formats_are_left_to_vllm(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     check_model_files(str(tmp_path), {"load_format": "mistral"})
     (tmp_path / "model.gguf").touch()

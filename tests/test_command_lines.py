@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_lines import REFUSED_BY_VLLM, REFUSED_EARLY, Line, taken_port, write_files
 
-from kvserve.cli import launch, main
+from kvserve.cli import launch, main, model_folder
 
 SECONDS = 30.0  # each, on a loaded machine; nearly all take a few milliseconds
 
@@ -47,6 +47,7 @@ def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monke
     monkeypatch.setattr(launch, "launch", lambda *arguments: pytest.fail(f"{line} was started"))
     for name, value in line.variables(files).items():
         monkeypatch.setenv(name, value)
+    model_folder.hub_answers.cache_clear()
     start = time.monotonic()
     code = main(line.arguments(files, port))
     assert time.monotonic() - start < SECONDS

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kvserve.checks import text_config
 from kvserve.cli.main import UsageError
 from kvserve.text_files import read_text
 
 MAX_CONFIG_BYTES = 16 * 2**20
+HUB_SECONDS = 5.0
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _ANY_FORMAT = (None, "auto", "hf", "safetensors", "pt")  # of --load-format, where weights must lie in the folder
 
@@ -60,7 +65,7 @@ def read_model_config(model: str) -> dict[str, Any] | None:
 
 
 def check_model_files(model: str, options: Mapping[str, Any]) -> None:
-    """Refuse a local folder or file that holds no model.
+    """Refuse a local folder or file that holds no model, and a name that cannot be downloaded.
 
     Raises:
         UsageError: naming what is missing.
@@ -71,6 +76,7 @@ def check_model_files(model: str, options: Mapping[str, Any]) -> None:
             raise UsageError(f"--model {model} is a file; give the folder that it lies in")
         return
     if not folder.is_dir():
+        _check_name(model)
         return
     try:
         names = os.listdir(folder)
@@ -80,6 +86,44 @@ def check_model_files(model: str, options: Mapping[str, Any]) -> None:
         raise UsageError(f"the model folder {model} has no config.json; give the folder of a Hugging Face model")
     if options.get("load_format") in _ANY_FORMAT and not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
         raise UsageError(f"the model folder {model} has no weights (*.safetensors); was it downloaded completely?")
+
+
+def _check_name(model: str) -> None:
+    """Refuse what is no folder and can be no download either; vLLM would find out after minutes of retries."""
+    if "://" in model or os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
+        return  # other sources
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
+        raise UsageError(
+            f"there is no model folder {model!r:.200}, and a Hugging Face name is written ORGANISATION/NAME"
+        )
+    if (path := _cached_config(model)) is not None and path.exists():
+        return
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE):
+        raise UsageError(f"there is no model folder {model}, it was not downloaded before, and {_OFFLINE[0]} is set")
+    if not hub_answers():
+        raise UsageError(
+            f"there is no model folder {model}, and it cannot be downloaded: {hub_host()} does not answer; give the "
+            "folder of a model with --model"
+        )
+
+
+def hub_host() -> str:
+    """Where Hugging Face models come from."""
+    return urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname or "huggingface.co"
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; True where that is left to a proxy."""
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    try:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((hub_host(), port), HUB_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_local_model(name: str) -> bool:
