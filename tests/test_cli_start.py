@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import uvloop
 
 from kvserve import default_model
 from kvserve.checks import UnsupportedError
@@ -261,7 +262,8 @@ def test_an_engine_that_died_is_told_from_a_server_that_was_stopped(capfd, dies,
             engine.errored = True
 
     try:
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # vLLM's
+            runner.run(serve())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
