@@ -46,6 +46,7 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("line", REFUSED_EARLY, ids=lambda line: line.words[:60] or "nothing")
 def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda *arguments: pytest.fail(f"{line} was started"))
+    monkeypatch.delenv("KVSERVE_POLICY", raising=False)
     for name, value in line.variables(files).items():
         monkeypatch.setenv(name, value)
     model_folder.hub_answers.cache_clear()
@@ -58,14 +59,15 @@ def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monke
 def run(line: Line, files: Path, port: int) -> tuple[int, str, str]:
     """The line in a process of its own: its exit code and what it printed, of loaded libraries' lines nothing."""
     command = [sys.executable, "-m", "kvserve.cli", *line.arguments(files, port)]
-    environment = {**os.environ, **line.variables(files)}
+    own = {name: value for name, value in os.environ.items() if name != "KVSERVE_POLICY"}
+    environment = {**own, **line.variables(files)}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL
     )
     if line in REFUSED_EARLY:
         return done.returncode, done.stdout, done.stderr
-    own = [text for text in done.stderr.splitlines(keepends=True) if re.match("kvserve.* error: |Traceback", text)]
-    return done.returncode, done.stdout, "".join(own)
+    said = [text for text in done.stderr.splitlines(keepends=True) if re.match("kvserve.* error: |Traceback", text)]
+    return done.returncode, done.stdout, "".join(said)
 
 
 @pytest.mark.slow  # minutes: every line starts a process, some of which load torch or vLLM

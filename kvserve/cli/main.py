@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -136,9 +137,10 @@ def _check_is_a_model(word: str, rest: Sequence[str]) -> None:
         UsageError: naming the commands, and how a model is served.
     """
     from kvserve.cli.model_folder import is_local_model
+    from kvserve.cli.serve import POLICY_VARIABLE
 
     close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
-    names_policy = any(argument.partition("=")[0] == "--policy" for argument in rest)
+    names_policy = any(argument.partition("=")[0] == "--policy" for argument in rest) or POLICY_VARIABLE in os.environ
     if is_local_model(word) or (names_policy and not close):
         return
     raise UsageError(
