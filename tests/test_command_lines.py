@@ -56,6 +56,9 @@ def test_refused_before_anything_heavy_is_loaded(line, files, port, capfd, monke
     assert_one_sentence(line, code, *capfd.readouterr())
 
 
+VLLM_WARNING = re.compile(r"(\(\w+ pid=\d+\) )?WARNING \d\d-\d\d ")  # vLLM logs to standard output
+
+
 def run(line: Line, files: Path, port: int) -> tuple[int, str, str]:
     """The line in a process of its own: its exit code and what it printed, of loaded libraries' lines nothing."""
     command = [sys.executable, "-m", "kvserve.cli", *line.arguments(files, port)]
@@ -67,7 +70,8 @@ def run(line: Line, files: Path, port: int) -> tuple[int, str, str]:
     if line in REFUSED_EARLY:
         return done.returncode, done.stdout, done.stderr
     said = [text for text in done.stderr.splitlines(keepends=True) if re.match("kvserve.* error: |Traceback", text)]
-    return done.returncode, done.stdout, "".join(said)
+    printed = [text for text in done.stdout.splitlines(keepends=True) if not VLLM_WARNING.match(text)]
+    return done.returncode, "".join(printed), "".join(said)
 
 
 @pytest.mark.slow  # minutes: every line starts a process, some of which load torch or vLLM

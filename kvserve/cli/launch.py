@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -139,11 +140,20 @@ def describe(error: BaseException) -> str:
     except (TypeError, IndexError):
         first = None
     if isinstance(first, Mapping) and "msg" in first:
-        where = ".".join(str(part) for part in first.get("loc", ()))
+        where = _option_or_place(first.get("loc", ()))
         text = f"{where}: {first['msg']}" if where else str(first["msg"])
     else:
         text = str(error)
     return one_line(text.removeprefix("Value error, ").removeprefix("Error: ")) or type(error).__name__
+
+
+def _option_or_place(location: Sequence[Any]) -> str:
+    """The option whose value pydantic refuses; its own words for a place that no option sets."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if location and location[0] in {field.name for field in fields(EngineArgs)}:
+        return f"--{str(location[0]).replace('_', '-')}"
+    return ".".join(str(part) for part in location)
 
 
 def say(line: str) -> None:
