@@ -48,7 +48,7 @@ trap '[ -z "$server" ] || kill "$server" 2>/dev/null; wait; buildah rm "$contain
 
 step "what user $user finds"
 for tool in g++ pytest ruff mypy; do
-    if inside sh -c "command -v $tool" >/dev/null; then fail "$tool is in the image"; fi
+    if inside sh -c "command -v $tool" >/dev/null 2>&1; then fail "$tool is in the image"; fi
 done
 inside sh -c 'touch "$HOME/written" "$KVSERVE_CACHE/written"' || fail "HOME or the cache is not writable"
 place=$(inside python3 -c 'import kvserve; print(*kvserve.__path__)')
