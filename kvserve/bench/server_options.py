@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from kvserve.cli.parser import positive, whole
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The suite's options; None where one is not given."""
     group = parser.add_argument_group("server suite")
     add = group.add_argument
-    add("--requests", type=_whole(1), help=f"of one load; default: {_defaults('requests')}")
-    add("--input-tokens", type=_whole(1), help=f"of a prompt, on average; default: {_defaults('input_tokens')}")
-    add("--output-tokens", type=_whole(4), help=f"of an answer, on average; default: {_defaults('output_tokens')}")
-    add("--request-rate", type=_positive, help=f"Poisson arrivals per second; default: {_defaults('request_rate')}")
-    add("--max-concurrency", type=_whole(1), help=f"of the closed loop; default: {_defaults('max_concurrency')}")
-    add("--kv-bytes", type=_whole(1), help=f"KV pool of every server; default: {_defaults('kv_bytes')}")
+    add("--requests", type=whole(1), help=f"of one load; default: {_defaults('requests')}")
+    add("--input-tokens", type=whole(1), help=f"of a prompt, on average; default: {_defaults('input_tokens')}")
+    add("--output-tokens", type=whole(4), help=f"of an answer, on average; default: {_defaults('output_tokens')}")
+    add("--request-rate", type=positive, help=f"Poisson arrivals per second; default: {_defaults('request_rate')}")
+    add("--max-concurrency", type=whole(1), help=f"of the closed loop; default: {_defaults('max_concurrency')}")
+    add("--kv-bytes", type=whole(1), help=f"KV pool of every server; default: {_defaults('kv_bytes')}")
     limit = "limit of a good request; default: {:.0f}"
-    add("--goodput-ttft-ms", type=_positive, help=limit.format(ServerSizes.goodput_ttft_ms))
-    add("--goodput-tpot-ms", type=_positive, help=limit.format(ServerSizes.goodput_tpot_ms))
+    add("--goodput-ttft-ms", type=positive, help=limit.format(ServerSizes.goodput_ttft_ms))
+    add("--goodput-tpot-ms", type=positive, help=limit.format(ServerSizes.goodput_tpot_ms))
 
 
 def server_sizes(given: argparse.Namespace, quick: bool) -> ServerSizes:
@@ -107,23 +108,3 @@ def server_sizes(given: argparse.Namespace, quick: bool) -> ServerSizes:
 
 def _defaults(field: str) -> str:
     return f"{getattr(ServerSizes(), field)}, with --quick {getattr(QUICK, field)}"
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        number = int(text) if text.isdecimal() else -1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return number
-
-    return read
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return number
