@@ -56,8 +56,8 @@ place=$(inside python3 -c 'import kvserve; print(*kvserve.__path__)')
 refusal=$(inside kvserve serve --model /nowhere 2>&1) && fail "a missing model is served"
 [[ $refusal == *"/nowhere does not exist"* ]] || fail "it said: $refusal"
 
-step "serving"
-inside kvserve serve --host 127.0.0.1 --port "$port" --kv-cache-memory-bytes 67108864 --max-model-len 2048 \
+step "serving"  # for a quarter of an hour at the most: ending buildah does not end what runs inside
+inside timeout --kill-after=30 900 kvserve serve --host 127.0.0.1 --port "$port" --kv-cache-memory-bytes 67108864 --max-model-len 2048 \
     >"$work/server.log" 2>&1 &
 server=$!
 probe="import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port/health', timeout=4)"
