@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.kvserve")
+from kvserve.engine.log import logger
 
 
 class Failures:

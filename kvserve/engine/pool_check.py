@@ -16,12 +16,10 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.logger import init_logger
 
+from kvserve.engine.log import logger
 from kvserve.pages.admission import Admission, always_fits
 from kvserve.policies.limits import request_limit
-
-logger = init_logger("vllm.kvserve")
 
 RENDERED: Mapping[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatCompletionRequest, "render_chat_request"),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from vllm.logger import init_logger
 
 from kvserve.attention.saturation import rows_beyond_range
-
-logger = init_logger("vllm.kvserve")
+from kvserve.engine.log import logger
 
 
 class RangeWatch:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
+from kvserve.engine.log import logger
 from kvserve.pages.plan import check_limit
 from kvserve.policies.limits import PREFIX, check_request, own_limit, request_limit
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
-
-logger = init_logger("vllm.kvserve")
 
 
 def check_arguments(arguments: Mapping[str, Any], state: Any) -> None:
