@@ -47,16 +47,16 @@ gpu-run:
 	$(GPU_PYTHON) scripts/gpu_run.py $(ARGS)
 
 test-gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/test_triton.py tests/test_triton_kept.py tests/test_cuda.py tests/test_choice_on_device.py -k "not compiles" $(ARGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest tests/kernels/test_triton.py tests/kernels/test_triton_kept.py tests/kernels/test_cuda.py tests/eviction/test_choice_on_device.py -k "not compiles" $(ARGS)
 
 sanitize-gpu:
 	$(GPU_PYTHON) scripts/sanitize_gpu.py $(ARGS)
 
 bench-gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m kvserve.bench.gpu $(ARGS)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 serve-gpu-check: setup
-	$(BIN)/python benchmarks/gpu_serve.py $(ARGS)
+	$(BIN)/python -m benchmarks.gpu_serve $(ARGS)
 
 cuda:
 	python3 scripts/build_cuda.py $(ARGS)
@@ -76,16 +76,17 @@ bench: setup
 	$(BIN)/kvserve bench $(ARGS)
 
 matrix: setup
-	KVSERVE_MATRIX=$(CURDIR)/benchmarks/results/compatibility.json $(BIN)/python -m pytest tests/test_compatibility.py $(ARGS)
-	$(BIN)/python scripts/compatibility_table.py
+	KVSERVE_MATRIX=$(CURDIR)/benchmarks/results/compatibility.json $(BIN)/python -m pytest tests/engine/test_compatibility.py $(ARGS)
+	$(BIN)/python -m benchmarks.reports.compatibility
 
 atlas: setup
 	$(BIN)/python -m pip install -q matplotlib
-	$(BIN)/python benchmarks/atlas.py $(ARGS)
+	$(BIN)/python -m benchmarks.atlas $(ARGS)
 
 lint:
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/mypy
 
 format:
@@ -94,7 +95,7 @@ format:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis kvserve/native/*.so $(VENV)/kvserve-install.sha256
-	find kvserve tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find kvserve kernels tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv:
 	rm -rf $(VENV)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`make atlas`: every shipped policy in quality, speed and memory, beside its peers; then docs/atlas.md is written.
 
-    python benchmarks/atlas.py [--folder benchmarks/results] [--prefix NAME] [--quick]
+    python -m benchmarks.atlas [--folder benchmarks/results] [--prefix NAME] [--quick]
 
 The steps run one after another, since a step beside another would disturb its times. Each step's result file is made by
 one command, which is printed and stands in the file; a run that was stopped goes on where it was, and finished steps
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kvserve.bench.eviction_quality import kept_count
+from benchmarks.eviction_quality import kept_count
 from kvserve.default_model import prepare_default_model
 from kvserve.evals.command import Evaluation
 from kvserve.evals.items import TaskItem, TextItem
@@ -128,7 +128,7 @@ def steps(folder: Path, prefix: str, python: str, model: str, quick: bool) -> li
     timed = QUICK_TIMED if quick else TIMED
     context, sequences, repeats = ("256", "2", "1") if quick else ("2048", "8", "3")
     kvserve = [sys.executable, "-m", "kvserve.cli"]
-    peers = [python, str(ROOT / "benchmarks" / "atlas_peers.py")]
+    peers = [python, "-m", "benchmarks.atlas_peers"]
     commands = {
         "eval": [*kvserve, "eval", *evaluation_argv(quick)],
         "peers": [*peers, "quality", "--model", model, "--prompts", str(PROMPTS)],
@@ -162,8 +162,8 @@ def main() -> int:
         step.run()
     if options.quick:
         return 0
-    report = [sys.executable, str(ROOT / "scripts" / "atlas_report.py"), "--folder", str(options.folder)]
-    return subprocess.call([*report, "--prefix", options.prefix])
+    report = [sys.executable, "-m", "benchmarks.reports.atlas", "--folder", str(options.folder.resolve())]
+    return subprocess.call([*report, "--prefix", options.prefix], cwd=ROOT)
 
 
 if __name__ == "__main__":

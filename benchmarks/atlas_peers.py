@@ -3,8 +3,8 @@
 
 `benchmarks/atlas.py` runs it, in an environment of its own, because kvpress wants another transformers:
 
-    python atlas_peers.py quality --model FOLDER --prompts prompts.json --out quality.json
-    python atlas_peers.py speed --model FOLDER --out speed.json
+    python -m benchmarks.atlas_peers quality --model FOLDER --prompts prompts.json --out quality.json
+    python -m benchmarks.atlas_peers speed --model FOLDER --out speed.json
 
 Quality has the layout of `kvserve eval`'s raw results: the same windows and questions, distances to transformers' own
 dense cache. The tokens behind a prompt are given one by one, as `kvserve eval` gives them. A press compresses a prompt
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from kvpress import ObservedAttentionPress
-from kvpress_parity import make_press
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.kvpress_parity import make_press
 from kvserve.evals.distances import distances
 from kvserve.evals.tasks.base import score
 
@@ -234,7 +234,7 @@ def set_masked_keys(model: Model, masked: list[Any]) -> None:
 def started(options: argparse.Namespace) -> dict[str, Any]:
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return {
-        "schema": 1, "command": ["python", "benchmarks/atlas_peers.py", *arguments],
+        "schema": 1, "command": ["python", "-m", "benchmarks.atlas_peers", *arguments],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "versions": {name: version(name) for name in PACKAGES},
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """What eviction costs and saves: compression of a prompt, decode attention, and rate 1 against `none`.
 
-    python benchmarks/eviction_speed.py [--parts decode adding-up compression rate-one] [--repeats 5] [--out FILE.json]
+    python -m benchmarks.eviction_speed [--parts decode adding-up compression rate-one] [--repeats 5] [--out FILE.json]
 
 Ratios are of measurements that alternate; medians with the lowest and highest repeat. Run nothing else meanwhile.
 """
@@ -28,9 +28,9 @@ import yaml
 
 from kvserve.attention.base import Batch, LayerSpec, Received
 from kvserve.attention.native import NativeAttention
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.engines import Engine, EngineConfig
 from kvserve.default_model import prepare_default_model
+from kvserve.measuring.engines import Engine, EngineConfig
+from kvserve.measuring.shape import ModelShape
 from kvserve.pages.kept import Kept, KeptTable
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy, policy_content

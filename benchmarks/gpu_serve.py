@@ -1,7 +1,7 @@
 """Serving end to end on a GPU: greedy texts against those of the CPU, and output tokens/s with CUDA graphs.
 
-    python benchmarks/gpu_serve.py [--policies none kivi-4bit ...] [--model-runner 2] [--out FILE.json]
-    python benchmarks/gpu_serve.py --write-reference      # on a CPU: the texts that a GPU is compared with
+    python -m benchmarks.gpu_serve [--policies none kivi-4bit ...] [--model-runner 2] [--out FILE.json]
+    python -m benchmarks.gpu_serve --write-reference      # on a CPU: the texts that a GPU is compared with
 
 Texts are compared in float32, token by token: two devices round differently, so a text may go another way where the two
 best tokens of the CPU were nearly equal, and nowhere else. Throughput is measured in bfloat16, one run after a warm-up.
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).with_name("gpu_reference_texts.json")
 POLICIES = ("none", "kivi-4bit", "kivi-2bit", "kv-compress-2bit")
 STOCK = "stock"
@@ -113,8 +114,8 @@ def run(policy: str, dtype: str, prompts: list[list[int]] | None, model_runner: 
     if _is_cpu():
         del environment["VLLM_USE_V2_MODEL_RUNNER"]
     job = json.dumps({"policy": policy, "dtype": dtype, "prompts": prompts})
-    command = [sys.executable, __file__, "--child", job]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_serve", "--child", job]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"{policy}: the engine did not answer (exit code {done.returncode}); its log is above")
@@ -130,8 +131,8 @@ def _is_cpu() -> bool:
 def make_prompts() -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from kvserve.bench.prose import shuffled_prose
     from kvserve.default_model import prepare_default_model
+    from kvserve.prose import shuffled_prose
 
     tokenizer = AutoTokenizer.from_pretrained(str(prepare_default_model()))
     return [tokenizer.encode(shuffled_prose(seed, count)) for seed, count in enumerate(PROMPT_SENTENCES)]

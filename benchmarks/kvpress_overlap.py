@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which share of the tokens that a policy keeps the press of the same method keeps too, on two prompts.
 
-    PYTHONPATH=. kvpress/bin/python benchmarks/kvpress_overlap.py --model FOLDER --prompts prompts.json --out out.json
+    kvpress/bin/python -m benchmarks.kvpress_overlap --model FOLDER --prompts prompts.json --out out.json
 
 In the environment of kvpress_parity.py. The policies of benchmarks/as-kvpress have the parameters of kvpress, so that
 only the implementations differ.
@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvpress_parity import Presses, make_press
-
+from benchmarks.kvpress_parity import Presses, make_press
 from kvserve.policies.loading import load_policy
 
 FOLDER = Path(__file__).parent / "as-kvpress"
@@ -51,13 +50,13 @@ def main() -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="from kvserve.bench.eviction_quality --prompts-out")
+    parser.add_argument("--prompts", type=Path, required=True, help="from benchmarks.eviction_quality --prompts-out")
     parser.add_argument("--out", type=Path, required=True, help="result file")
     options = parser.parse_args()
     presses, content = Presses(options.model), json.loads(options.prompts.read_text(encoding="utf-8"))
     record = {
         "schema": 1,
-        "command": ["python", "benchmarks/kvpress_overlap.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.kvpress_overlap", *(Path(word).name for word in sys.argv[1:])],
         "seed": content["prompts"]["seed"],
         "presses": {label: press for label, (_, press) in pairs().items()},
         "shared": {kind: shares(presses, content, kind) for kind in ("questions", "texts")},

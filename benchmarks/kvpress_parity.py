@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""NVIDIA kvpress on the prompts of `python -m kvserve.bench.eviction_quality`, at the same numbers of kept tokens.
+"""NVIDIA kvpress on the prompts of `python -m benchmarks.eviction_quality`, at the same numbers of kept tokens.
 
 Needs no vLLM, and an environment of its own, because kvpress wants another transformers:
 
     python -m venv kvpress && kvpress/bin/pip install kvpress==0.5.5 pydantic pyyaml
-    PYTHONPATH=. kvpress/bin/python benchmarks/kvpress_parity.py --model FOLDER --prompts prompts.json --out out.json
+    kvpress/bin/python -m benchmarks.kvpress_parity --model FOLDER --prompts prompts.json --out out.json
 
 A prompt is compressed whole, its question included, and the first answer token comes from the whole prompt. The dense
 prefill is shared: behind each layer every press's own forward hook cuts the layer's cache, which is what happens in a
@@ -39,8 +39,8 @@ from kvpress import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kvserve.bench.evicted_model import EvictedModel, Prompt, PromptLayer
-from kvserve.bench.eviction_prompts import PromptSet
+from benchmarks.evicted_model import EvictedModel, Prompt, PromptLayer
+from benchmarks.eviction_prompts import PromptSet
 
 PRESSES = {
     "snapkv": SnapKVPress,
@@ -239,7 +239,7 @@ def main() -> int:
     """Run, or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder")
-    parser.add_argument("--prompts", type=Path, required=True, help="from kvserve.bench.eviction_quality --prompts-out")
+    parser.add_argument("--prompts", type=Path, required=True, help="from benchmarks.eviction_quality --prompts-out")
     parser.add_argument("--presses", default=",".join(PRESSES), help="default: %(default)s")
     parser.add_argument("--part", choices=("all", "needles", "texts"), default="all", help="of the same prompts")
     parser.add_argument("--out", type=Path, help="result file; a run that was stopped goes on with its file")
@@ -252,7 +252,7 @@ def main() -> int:
     packages = ("kvpress", "torch", "transformers")
     record: dict[str, Any] = {
         "schema": 1,
-        "command": ["python", "benchmarks/kvpress_parity.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.kvpress_parity", *(Path(word).name for word in sys.argv[1:])],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "prompts_sha256": content["sha256"],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

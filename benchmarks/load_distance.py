@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far a greedy text under load is from the same prompt's text alone, per policy.
 
-    python benchmarks/load_distance.py --out benchmarks/results/cpu-zen4-load.json
+    python -m benchmarks.load_distance --out benchmarks/results/cpu-zen4-load.json
 
 Ten prompts are answered one at a time, and then all at once beside six others in steps of 256 tokens, which cut their
 prompts elsewhere. A model's matrix products round differently in batches of another shape; `--products float64` sums
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ("stock", "none", "int8", "kivi-2bit", "boost-2bit")
 PRODUCTS = ("float64", "float32")
 PROMPTS, OTHERS = 10, 6
@@ -162,14 +163,15 @@ def measure(model: str, policy: str, products: str, max_tokens: int) -> dict[str
 def run_child(policy: str, products: str, options: argparse.Namespace) -> dict[str, float]:
     """`measure` in a process of its own: one can hold engines of one policy."""
     command = [
-        *(sys.executable, __file__, "--model", options.model, "--max-tokens", str(options.max_tokens)),
+        *(sys.executable, "-m", "benchmarks.load_distance", "--model", options.model),
+        *("--max-tokens", str(options.max_tokens)),
         *("--child", policy, products),
     ]
     environment = {
         **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
     return result
 
@@ -193,7 +195,7 @@ def main() -> int:
         return 0
     record: dict[str, Any] = {
         "schema": 1,
-        "command": ["python", "benchmarks/load_distance.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.load_distance", *(Path(word).name for word in sys.argv[1:])],
         "model": Path(options.model).name,
         "step_tokens": STEP_TOKENS,
         "together": PROMPTS + OTHERS,

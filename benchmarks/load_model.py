@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """As load_distance.py without vLLM: the default model in transformers over the compiled kernels, in packed steps.
 
-    python benchmarks/load_model.py --out benchmarks/results/cpu-zen4-load-model.json
+    python -m benchmarks.load_model --out benchmarks/results/cpu-zen4-load-model.json
 
 Every step is one packed row of tokens, as an engine has it: a token of each running request, then prompts in order, as
 far as its size allows. `--products float64` sums every product of the model in float64, where rounding back to float32
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_distance import OTHERS, PRODUCTS, PROMPTS, compare
 
+from benchmarks.load_distance import OTHERS, PRODUCTS, PROMPTS, compare
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention
 from kvserve.default_model import prepare_default_model
@@ -162,7 +162,7 @@ def main() -> int:
     folder = str(prepare_default_model())
     record: dict[str, Any] = {
         "schema": 1,
-        "command": ["python", "benchmarks/load_model.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.load_model", *(Path(word).name for word in sys.argv[1:])],
         "model": Path(folder).name,
         "together": PROMPTS + OTHERS,
         "nats": {products: {} for products in options.products},

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a cache makes of rounding noise in its rows, as matrix products in batches of another shape leave it.
 
-    python benchmarks/noise_gain.py --out benchmarks/results/cpu-zen4-noise.json
+    python -m benchmarks.noise_gain --out benchmarks/results/cpu-zen4-noise.json
 
 One layer, 1,024 random tokens, 64 queries: every key and value changes by a random share of itself, and the answers
 change by the share printed, per size of the noise. In float32: 16-bit rows swallow noise below their own rounding.
@@ -72,7 +72,7 @@ def main() -> int:
     options = parser.parse_args()
     record = {
         "schema": 1,
-        "command": ["python", "benchmarks/noise_gain.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.noise_gain", *(Path(word).name for word in sys.argv[1:])],
         "change_of_answers": {policy: gains(policy) for policy in POLICIES},
     }
     print(json.dumps(record["change_of_answers"], indent=1))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the error of 8-bit keys comes from when their channels have offsets larger than the signal, as key biases give.
 
-    python benchmarks/offset_error.py --out benchmarks/results/cpu-zen4-offsets.json
+    python -m benchmarks.offset_error --out benchmarks/results/cpu-zen4-offsets.json
 
 Random keys N(0, 1) plus a bias per channel, turned by RoPE or not, 1,024 of them before the query. An error of logits
 is the root mean square over the tokens, less what is common to them, which softmax ignores.
@@ -151,7 +151,7 @@ def main() -> int:
         ways["kernel, over what its pages say"].pop(0)
     record = {
         "schema": 1,
-        "command": ["python", "benchmarks/offset_error.py", *(Path(word).name for word in sys.argv[1:])],
+        "command": ["python", "-m", "benchmarks.offset_error", *(Path(word).name for word in sys.argv[1:])],
         "seeds": SEEDS,
         "errors": found,
     }

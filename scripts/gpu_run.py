@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kvserve.bench.gpu_steps import (  # noqa: E402
+from benchmarks.gpu_steps import (  # noqa: E402
     FAILED,
     PASSED,
     SKIPPED,
@@ -41,14 +41,14 @@ from kvserve.bench.gpu_steps import (  # noqa: E402
     end_group,
     line_of,
 )
-from kvserve.bench.gpu_targets import Row, headline_lines, table_lines, targets  # noqa: E402
+from benchmarks.gpu_targets import Row, headline_lines, table_lines, targets  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu_run"
 LIBRARY = ROOT / "kvserve" / "native" / "_cuda.so"
 CACHE = WORK / "triton"
 LOOK_S = 90.0  # to import torch and ask for the GPU
-SOURCES = ("kernels/*.py", "kvserve/**/*.py", "csrc/*.h", "csrc/cuda/*", "benchmarks/gpu_*")
+SOURCES = ("kernels/*.py", "kvserve/**/*.py", "csrc/*.h", "csrc/cuda/*", "benchmarks/gpu*")
 SCRIPTS = ("gpu_run.py", "build_cuda.py", "sanitize_gpu.py")
 # As compiled for sm_90a with nvcc 13.0 and Triton 3.6, in seconds of one core of a Zen 4 server.
 NVCC_S, KERNEL_S, WARM_KERNELS, START_S = 25.0, 0.7, 400, 15.0
@@ -56,7 +56,7 @@ NVCC_S, KERNEL_S, WARM_KERNELS, START_S = 25.0, 0.7, 400, 15.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What kvserve.bench.gpu_machine found."""
+    """What benchmarks.gpu_machine found."""
 
     found: dict[str, Any]
     dry: bool
@@ -129,7 +129,7 @@ class Plan:
         return self._module(name, what, "gpu_headline", times, "--rows", rows, "--time-limit-s", "{limit_s}")
 
     def _serve(self, on_gpu: str | None) -> Step:
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_serve.py"), "--policies", "kivi-2bit"]
+        command = [sys.executable, "-m", "benchmarks.gpu_serve", "--policies", "kivi-2bit"]
         cannot = on_gpu or self.machine.lacks("vllm", "pydantic", "pyyaml", "rich")
         return Step("serve", "the default model with kivi-2bit", command, Times(240, 90, 180), cannot)
 
@@ -140,7 +140,7 @@ class Plan:
         return Step("sanitize", "a check under compute-sanitizer", command, Times(100, 25, 60), cannot)
 
     def _module(self, name: str, what: str, module: str, times: Times, *options: str) -> Step:
-        command = [sys.executable, "-m", f"kvserve.bench.{module}", *options, *self.dry]
+        command = [sys.executable, "-m", f"benchmarks.{module}", *options, *self.dry]
         return Step(name, what, command, times)
 
 
@@ -148,7 +148,7 @@ def look(dry: bool) -> dict[str, Any]:
     """What is on this machine, found by a process that may hang."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "machine.json"
-        command = [sys.executable, "-m", "kvserve.bench.gpu_machine", "--result", str(result)]
+        command = [sys.executable, "-m", "benchmarks.gpu_machine", "--result", str(result)]
         child = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], start_new_session=True)
         try:
             child.wait(LOOK_S)

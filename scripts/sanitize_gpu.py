@@ -7,7 +7,7 @@ device memory that nothing wrote. Needs a CUDA device and compute-sanitizer (par
 $COMPUTE_SANITIZER, else the one on PATH or in /usr/local/cuda/bin); the CUDA kernels' tests need `make cuda` before.
 Every tensor gets an allocation of its own (PYTORCH_NO_CUDA_MEMORY_CACHING), so that its borders are known. Slow: expect
 many times the time of the tests alone. `--smallest` runs one small check of each kind of kernels instead of the tests
-(kvserve/bench/gpu_checks.py), which needs torch and Triton only.
+(benchmarks/gpu_checks.py), which needs torch and Triton only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TESTS = {
-    "cuda": ("tests/test_cuda.py", "decode_matches or head_dim_128 or attention_equals or shape_of_a_launch"),
+    "cuda": ("tests/kernels/test_cuda.py", "decode_matches or head_dim_128 or attention_equals or shape_of_a_launch"),
     "triton": (
-        "tests/test_triton.py tests/test_triton_kept.py",
+        "tests/kernels/test_triton.py tests/kernels/test_triton_kept.py",
         "decode_matches or beside_decode or read_gives or attention_equals or written_pages or attention_sums",
     ),
 }
@@ -47,7 +47,7 @@ def command(sanitizer: str, tool: str, kernels: str, smallest: bool) -> list[str
     files, chosen = TESTS[kernels]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", *files.split(), "-m", "not slow", "-k", chosen]
     if smallest:
-        tests = [sys.executable, "-m", "kvserve.bench.gpu_checks", "--in-process", "--cases", CHECKS[kernels]]
+        tests = [sys.executable, "-m", "benchmarks.gpu_checks", "--in-process", "--cases", CHECKS[kernels]]
     return [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all", *tests]
 
 

@@ -31,7 +31,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def started(monkeypatch):
     """Replaces the launch of a server by a record of what it would have been; the port it would have is free."""
-    from kvserve.cli import address, launch, model_folder, serve
+    from kvserve.arguments import model_folder
+    from kvserve.cli import address, launch, serve
 
     calls = []
     monkeypatch.setattr(address, "DEFAULT_PORT", 0)
@@ -60,9 +61,8 @@ def refusal(started, capsys):
 @pytest.fixture
 def default_model(monkeypatch):
     """There is one, with the config of LLAMA."""
-    from cli_cases import LLAMA
-
     from kvserve.cli import launch, serve
+    from tests.cases.cli_cases import LLAMA
 
     monkeypatch.setattr(launch, "prepare_default_model", lambda: Path("/cache/default"))
     monkeypatch.setattr(serve, "read_model_config", lambda model: LLAMA)

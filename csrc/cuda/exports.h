@@ -1,5 +1,5 @@
 // The C interface (api.h) over kvs::gpu::Launcher, which a file defines before it includes this: with CUDA's launches
-// (decode.cu), or thread by thread on the CPU (tests/cuda_emulation.cpp).
+// (decode.cu), or thread by thread on the CPU (tests/cases/cuda_emulation.cpp).
 const char* kvs_cuda_unsupported(const KvsLayout* layout) { return kvs::gpu::unsupported(*layout); }
 
 int64_t kvs_cuda_workspace_floats(const KvsLayout* layout, int32_t num_reqs, int32_t splits) {

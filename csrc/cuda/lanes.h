@@ -1,5 +1,5 @@
 // What one lane of a warp can do beyond plain C++: the only file with PTX in it. On a CPU, lanes_host.h stands in for
-// it, so that the same kernels can be run lane by lane without a GPU (tests/test_cuda.py).
+// it, so that the same kernels can be run lane by lane without a GPU (tests/kernels/test_cuda.py).
 //
 // Names of a lane in the fragments of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): g = lane / 4,
 // t = lane % 4. A lane holds of

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from kvserve.bench.results import Row, SuiteResult, spread
-from kvserve.checks import UnsupportedError
+from kvserve.measuring.results import Row, SuiteResult, spread
+from kvserve.measuring.shape import ModelShape
 from kvserve.policies.loading import load_policy
 
 POOL_BYTES = 2**35  # hundreds of dense requests, so that rounding to whole ones does not matter
 RATIO_TARGETS = {("kivi-2bit", "16-bit"): 5.0, ("kivi-2bit", "fp32"): 10.0}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a KV cache needs to know about a model."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def query_group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelShape:
-        """From the content of a Hugging Face config.json.
-
-        Raises:
-            UnsupportedError: it lacks a size.
-        """
-        heads, num_layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
-        head_dim = config.get("head_dim") or (heads and (config.get("hidden_size") or 0) // heads)
-        if not heads or not num_layers or not head_dim:
-            raise UnsupportedError(
-                "the model's config.json needs num_hidden_layers, num_attention_heads, and head_dim or hidden_size"
-            )
-        return cls(num_layers, heads, config.get("num_key_value_heads") or heads, head_dim)
 
 
 class CapacityHost:
@@ -67,9 +36,9 @@ class CapacityHost:
         """Requests held under a kvserve policy, and what its page arithmetic says."""
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+        from kvserve.accounting.plan import held_blocks, peak_blocks, policy_plan
         from kvserve.engine.spec import EvictingPageSpec, PageSpec
         from kvserve.pages.layout import PageLayout
-        from kvserve.pages.plan import held_blocks, peak_blocks, policy_plan
 
         policy, shape = load_policy(name), self.shape
         layout = PageLayout.build(

@@ -15,18 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvserve.arguments.model_folder import path_of, read_model_config
+from kvserve.arguments.parser import public_argv
 from kvserve.bench import capacity, load, server_suite, suites
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.children import Child, ChildError
-from kvserve.bench.engines import Engine, EngineConfig, least_pool_bytes
-from kvserve.bench.machine import machine, versions
-from kvserve.bench.options import OptionError, Options, parse, public_argv
-from kvserve.bench.prose import Prose
-from kvserve.bench.results import SCHEMA_VERSION, Row, SuiteResult, print_table, row_content, write_json
+from kvserve.bench.options import OptionError, Options, parse
 from kvserve.bench.server import Server
 from kvserve.bench.server_options import Load
-from kvserve.cli.main import UsageError
-from kvserve.cli.model_folder import path_of, read_model_config
+from kvserve.errors import ChildError, UsageError
+from kvserve.measuring.children import Child
+from kvserve.measuring.engines import Engine, EngineConfig, least_pool_bytes
+from kvserve.measuring.machine import machine, versions
+from kvserve.measuring.results import SCHEMA_VERSION, Row, SuiteResult, print_table, row_content, write_json
+from kvserve.measuring.shape import ModelShape
+from kvserve.prose import Prose
 from kvserve.text_files import one_line
 
 ENGINE_SUITES = ("step", "prefill", "identity", "needle", "quality")

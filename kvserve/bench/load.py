@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.children import ChildError, end_group, last_lines
-from kvserve.bench.engines import ENVIRONMENT
 from kvserve.bench.server import SERVED_NAME, Server, ServerState
 from kvserve.bench.server_options import Load, ServerSizes
+from kvserve.errors import ChildError
+from kvserve.measuring.children import end_group, last_lines
+from kvserve.measuring.engines import ENVIRONMENT
 
 SAMPLE_SECONDS = 0.5
 CLIENT_ENVIRONMENT = {

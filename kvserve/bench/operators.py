@@ -13,9 +13,9 @@ import torch
 
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.engines import STOCK
 from kvserve.bench.stock_attention import StockAttention
+from kvserve.measuring.engines import STOCK
+from kvserve.measuring.shape import ModelShape
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.engines import STOCK
-from kvserve.bench.machine import this_machine
+from kvserve.arguments.parser import MAX_SEED, Parser, given_text, result_path, whole
 from kvserve.bench.server_options import ServerSizes, add_options, server_sizes
-from kvserve.cli.main import UsageError
-from kvserve.cli.parser import MAX_SEED, Parser, result_path, text_of, whole
-from kvserve.policies.loading import PolicyError, load_policy
+from kvserve.errors import PolicyError, UsageError
+from kvserve.measuring.engines import STOCK
+from kvserve.measuring.machine import this_machine
+from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 
 SUITES = ("capacity", "operator", "step", "prefill", "identity", "needle", "quality", "throughput", "server")
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> Options:
         simulations=_count("--simulations", given.simulations, 1 if quick else 3),
         needles=_count("--needles", given.needles, 2 if quick else 10),
         quick=quick, model=given.model, dtype=given.dtype, compile=given.compile, seed=given.seed,
-        text=read_text(given.text),
+        text=given_text(given.text),
         text_name=given.text.name if given.text else None, out=_out(given.out, suites, given.dtype),
     )  # fmt: skip
     return options
@@ -200,22 +200,3 @@ def _count(flag: str, given: Any, default: int) -> int:
     if count < 1:
         raise OptionError(f"{flag} must be a whole number of at least 1, got {given!r}")
     return count
-
-
-def read_text(path: Path | None) -> str | None:
-    """The content of --text; None where it was not given.
-
-    Raises:
-        UsageError: it cannot be read, or is empty.
-    """
-    return None if path is None else text_of(path, "--text")
-
-
-def public_argv(argv: Sequence[str]) -> list[str]:
-    """The command line without folders: a result file says nothing about where things lie on a machine."""
-    return [word if word.startswith("-") and "/" not in word else _last_part(word) for word in argv]
-
-
-def _last_part(word: str) -> str:
-    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return flag + equals + ",".join(Path(part).name if "/" in part else part for part in value.split(","))

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from kvserve.bench.children import describe_end, last_lines
+from kvserve.measuring.children import describe_end, last_lines
 
 STALL_SECONDS = 180.0  # without any progress
 END_SECONDS = 3600.0

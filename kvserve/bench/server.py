@@ -19,9 +19,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from kvserve.bench.children import CLOSE_TIMEOUT_SECONDS, Child, ChildError, describe_end, last_lines
-from kvserve.bench.engines import ENVIRONMENT, STOCK, EngineConfig
 from kvserve.bench.progress import wait_until
+from kvserve.errors import ChildError
+from kvserve.measuring.children import CLOSE_TIMEOUT_SECONDS, Child, describe_end, last_lines
+from kvserve.measuring.engines import ENVIRONMENT, STOCK, EngineConfig
 
 SERVED_NAME = "bench"  # of the model, in requests
 WARM_UP_TIMEOUT_SECONDS = 900.0

@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 
-from kvserve.cli.parser import positive, whole
+from kvserve.arguments.parser import positive, whole
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvserve.bench.engines import STOCK
 from kvserve.bench.load import Load, Measured
-from kvserve.bench.results import Row, SuiteResult, interleave, ratio_row, ratios, spread
+from kvserve.measuring.engines import STOCK
+from kvserve.measuring.results import Row, SuiteResult, interleave, ratio_row, ratios, spread
 
 Runs = dict[str, list[Measured]]
 

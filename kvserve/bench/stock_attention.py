@@ -7,7 +7,7 @@ from math import ceil
 
 import torch
 
-from kvserve.bench.capacity import ModelShape
+from kvserve.measuring.shape import ModelShape
 
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvserve.bench.engines import STOCK
-from kvserve.bench.prose import NeedlePrompt
-from kvserve.bench.results import Row, SuiteResult, interleave, ratio_row, ratios, spread
+from kvserve.measuring.engines import STOCK
+from kvserve.measuring.results import Row, SuiteResult, interleave, ratio_row, ratios, spread
+from kvserve.prose import NeedlePrompt
 
 Say = Callable[[str], None]
 Hosts = Mapping[str, Any]

@@ -7,7 +7,7 @@ from kvserve.budgets.global_pages import GlobalPages
 from kvserve.budgets.heads_in_layer import HeadsInLayer
 from kvserve.budgets.pyramid import Pyramid
 from kvserve.budgets.uniform import Uniform
-from kvserve.policies.part_registry import PartRegistry
+from kvserve.part_registry import PartRegistry
 
 BUDGETS: PartRegistry[Budget] = PartRegistry("budget", (GlobalPages, HeadsInLayer, Pyramid, Uniform))
 budget_class = BUDGETS.class_of

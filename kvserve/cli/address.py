@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvserve.cli.main import UsageError
+from kvserve.errors import UsageError
 
 DEFAULT_PORT = 8000  # vLLM's
 OPEN_HOSTS = (None, "", "0.0.0.0", "::")  # all interfaces; the first is vLLM's default

@@ -11,23 +11,22 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, NoReturn
 
 from kvserve.checks import check_stages, choose_kernels
 from kvserve.cli.address import OPEN_HOSTS
-from kvserve.cli.main import UsageError
 from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
+from kvserve.engine.environment import PLUGIN_NAME, allowed_plugins, cpu_has_bfloat16
+from kvserve.errors import UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_content
 from kvserve.text_files import one_line
 
-PLUGIN_NAME = "kvserve"
 _PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -39,8 +38,6 @@ OWN_LEVEL = "KVSERVE_LOG_LEVEL"  # of kvserve's lines (kvserve/engine/log.py)
 # Of libraries that vLLM uses, about their own code.
 _WARNINGS = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
 RESERVED_CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
-# Naming this one in VLLM_PLUGINS allows it to download adapters; that stays the user's decision.
-_OPT_IN_PLUGINS = frozenset({"lora_hf_hub_resolver"})
 
 
 def launch(
@@ -320,33 +317,10 @@ def _size_the_pool(args: argparse.Namespace) -> None:
         say(f"KV cache of {size}, change it with --kv-cache-memory-bytes")
 
 
-def allowed_plugins(current: str | None, discovered: Iterable[str]) -> str:
-    """VLLM_PLUGINS with kvserve in it and nothing lost.
-
-    vLLM loads an endpoint plugin only if this variable names it. Once the variable is set, a plugin of any other kind
-    that it does not name is left out too.
-    """
-    if current is None:
-        names = sorted(set(discovered) - _OPT_IN_PLUGINS - {PLUGIN_NAME})
-    else:
-        names = [name for name in current.split(",") if name and name != PLUGIN_NAME]
-    return ",".join([*names, PLUGIN_NAME])
-
-
 def pool_bytes(free_bytes: int, workers: int) -> int:
     """A quarter of the free memory, shared by the workers, in whole GiB where there is at least one."""
     share = free_bytes // 4 // workers
     return share // 2**30 * 2**30 or share
-
-
-def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether bfloat16 matrix products run natively; True where that cannot be told (not x86)."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return True
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
-    return flags is None or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def print_vllm_help(arguments: Sequence[str]) -> int:

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from kvserve.checks import UnsupportedError
-from kvserve.default_model import ConversionError
-from kvserve.policies.loading import PolicyError
+from kvserve.errors import ConversionError, PolicyError, UnsupportedError, UsageError
 from kvserve.text_files import one_line
 
 HELP = """\
@@ -67,10 +65,6 @@ _EXTRAS = {
     **dict.fromkeys(("httpx", "numpy", "openai", "scipy"), "bench"), "matplotlib": "plot",
     **dict.fromkeys(("accelerate", "gguf"), "model"),
 }  # fmt: skip
-
-
-class UsageError(ValueError):
-    """A command line that cannot be followed; the message says what to write instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +130,7 @@ def _check_is_a_model(word: str, rest: Sequence[str]) -> None:
     Raises:
         UsageError: naming the commands, and how a model is served.
     """
-    from kvserve.cli.model_folder import is_local_model
+    from kvserve.arguments.model_folder import is_local_model
     from kvserve.cli.serve import POLICY_VARIABLE
 
     close = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvserve.cli.main import UsageError
-from kvserve.cli.parser import Parser, whole
-from kvserve.cli.serve import split_arguments
+from kvserve.arguments.own_options import split_arguments
+from kvserve.arguments.parser import Parser, whole
+from kvserve.errors import UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import configs_dir, policy_names
@@ -66,7 +66,7 @@ def _parser() -> Parser:
 
 def context_ratio(layout: Any, num_tokens: int = CONTEXT) -> float:
     """How many times more requests of `num_tokens` tokens fit, against a 16-bit cache; tail and sinks included."""
-    from kvserve.pages.plan import held_blocks
+    from kvserve.accounting.plan import held_blocks
 
     sixteen_bit = num_tokens * 2 * layout.head_dim * 2
     return float(sixteen_bit / (held_blocks(layout, num_tokens) * layout.cell_bytes))
@@ -147,7 +147,7 @@ def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -
     try:
         layout = _layout(policy, head_dim, num_layers)
     except ValueError as error:
-        from kvserve.checks import UnsupportedError
+        from kvserve.errors import UnsupportedError
 
         raise UnsupportedError(str(error)) from None
     console.print(f"{policy.name}: {policy.summary}", soft_wrap=True)
@@ -166,7 +166,7 @@ def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -
         ("dense tail", f"{layout.tail_blocks} blocks of {layout.cell_bytes} bytes (up to {layout.tile_tokens} tokens)"),
         ("dense sinks", f"{layout.sink_blocks} blocks ({policy.sink_tokens} tokens)"),
     ]
-    from kvserve.pages.plan import held_blocks
+    from kvserve.accounting.plan import held_blocks
 
     for context in (1024, CONTEXT, 32768):
         total = held_blocks(layout, context) * layout.cell_bytes

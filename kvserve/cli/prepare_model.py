@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvserve.cli.parser import Parser
+from kvserve.arguments.parser import Parser
 
 
 def run(arguments: Sequence[str]) -> int:

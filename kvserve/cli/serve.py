@@ -6,16 +6,15 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvserve.arguments.model_folder import check_model_files, read_model_config
+from kvserve.arguments.own_options import split_arguments
 from kvserve.checks import (
-    KERNELS,
     ServeOptions,
-    UnsupportedError,
     check_model,
     check_options,
     check_windows,
@@ -24,10 +23,10 @@ from kvserve.checks import (
     text_config,
 )
 from kvserve.cli.address import check_address
-from kvserve.cli.main import UsageError, print_help
-from kvserve.cli.model_folder import check_model_files, read_model_config
+from kvserve.cli.main import print_help
 from kvserve.compat import check_vllm_version
 from kvserve.default_model import check_default_model
+from kvserve.errors import UnsupportedError, UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
@@ -56,19 +55,6 @@ _LEAST = {
 }
 _MOST = {"port": 65535}
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # vLLM's
-
-
-@dataclass
-class ServeRequest:
-    """A command line, split into kvserve's part and vLLM's."""
-
-    policy: str | None = None
-    overrides: list[str] = field(default_factory=list)
-    kernels: str | None = None
-    self_test: bool = True
-    verbose: bool = False
-    vllm_arguments: list[str] = field(default_factory=list)
-    wants_help: bool = False
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -107,68 +93,6 @@ def _meant(arguments: Sequence[str]) -> str:
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     close = difflib.get_close_matches("--policy", names, n=1)
     return f", did you mean it instead of {close[0]}" if close else ""
-
-
-def split_arguments(arguments: Sequence[str], policy_only: bool = False) -> ServeRequest:
-    """Take kvserve's options out of a command line and leave the others in order.
-
-    Args:
-        policy_only: take the options that make up a policy; those of the server are left to the command's own parser.
-
-    Raises:
-        UsageError: an option without its value, or two different policies.
-    """
-    request, own = ServeRequest(), _POLICY_OPTIONS if policy_only else _EXAMPLES
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        if name in own:
-            if not equals:
-                value = next(rest, "")
-            if not value or value.startswith("--"):
-                raise UsageError(f"{name} needs a value, for example {_EXAMPLES[name]}")
-            _take(request, name, value)
-        elif name in ("--self-test", "--no-self-test", "--verbose") and not policy_only:
-            if equals:
-                raise UsageError(f"{name} takes no value")
-            request.verbose |= name == "--verbose"
-            request.self_test = request.self_test if name == "--verbose" else name == "--self-test"
-        elif argument in ("-h", "--help"):
-            request.wants_help = True
-        elif name == "--config" and equals:  # vLLM reads the two-word form only and would ignore this one
-            request.vllm_arguments += ["--config", value]
-        else:
-            request.vllm_arguments.append(argument)
-    return request
-
-
-def _take(request: ServeRequest, name: str, value: str) -> None:
-    """One of kvserve's options that have a value."""
-    if name == "--policy-set":
-        request.overrides.append(value)
-    elif name == "--compression-rate":
-        request.overrides += [f"eviction.rate={value}", "eviction.max_tokens=null"]
-    elif name == "--max-cache-tokens":
-        request.overrides += ["eviction.rate=null", f"eviction.max_tokens={value}"]
-    elif name == "--kernels":
-        if value not in ("auto", *KERNELS):
-            raise UsageError(f"--kernels must be one of auto, {', '.join(KERNELS)}, got {value!r:.60}")
-        request.kernels = value
-    elif request.policy not in (None, value):
-        raise UsageError(f"--policy was given twice, as {request.policy:.60} and as {value:.60}; keep one")
-    else:
-        request.policy = value
-
-
-_EXAMPLES = {
-    "--policy": "--policy kivi-2bit",
-    "--policy-set": "--policy-set sink_tokens=0",
-    "--compression-rate": "--compression-rate 4",
-    "--max-cache-tokens": "--max-cache-tokens 1024",
-    "--kernels": "--kernels triton",
-}
-_POLICY_OPTIONS = frozenset(_EXAMPLES) - {"--kernels"}
 
 
 def scan_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -269,8 +193,8 @@ def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[s
         return
     import torch
 
+    from kvserve.accounting.plan import check_limit
     from kvserve.pages.layout import PageLayout
-    from kvserve.pages.plan import check_limit
 
     block_size, limit = options.get("block_size") or policy.tile_tokens, request_limit(eviction, policy, {})
     assert limit is not None

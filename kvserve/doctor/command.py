@@ -15,26 +15,24 @@ from typing import Any
 
 from rich.console import Console
 
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.children import ChildError
-from kvserve.bench.engines import Engine, EngineConfig
-from kvserve.bench.options import read_text
+from kvserve.arguments.model_folder import check_model_files, path_of, read_model_config
+from kvserve.arguments.own_options import split_arguments
+from kvserve.arguments.parser import MAX_SEED, Parser, given_text, output_file, whole
 from kvserve.checks import check_model, text_config
-from kvserve.cli.main import UsageError
-from kvserve.cli.model_folder import check_model_files, path_of, read_model_config
-from kvserve.cli.parser import MAX_SEED, Parser, output_file, whole
-from kvserve.cli.serve import split_arguments
 from kvserve.compat import check_vllm_version
 from kvserve.doctor.engine import HOST
 from kvserve.doctor.examination import Examination, Examiner
 from kvserve.doctor.proposal import Proposal, propose, write_policy
 from kvserve.doctor.report import draw
-from kvserve.doctor.request import OUTPUT_TOKENS, TILES
-from kvserve.evals.command import load_tokenizer
-from kvserve.evals.text import TextError, Window, default_text, windows
+from kvserve.errors import ChildError, TextError, UsageError
+from kvserve.evals.source import load_tokenizer
+from kvserve.evals.text import Window, default_text, windows
+from kvserve.measuring.engines import Engine, EngineConfig
+from kvserve.measuring.shape import ModelShape
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
+from kvserve.probe.request import OUTPUT_TOKENS, TILES
 
 DESCRIPTION = """\
 Compare a policy's cache with a dense one on your own weights: every layer's kernels and losses, and the next token.
@@ -130,7 +128,7 @@ class Case:
             raise UsageError(f"--model {model} is neither a Hugging Face folder nor a downloaded model")
         check_model(config, policy, model)
         check_model_files(model, {})
-        text = read_text(args.text)
+        text = given_text(args.text)
         tokens = load_tokenizer(model)(text if text is not None else default_text()[1], verbose=False).input_ids
         test_len = TILES * policy.tile_tokens + OUTPUT_TOKENS + LONGEST_INTERVAL + 1
         limit = text_config(config).get("max_position_embeddings") or test_len + CONTEXT

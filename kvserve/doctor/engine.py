@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.engines import EngineConfig
-from kvserve.doctor.request import num_queries, plan_test
 from kvserve.evals.engine import EvalHost, Request
+from kvserve.measuring.engines import EngineConfig
+from kvserve.probe.request import num_queries, plan_test
 
 HOST = "kvserve.doctor.engine:DoctorHost"
 

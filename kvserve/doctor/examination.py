@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kvserve.doctor.distances import ProbeReport, complaints
 from kvserve.evals.distances import distances
 from kvserve.evals.text import Window
+from kvserve.probe.distances import ProbeReport, complaints
 
 # A server whose next-token distributions are further from the dense ones, on average, writes another text: the dense
 # cache's most likely tokens have lost 7/8 of their odds.

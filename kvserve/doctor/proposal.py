@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from kvserve.doctor.distances import layers_text
 from kvserve.doctor.examination import Examination
 from kvserve.policies.base import Eviction, Policy
 from kvserve.policies.loading import load_policy, policy_content
 from kvserve.policies.registry import policy_names
+from kvserve.probe.distances import layers_text
 
 # Codecs of shipped policies, from the cheapest to the one that loses nothing but rounding.
 LADDER = ("kivi-2bit", "boost-2bit", "kivi-4bit", "int8", "dense")

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvserve.doctor.distances import KERNEL_LIMIT, LayerReport
 from kvserve.doctor.examination import KL_LIMIT_NATS, Examination
-from kvserve.inspect.terminal import shade
+from kvserve.probe.distances import KERNEL_LIMIT, LayerReport
+from kvserve.shades import shade
 
 BAR_WIDTH = 20
 PIPED_WIDTH = 120

@@ -21,13 +21,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.registry import make_attention
-from kvserve.checks import UnsupportedError
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
+from kvserve.errors import UnsupportedError
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import MixedLayout
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from kvserve.doctor.probe import LayerProbe
+    from kvserve.probe.probe import LayerProbe
 
 
 class KvserveBackend(AttentionBackend):

@@ -15,14 +15,14 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from kvserve.attention.base import Batch
-from kvserve.attention.collector import Collector
-from kvserve.attention.eviction import StepEvictor
-from kvserve.checks import UnsupportedError
 from kvserve.engine.connector import current_plans, drop_ended, follow_plans
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.range_watch import RangeWatch
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import worker_log
+from kvserve.errors import UnsupportedError
+from kvserve.eviction.collector import Collector
+from kvserve.eviction.evictor import StepEvictor
 from kvserve.policies.base import Eviction
 
 

@@ -18,16 +18,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from kvserve.attention.collector import Collector
+from kvserve.accounting.admission import Admission
+from kvserve.accounting.plan import RowStep, check_limit
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.kept_rows import KeptRows
 from kvserve.engine.log import logger
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Accounting, CacheStats, StepEvictions, worker_log
-from kvserve.pages.admission import Admission
+from kvserve.eviction.collector import Collector
 from kvserve.pages.kept import Kept
-from kvserve.pages.plan import RowStep, check_limit
 from kvserve.policies.limits import PREFIX, request_limit
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvserve.checks import UnsupportedError
 from kvserve.engine.plugin import BACKEND_PATH
+from kvserve.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

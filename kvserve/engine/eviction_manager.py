@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from kvserve.accounting.plan import NO_CUT, Cut, EvictionPlan
 from kvserve.engine.failures import Failures
 from kvserve.engine.log import logger
 from kvserve.engine.manager import PageManager
 from kvserve.pages.kept import NOT_KEPT, Kept
-from kvserve.pages.plan import NO_CUT, Cut, EvictionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager

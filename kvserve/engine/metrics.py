@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from kvserve.doctor.distances import KINDS, ProbeReport
 from kvserve.engine.log import logger
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import Holding
+from kvserve.probe.distances import KINDS, ProbeReport
 
 # Tokens that one KV head holds after an eviction, labelled by layer alone: that shows how budgets differ, and a model
 # has a fixed number of layers. A label for each head would multiply the series, one for requests would never end.

@@ -17,8 +17,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from kvserve.accounting.admission import Admission, always_fits
 from kvserve.engine.log import logger
-from kvserve.pages.admission import Admission, always_fits
 from kvserve.policies.limits import request_limit
 
 RENDERED: Mapping[str, tuple[type, str]] = {

@@ -1,4 +1,4 @@
-"""Puts the probe (kvserve/doctor/probe.py) on the attention layers of a worker, and takes it off again.
+"""Puts the probe (kvserve/probe/probe.py) on the attention layers of a worker, and takes it off again.
 
 Seams: `--worker-extension-cls`, whose methods `collective_rpc` calls in every worker, and
 `CompilationConfig.static_forward_context`, where vLLM keeps the attention layers by name.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvserve.checks import UnsupportedError
-from kvserve.doctor.probe import LayerProbe, Probe
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.stats import worker_log
+from kvserve.errors import UnsupportedError
+from kvserve.probe.probe import LayerProbe, Probe
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

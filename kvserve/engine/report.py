@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from kvserve.accounting.plan import held_blocks
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.layout import MixedLayout, PageLayout
-from kvserve.pages.plan import held_blocks
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:

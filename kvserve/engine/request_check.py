@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as ProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as ProcessorV2
 
+from kvserve.accounting.plan import check_limit
 from kvserve.engine.log import logger
-from kvserve.pages.plan import check_limit
 from kvserve.policies.limits import PREFIX, check_request, own_limit, request_limit
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from vllm.model_executor.layers.rotary_embedding.linear_scaling_rope import Line
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 
-from kvserve.checks import ROTARY_KINDS, UnsupportedError
+from kvserve.checks import ROTARY_KINDS
+from kvserve.errors import UnsupportedError
 from kvserve.scorers.rotary import Rotary
 
 if TYPE_CHECKING:

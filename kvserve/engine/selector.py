@@ -14,9 +14,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from vllm.config import get_current_vllm_config
 
-    from kvserve.checks import UnsupportedError
     from kvserve.engine.device import device_type
     from kvserve.engine.settings import EngineSettings
+    from kvserve.errors import UnsupportedError
 
     settings = EngineSettings.from_vllm_config(get_current_vllm_config())
     if settings is not None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from kvserve.checks import UnsupportedError
-from kvserve.doctor.distances import KERNEL_LIMIT, ProbeReport, complaints
-from kvserve.doctor.request import TestPlan, num_queries, plan_test, prompt_tokens
 from kvserve.engine.device import device_type
 from kvserve.engine.log import logger
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
+from kvserve.errors import UnsupportedError
+from kvserve.probe.distances import KERNEL_LIMIT, ProbeReport, complaints
+from kvserve.probe.request import TestPlan, num_queries, plan_test, prompt_tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

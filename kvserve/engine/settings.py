@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import CompilationMode
 
+from kvserve.accounting.plan import check_limit
 from kvserve.checks import (
     ServeOptions,
-    UnsupportedError,
     check_model,
     check_options,
     check_stages,
@@ -21,8 +21,8 @@ from kvserve.checks import (
 )
 from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
+from kvserve.errors import UnsupportedError
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.plan import check_limit
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import policy_from_config

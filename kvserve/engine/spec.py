@@ -12,10 +12,10 @@ import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from kvserve.accounting.plan import widest_request
 from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.engine.manager import PageManager
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.plan import widest_request
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

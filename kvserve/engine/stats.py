@@ -17,9 +17,9 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-from kvserve.attention.observer import EvictionObserver
 from kvserve.engine.own_requests import is_own
 from kvserve.engine.request_report import request_report
+from kvserve.eviction.observer import EvictionObserver
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

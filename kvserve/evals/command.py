@@ -17,24 +17,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.children import ChildError
-from kvserve.bench.engines import Engine, EngineConfig
-from kvserve.bench.machine import machine, versions
-from kvserve.bench.options import public_argv
-from kvserve.bench.results import SCHEMA_VERSION, write_json
+from kvserve.arguments.model_folder import check_model_files, path_of, read_model_config
+from kvserve.arguments.parser import public_argv
 from kvserve.checks import check_model, text_config
-from kvserve.cli.main import UsageError
-from kvserve.cli.model_folder import check_model_files, path_of, read_model_config
 from kvserve.compat import check_vllm_version
+from kvserve.errors import ChildError, TextError, UsageError
 from kvserve.evals.engine import HOST
 from kvserve.evals.items import BATCH, Item, TaskItem, TextItem
 from kvserve.evals.options import DENSE, TEXT, Options, parse
 from kvserve.evals.report import rows, verdicts
-from kvserve.evals.source import Source
+from kvserve.evals.source import Source, load_tokenizer
 from kvserve.evals.tables import print_tables
 from kvserve.evals.tasks.base import TaskError
-from kvserve.evals.text import TextError, default_text, windows
+from kvserve.evals.text import default_text, windows
+from kvserve.measuring.engines import Engine, EngineConfig
+from kvserve.measuring.machine import machine, versions
+from kvserve.measuring.results import SCHEMA_VERSION, write_json
+from kvserve.measuring.shape import ModelShape
 from kvserve.policies.loading import policy_content
 
 MAX_BATCHED_TOKENS = 512  # so that prompts are filled in chunks, as those of a busy server
@@ -233,16 +232,6 @@ def _model(options: Options) -> tuple[str, dict[str, Any]]:
     if limit and longest >= limit:
         raise UsageError(f"the longest request has {longest} tokens and the model takes {limit}; lower --lengths")
     return model, config
-
-
-def load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"cannot load the tokenizer of {model}: {reason}") from None
 
 
 def _require_equal(out: Path, what: str, earlier: Any, now: Any) -> None:

@@ -1,6 +1,6 @@
 """The engine of one policy in a child process, as the benchmark starts it, with teacher forcing.
 
-Seams: those of kvserve/bench/engines.py, and `LLM(logits_processors=[...])`.
+Seams: those of kvserve/measuring/engines.py, and `LLM(logits_processors=[...])`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.engines import EngineConfig, EngineHost
+from kvserve.measuring.engines import EngineConfig, EngineHost
 
 HOST = "kvserve.evals.engine:EvalHost"
 

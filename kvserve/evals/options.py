@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.options import read_text
-from kvserve.cli.main import UsageError
-from kvserve.cli.parser import MAX_SEED, Parser, result_file, whole
+from kvserve.arguments.parser import MAX_SEED, Parser, given_text, result_file, whole
+from kvserve.errors import UsageError
 from kvserve.evals.tasks.registry import TASKS
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -135,7 +134,7 @@ def parse(argv: Sequence[str]) -> Options:
         items=_chosen("--tasks", given.tasks, (TEXT, *TASKS)),
         questions=_chosen("--questions", given.questions, QUESTIONS),
         sizes=_sizes(SUITES[given.suite], given), suite=given.suite, model=given.model, dtype=given.dtype,
-        seed=given.seed, text=read_text(given.text), text_name=given.text.name if given.text else None, out=given.out,
+        seed=given.seed, text=given_text(given.text), text_name=given.text.name if given.text else None, out=given.out,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import random
 import re
 from typing import Any, NamedTuple
 
-from kvserve.bench.prose import clean, shuffled_prose
+from kvserve.errors import UsageError
+from kvserve.prose import clean, shuffled_prose
 
 PACKAGED_SENTENCES = 2000
 _MARKER = "KVSERVE-CONTEXT"
@@ -24,7 +25,7 @@ class Source:
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: prose; None: the packaged sentences (see kvserve/bench/prose.py), shuffled with a fixed seed.
+        text: prose; None: the packaged sentences (see kvserve/prose.py), shuffled with a fixed seed.
 
     Attributes:
         start: the token that the tokenizer puts before every text, if it does; a chat template brings its own.
@@ -60,3 +61,13 @@ class Source:
         chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         head, _, tail = chat.partition(_MARKER)
         return Chat(head, tail)
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"cannot load the tokenizer of {model}: {reason}") from None

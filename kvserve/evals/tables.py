@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from kvserve.bench.results import format_number
 from kvserve.evals.options import TEXT
 from kvserve.evals.report import Row, format_estimate
+from kvserve.measuring.results import format_number
 
 PIPED_WIDTH = 160
 

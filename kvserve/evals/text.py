@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvserve.errors import TextError
+
 
 @dataclass(frozen=True)
 class Window:
@@ -12,10 +14,6 @@ class Window:
 
     context: list[int]
     continuation: list[int]
-
-
-class TextError(ValueError):
-    """A text that is too short; the message says by how much."""
 
 
 def default_text() -> tuple[str, str]:

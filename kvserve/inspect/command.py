@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kvserve.checks import UnsupportedError, check_model
-from kvserve.cli.main import UsageError
-from kvserve.cli.model_folder import check_model_files, read_model_config
-from kvserve.cli.parser import Parser, output_file, text_of
-from kvserve.cli.serve import split_arguments
+from kvserve.arguments.model_folder import check_model_files, read_model_config
+from kvserve.arguments.own_options import split_arguments
+from kvserve.arguments.parser import Parser, output_file, text_of
+from kvserve.checks import check_model
+from kvserve.errors import UnsupportedError, UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names

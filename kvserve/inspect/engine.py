@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvserve.bench.capacity import ModelShape
 from kvserve.checks import check_model, text_config
-from kvserve.cli.launch import allowed_plugins, cpu_has_bfloat16
-from kvserve.cli.main import UsageError
+from kvserve.engine.environment import allowed_plugins, cpu_has_bfloat16
+from kvserve.errors import UsageError
 from kvserve.inspect.result import Inspection, KeptTokens
+from kvserve.measuring.shape import ModelShape
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_content
 
@@ -76,10 +76,10 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
     """Arguments of vllm.LLM for one prompt, with a pool that holds it whole and evicted."""
     import torch
 
+    from kvserve.accounting.plan import widest_request
     from kvserve.engine.device import backend_options
     from kvserve.engine.settings import scheduler_options
     from kvserve.pages.layout import PageLayout
-    from kvserve.pages.plan import widest_request
 
     assert policy.eviction is not None
     layout = PageLayout.build(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvserve.cli.main import UsageError
+from kvserve.errors import UsageError
 from kvserve.inspect.result import Inspection
 
 

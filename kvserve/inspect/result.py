@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvserve.attention.observer import EvictionObserver
+from kvserve.eviction.observer import EvictionObserver
 
 
 class KeptTokens(EvictionObserver):

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from kvserve.inspect.result import Inspection
+from kvserve.shades import shade
 
-SHADES = " ░▒▓█"
 LABEL_WIDTH = 10  # "layer 123 "
 
 
@@ -74,11 +74,6 @@ def shaded_text(inspection: Inspection, has_colors: bool) -> Text:
         else:
             text.append(token if share >= 0.5 else "".join(c if c.isspace() else "·" for c in token))
     return text
-
-
-def shade(share: float) -> str:
-    """A character as dark as the share, 0 to 1."""
-    return SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)]
 
 
 def _style(share: float, on_cells: bool) -> str:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from kvserve.errors import PolicyError
 from kvserve.policies.base import Policy
 from kvserve.policies.registry import policy_names, shipped_path
 from kvserve.policies.yaml_text import parse, problem_of
-from kvserve.text_files import UnreadableError, one_line, read_text
+from kvserve.text_files import UnreadableError, read_text
 
 MAX_FILE_BYTES = 64 * 2**10  # the longest shipped policy has one of them
 
@@ -29,13 +30,6 @@ _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
 _PARTS = ("scorer", "budget", "schedule")
 # What `codec: NAME` takes from another policy.
 _CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages")
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be used; the message says in one line why and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
 
 
 def load_policy(name_or_path: str, overrides: Sequence[str] = ()) -> Policy:

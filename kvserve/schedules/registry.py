@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvserve.policies.part_registry import PartRegistry
+from kvserve.part_registry import PartRegistry
 from kvserve.schedules.base import Schedule
 from kvserve.schedules.end_of_prefill import EndOfPrefill
 from kvserve.schedules.every_n import EveryN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvserve.policies.part_registry import PartRegistry
+from kvserve.part_registry import PartRegistry
 from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import Scorer
 from kvserve.scorers.expected_attention import ExpectedAttention

@@ -1,0 +1,1 @@
+"""What only developers run, from the checkout: `python -m benchmarks.NAME`."""

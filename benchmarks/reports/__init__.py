@@ -1,0 +1,1 @@
+"""Documents and their tables, from the records in benchmarks/results: `python -m benchmarks.reports.NAME`."""

@@ -1,0 +1,1 @@
+"""Which tokens a request keeps: what is collected while it runs, and the cut itself."""

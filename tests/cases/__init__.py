@@ -1,0 +1,1 @@
+"""What tests of several subjects share: inputs, stand-ins and processes."""

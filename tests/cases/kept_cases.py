@@ -1,0 +1,297 @@
+"""Steps of evicted and whole requests over three layers of one poisoned arena, and what they should answer."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from kvserve.attention.base import Batch, LayerSpec, PagedAttention, Received
+from kvserve.attention.reference import ReferenceAttention
+from kvserve.pages.kept import Kept, KeptTable, pages_per_block
+from kvserve.pages.layout import PageLayout
+from kvserve.pages.reference import decode_page, encode_page, hadamard
+from kvserve.policies.base import Policy
+from tests.cases.attention_cases import POISON, make_batch
+
+NUM_LAYERS = 3
+LAYERS = (0, 2)  # attended to; the middle layer's cells hold nothing but kept pages of the others
+SPARE = 7  # columns behind all tokens
+ABSURD = 1 << 30  # a block id that crashes whoever follows it
+
+
+class Ask(NamedTuple):
+    """One request: evicted at `end` (0: never), `computed` tokens stored before the step, `new` in it.
+
+    `counts`: kept tokens by (layer of LAYERS, kv_head), cyclic; empty: all of them.
+    """
+
+    end: int
+    computed: int
+    new: int
+    counts: tuple[int, ...] = ()
+
+
+@dataclass
+class KeptCase:
+    layout: PageLayout
+    spec: LayerSpec
+    asks: list[Ask]
+    arena: torch.Tensor  # uint8 [blocks, kv_heads, NUM_LAYERS, cell_bytes]
+    batch: Batch
+    full_table: torch.Tensor  # the block table with every id, stale ones included
+    key: dict[int, list[torch.Tensor]]  # by layer, per request [computed + new, kv_heads, head_dim]
+    value: dict[int, list[torch.Tensor]]
+    query: dict[int, list[torch.Tensor]]  # [new, heads, head_dim]
+    chosen: dict[tuple[int, int], list[torch.Tensor]]  # by (layer, request), per kv_head: positions kept
+    kept_rows: dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor]]]  # keys and values, per kv_head
+    first_pages: dict[tuple[int, int], list[int]]
+
+    def run(
+        self, attention: PagedAttention, layer: int, arena: torch.Tensor | None = None, batch: Batch | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and lse of one layer on a copy of the arena (or on `arena`, in place)."""
+        arena = self.arena.clone() if arena is None else arena
+        query = torch.cat(self.query[layer])
+        output, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+        key, value = (self.new_rows(rows) for rows in (self.key[layer], self.value[layer]))
+        attention.forward(query, key, value, arena[:, :, layer], batch or self.batch, output, lse)
+        return output, lse
+
+    def received(
+        self, attention: PagedAttention, layer: int, power: int, asked: list[int], batch: Batch | None = None
+    ) -> dict[int, torch.Tensor]:
+        """What the tokens of the requests `asked` received, on top of ones, and SPARE columns behind them.
+
+        Args:
+            batch: this case's, on the device to run on; None: on the CPU.
+        """
+        batch = batch or self.batch
+        device, query = batch.seq_lens.device, torch.cat(self.query[layer])
+        columns = {r: self.asks[r].computed + self.asks[r].new + SPARE for r in asked}
+        sums = {r: torch.ones(self.spec.num_kv_heads, n, device=device) for r, n in columns.items()}
+        key, value = (self.new_rows(rows).to(device) for rows in (self.key[layer], self.value[layer]))
+        cells, query = self.arena.clone().to(device)[:, :, layer], query.to(device)
+        attention.forward(
+            query, key, value, cells, batch, torch.empty_like(query), received=Received(power, sums)
+        )  # fmt: skip
+        return {r: table.cpu() for r, table in sums.items()}
+
+    def new_rows(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([r[ask.computed :] for r, ask in zip(rows, self.asks, strict=True)])
+
+    def alone(self, r: int) -> tuple[Batch, slice]:
+        """The batch of request r by itself, and its query rows in the whole step."""
+        ask, start = self.asks[r], sum(ask.new for ask in self.asks[:r])
+        batch = make_batch(self.layout, [ask.computed], [ask.new], self.batch.block_table[r : r + 1])
+        batch.kept = KeptTable.of([self.kept_of(r)]) if self.batch.kept is not None else None
+        return batch, slice(start, start + ask.new)
+
+    def kept_of(self, r: int) -> Kept:
+        return self.batch.kept.of_request(r)
+
+    def expected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax over the decoded tokens each query should see, without any page table: output and lse, float64."""
+        outputs, sums = [], []
+        for r in range(len(self.asks)):
+            heads = [self._expected_head(layer, r, kv_head) for kv_head in range(self.spec.num_kv_heads)]
+            outputs.append(torch.cat([output for output, _ in heads], 1))
+            sums.append(torch.cat([lse for _, lse in heads], 1))
+        return torch.cat(outputs), torch.cat(sums)
+
+    def _expected_head(self, layer: int, r: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One request's query heads of one KV head: [new, group, head_dim] and [new, group]."""
+        layout, ask, group = self.layout, self.asks[r], self.spec.group
+        sinks, size = layout.policy.sink_tokens, layout.tile_tokens
+        reference = ReferenceAttention(layout, self.spec)
+        rows = reference.stage(self.key[layer][r], self.value[layer][r])[:, kv_head]
+        before = []
+        if ask.end:
+            keys, values = self.kept_rows[layer, r]
+            before.append(coded(torch.stack([keys[kv_head], reference._rotate(values[kv_head])], 1), layout))
+        tiles = []
+        for start in range(ask.end, len(rows) // size * size, size):
+            tile, skipped = rows[start : start + size], 0 if start else sinks
+            decoded = decode_page(encode_page(tile[:, 0], tile[:, 1], layout, skipped), layout)
+            tiles.append(torch.stack(decoded, 1)[skipped:])
+        outputs, sums = [], []
+        for p in range(ask.computed, len(rows)):
+            full = p // size
+            dense = rows[: sinks if full else 0], rows[full * size : p + 1]
+            key, value = torch.cat([dense[0], *before, *tiles[: full - ask.end // size], dense[1]]).double().unbind(1)
+            query = self.query[layer][r][p - ask.computed, kv_head * group : (kv_head + 1) * group].double()
+            scores = query @ key.T * self.spec.scale
+            outputs.append(scores.softmax(-1) @ value)
+            sums.append(scores.logsumexp(-1))
+        output = torch.stack(outputs)
+        if rotated(layout.policy):
+            output = output @ hadamard(layout.head_dim).double()
+        return output, torch.stack(sums)
+
+
+def rotated(policy: Policy) -> bool:
+    return policy.value is not None and policy.value.rotate
+
+
+def coded(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Rows [tokens, 2, head_dim] through the codec, tile by tile, the last one filled up with its last token."""
+    parts = [torch.zeros(0, *rows.shape[1:])]
+    for tile in rows.split(layout.tile_tokens) if len(rows) else ():
+        filled = torch.cat([tile, tile[-1:].repeat(layout.tile_tokens - len(tile), 1, 1)])
+        parts.append(torch.stack(decode_page(encode_page(filled[:, 0], filled[:, 1], layout), layout), 1)[: len(tile)])
+    return torch.cat(parts)
+
+
+def random_rows(count: int, heads: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(count, heads, head_dim, generator=generator)
+
+
+def grid_rows(count: int, heads: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:
+    """Four equidistant levels, both extremes in every 16 tokens of a channel and every 16 channels of a token.
+
+    Every affine codec represents them exactly, in whatever groups they are.
+    """
+    levels = torch.randint(0, 4, (count, heads, head_dim), generator=generator)
+    phase = (torch.arange(count)[:, None, None] + torch.arange(head_dim)) % 16
+    levels = levels.masked_fill(phase == 0, 0).masked_fill(phase == 8, 3)
+    return (levels - 1.5) * (85 / 256)
+
+
+def build_kept_case(
+    policy: Policy,
+    asks: list[Ask],
+    *,
+    head_dim: int = 64,
+    num_kv_heads: int = 2,
+    group: int = 3,
+    tiles_per_block: int = 1,
+    model_dtype: torch.dtype = torch.float32,
+    exact: bool = False,
+    evict: bool = True,
+    poison: int = POISON,
+) -> KeptCase:
+    """A step whose past, evictions included, the reference stored. The same arguments give the same rows.
+
+    Args:
+        exact: rows that the codec represents exactly.
+        evict: False: every request keeps its tokens as they are.
+    """
+    generator = torch.Generator().manual_seed(1)
+    layout = PageLayout.build(policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1)
+    spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5)
+
+    def rows(heads: int, coded: bool, counts: list[int]) -> dict[int, list[torch.Tensor]]:
+        make = grid_rows if coded else random_rows
+        return {i: [make(n, heads, head_dim, generator).to(model_dtype) for n in counts] for i in LAYERS}
+
+    lengths = [ask.computed + ask.new for ask in asks]
+    key, value = rows(num_kv_heads, exact, lengths), rows(num_kv_heads, exact, lengths)
+    if not exact:  # per-channel offset and spread, as real keys have
+        offset, spread = (torch.randn(num_kv_heads, head_dim, generator=generator) for _ in range(2))
+        key = {i: [(k * (0.2 + spread.abs()) + offset).to(model_dtype) for k in key[i]] for i in LAYERS}
+    query = rows(group * num_kv_heads, False, [ask.new for ask in asks])
+    if exact and rotated(policy):
+        value = {i: [v @ hadamard(head_dim) for v in per_layer] for i, per_layer in value.items()}
+    asks = asks if evict else [ask._replace(end=0) for ask in asks]
+    case = KeptCase(layout, spec, asks, *_empty(layout, num_kv_heads, asks, poison), key, value, query, {}, {}, {})
+    _store_past(case, poison)
+    return case
+
+
+def _counts(ask: Ask, num_kv_heads: int, sinks: int) -> list[int]:
+    """Kept tokens by (layer, kv_head) in that order."""
+    owners = len(LAYERS) * num_kv_heads
+    return [ask.counts[i % len(ask.counts)] if ask.counts else ask.end - sinks for i in range(owners)]
+
+
+def _empty(
+    layout: PageLayout, num_kv_heads: int, asks: list[Ask], poison: int
+) -> tuple[torch.Tensor, Batch, torch.Tensor]:
+    """The arena, the batch with its final rows, and the table with every id."""
+    sinks, size = layout.policy.sink_tokens, layout.tile_tokens
+    sizes, lengths = [], [ask.computed + ask.new for ask in asks]
+    for ask in asks:
+        pages = 1 + sum(ceil(n / size) for n in _counts(ask, num_kv_heads, sinks))  # the first one stays unused
+        sizes.append(ceil(pages / pages_per_block(layout, num_kv_heads, NUM_LAYERS)) if ask.end else 0)
+    counts = [layout.blocks_for(n) for n in lengths]
+    num_blocks = sum(counts) + sum(sizes) + 2
+    ids = iter(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2)).tolist())
+    kept = [Kept(ask.end, tuple(itertools.islice(ids, n))) for ask, n in zip(asks, sizes, strict=True)]
+    full = torch.full((len(asks), max(counts) + 3), ABSURD, dtype=torch.int32)
+    for row, count in zip(full, counts, strict=True):
+        row[:count] = torch.tensor([next(ids) for _ in range(count)])
+    table = full.clone()
+    for row, ask in zip(table, asks, strict=True):
+        if not ask.end:
+            row[0] = ABSURD
+        for tile_block in range(ask.end // layout.block_size):
+            row[layout.tile_row(tile_block)] = ABSURD
+    batch = make_batch(layout, [a.computed for a in asks], [a.new for a in asks], table[:, :-3])
+    if any(ask.end for ask in asks):
+        batch.kept = KeptTable.of(kept)
+    shape = (num_blocks, num_kv_heads, NUM_LAYERS, layout.cell_bytes)
+    return torch.full(shape, poison, dtype=torch.uint8), batch, full[:, :-3]
+
+
+def _store_past(case: KeptCase, poison: int) -> None:
+    """Tokens before `end`, the eviction, and then the tokens up to `computed`."""
+    reference, asks = ReferenceAttention(case.layout, case.spec), case.asks
+    first = [ask.end or ask.computed for ask in asks]
+    before = make_batch(case.layout, [0] * len(asks), first, case.full_table)
+    after = make_batch(
+        case.layout, first, [ask.computed - n for ask, n in zip(asks, first, strict=True)], case.batch.block_table
+    )
+    after.kept = case.batch.kept
+    for layer in LAYERS:
+        cells = case.arena[:, :, layer]
+        key, value = (
+            torch.cat([x[:n] for x, n in zip(rows[layer], first, strict=True)]) for rows in (case.key, case.value)
+        )
+        reference.store(key, value, cells, before)
+    for r, ask in enumerate(asks):
+        if ask.end:
+            _choose(case, reference, r)
+    stale = case.full_table[(case.batch.block_table == ABSURD) & (case.full_table != ABSURD)]
+    case.arena[stale.long()] = poison
+    for layer in LAYERS:
+        for r, ask in enumerate(asks):
+            if ask.end:
+                write_kept(case, reference, layer, r, case.arena)
+        later = (
+            torch.cat([x[n : ask.computed] for x, n, ask in zip(rows[layer], first, asks, strict=True)])
+            for rows in (case.key, case.value)
+        )
+        reference.store(*later, case.arena[:, :, layer], after)
+
+
+def _choose(case: KeptCase, reference: ReferenceAttention, r: int) -> None:
+    """Draws what each (layer, head) of request r keeps, reads it, and deals out its pages in a mixed order."""
+    generator = torch.Generator().manual_seed(10 + r)
+    ask, heads, sinks = case.asks[r], case.spec.num_kv_heads, case.layout.policy.sink_tokens
+    counts = _counts(ask, heads, sinks)
+    first_pages, page = [0] * len(counts), 1
+    for owner in torch.randperm(len(counts), generator=generator).tolist():
+        first_pages[owner] = page
+        page += ceil(counts[owner] / case.layout.tile_tokens)
+    for i, layer in enumerate(LAYERS):
+        mine = slice(i * heads, (i + 1) * heads)
+        key, value = reference.read(case.arena[:, :, layer], case.full_table[r], 0, ask.end)
+        chosen = [
+            sinks + torch.randperm(ask.end - sinks, generator=generator)[:count].sort().values for count in counts[mine]
+        ]
+        case.chosen[layer, r], case.first_pages[layer, r] = chosen, first_pages[mine]
+        case.kept_rows[layer, r] = tuple([rows[h][index] for h, index in enumerate(chosen)] for rows in (key, value))
+
+
+def write_kept(case: KeptCase, attention: PagedAttention, layer: int, r: int, arena: torch.Tensor) -> None:
+    """The kept pages and headers of request r in one layer."""
+    attention.write_kept(
+        arena[:, :, layer],
+        int(case.batch.block_table[r, 0]),
+        case.kept_of(r),
+        case.first_pages[layer, r],
+        *case.kept_rows[layer, r],
+    )

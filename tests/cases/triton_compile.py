@@ -1,0 +1,82 @@
+"""Compiles Triton kernels for GPUs that need not be there; prints the shared memory of each kernel.
+
+    python tests/cases/triton_compile.py 90:boosted:128:4:float16 ...     (architecture:family:head_dim:group:dtype)
+    python tests/cases/triton_compile.py --once 90:boosted:128:4:float16  (each kernel in the form that does most)
+
+The launchers run as they are, on CPU tensors, under a driver that only names a target: a launch compiles and does not
+run. It must be its own process, since Triton decides on import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+
+from benchmarks.gpu_compile import SHARED_BYTES, compile_only, use_target
+from kvserve.attention.base import Received
+from kvserve.attention.triton import TritonAttention
+from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptTable, arena_of, write_header
+from tests.cases.attention_cases import Case, build_case, make_policy
+
+ROW = torch.arange(9, dtype=torch.int32)
+
+
+def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:
+    return build_case(make_policy(family), computed=[3, 0], new_tokens=[1, 80], head_dim=head_dim, group=group,
+                      model_dtype=dtype)  # fmt: skip
+
+
+def launch_plain(case: Case) -> None:
+    """The kernels of one layer without evicted requests."""
+    attention = TritonAttention(case.layout, case.spec)
+    case.run(attention)
+    attention.attention_sums(case.query[:9], case.cells, ROW, 80, NOT_KEPT, 2)
+    if case.layout.sections:
+        launch_received(attention, case)
+
+
+def launch_received(attention: TritonAttention, case: Case) -> None:
+    received = Received(2, {0: torch.zeros(case.spec.num_kv_heads, 80)})
+    attention.forward(case.query, case.key, case.value, case.cells, case.batch, case.query.clone(), received=received)
+
+
+def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
+    """Every kernel of one layer, with evicted requests: those that attend do all they do without, and more."""
+    layout = type(case.layout).build(case.layout.policy, head_dim, 64, dtype, state_blocks=1)
+    attention = TritonAttention(layout, case.spec)
+    kept, cells = Kept(64, (4,)), torch.zeros_like(case.cells)
+    case.batch.kept = KeptTable.of([kept, kept])
+    case.run(attention)
+    attention.read(cells, ROW, 0, 100)
+    rows = [torch.zeros(3, head_dim)] * 2
+    attention.write_kept(cells, 0, kept, [0, 1], rows, rows)
+    for head in range(2):
+        write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
+    attention.read_kept(cells, 0, kept)
+    attention.attention_sums(case.query[:9], cells, ROW, 80, kept, 2)
+    launch_received(attention, case)
+
+
+def main(arguments: list[str]) -> None:
+    once, compiled = arguments[0] == "--once", compile_only()
+    for name in arguments[once:]:
+        number, family, head_dim, group, dtype_name = name.split(":")
+        architecture, dtype = int(number), getattr(torch, dtype_name)
+        use_target(architecture)
+        case = build(family, int(head_dim), int(group), dtype)
+        if family == "dense" or not once:
+            launch_plain(case)
+        if family != "dense":
+            launch_evicted(case, int(head_dim), dtype)
+        for kernel in compiled:
+            about = kernel.metadata
+            assert kernel.asm["cubin"] and about.target.arch == architecture, about
+            assert about.shared <= SHARED_BYTES[architecture], about
+            print(f"triton {triton.__version__} {name} {about.name}: {about.shared} bytes of shared memory")
+        compiled.clear()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

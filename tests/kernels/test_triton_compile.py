@@ -1,0 +1,50 @@
+"""Every Triton kernel compiles for every target, without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from tests.cases.triton_cases import run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "tests" / "cases" / "triton_compile.py")
+EVERY = {"stage_kernel", "slots_kernel", "decode_kernel", "combine_kernel", "extend_kernel", "scores_kernel"}
+PAGED = {"seal_kernel", "read_kernel", "read_kept_kernel", "write_kept_kernel", "received_kernel"}
+# All codecs, both 16-bit dtypes, and the dense policy, on two targets each where that costs little.
+FEW = (
+    *("80:kivi-2:96:4:float16", "80:dense:64:3:float16", "89:kivi-4:64:8:bfloat16"),
+    *("90:boosted:64:4:bfloat16", "90:dense:64:3:bfloat16", "100:int8:64:1:bfloat16"),
+)
+ALL = ("boosted:96:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16", "dense-pages:128:4:bfloat16")
+MORE = (
+    *("boosted:128:4:float16", "kivi-2:128:4:bfloat16", "int8:128:1:float16", "boosted:256:1:bfloat16"),
+    "kivi-4:128:4:float32",
+)
+PADDED = ("89:kivi-2:160:4:float16", "89:boosted:224:4:bfloat16")  # to 256 channels, on the target with least room
+
+
+def check_compiles(cases: tuple[str, ...], cache: Path, *options: str) -> None:
+    out = run_python(SCRIPT, *options, *cases, TRITON_CACHE_DIR=str(cache), PATH="/usr/bin")
+    for case in cases:
+        compiled = {line.split()[3].rstrip(":") for line in out.splitlines() if f" {case} " in line}
+        assert compiled == (EVERY if ":dense:" in case else EVERY | PAGED)
+
+
+def test_each_kernel_compiles_for_each_target():
+    """In the form that does the most; what is compiled is kept until the kernels change."""
+    check_compiles(FEW, ROOT / "build" / "triton", "--once")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100])
+def test_every_form_of_every_kernel_compiles(architecture: int, tmp_path: Path):
+    cases = (*ALL, *MORE) if architecture == 90 else ALL
+    check_compiles(tuple(f"{architecture}:{case}" for case in cases), tmp_path)
+
+
+@pytest.mark.slow
+def test_heads_whose_blocks_are_much_wider_fit_the_smallest_target(tmp_path: Path):
+    check_compiles(PADDED, tmp_path, "--once")
