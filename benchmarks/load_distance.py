@@ -191,7 +191,7 @@ def main() -> int:
 
         options.model = str(prepare_default_model())
     if options.child:
-        print("\n" + json.dumps(measure(options.model, *options.child, options.max_tokens)))
+        print("\n" + json.dumps(measure(options.model, options.child[0], options.child[1], options.max_tokens)))
         return 0
     record: dict[str, Any] = {
         "schema": 1,

@@ -119,9 +119,9 @@ class PackedModel:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         assert self.batch is not None
-        rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-        output = torch.empty_like(rows[0])
-        self.kernels.forward(*rows, self.cells[module.layer_idx], self.batch, output)
+        q_rows, k_rows, v_rows = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+        output = torch.empty_like(q_rows)
+        self.kernels.forward(q_rows, k_rows, v_rows, self.cells[module.layer_idx], self.batch, output)
         return output[None], None
 
 

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,7 +57,7 @@ class Scenario:
     policy: str
     max_model_len: int = 768
     options: tuple[str, ...] = ()
-    limits: tuple[dict[str, float], ...] = ()
+    limits: tuple[Mapping[str, float], ...] = ()
 
     @property
     def longest_prompt(self) -> int:

@@ -80,8 +80,8 @@ class Report(NamedTuple):
         )
         if ours["prompts_sha256"] != theirs["prompts_sha256"]:
             raise SystemExit("the records are of different prompts")
-        found = [Results(record, ours["expected"], ours["continuation_tokens"]) for record in (ours, theirs)]
-        return cls(*found, ours["rates"], overlap)
+        expected, lengths = ours["expected"], ours["continuation_tokens"]
+        return cls(Results(ours, expected, lengths), Results(theirs, expected, lengths), ours["rates"], overlap)
 
 
 def found(answers: list[str], expected: list[str]) -> list[bool]:
@@ -379,9 +379,9 @@ def draw(report: Report) -> None:
 
 
 def plot(
-    axes: Any, at: list[float], estimates: list[Estimate], look: dict[str, Any], label: str | None, by: int
+    axes: Any, at: list[float], estimates: Sequence[Any], look: dict[str, Any], label: str | None, by: int
 ) -> None:
-    """One line with its intervals."""
+    """One line with its intervals: estimates with `value`, `low` and `high`."""
     values = [by * e.value for e in estimates]
     errors = [[by * max(e.value - e.low, 0) for e in estimates], [by * max(e.high - e.value, 0) for e in estimates]]
     axes.errorbar(at, values, errors, label=label, linewidth=1.3, elinewidth=0.6, **look)
