@@ -1,7 +1,7 @@
 // The CUDA kernels of csrc/cuda/ on the CPU, thread by thread (lanes_host.h), behind the same C interface.
 #include <algorithm>
 
-#include "../csrc/cuda/dispatch.h"
+#include "../../csrc/cuda/dispatch.h"
 
 namespace kvs::gpu {
 namespace {
@@ -41,4 +41,4 @@ struct Launcher {
 }  // namespace
 }  // namespace kvs::gpu
 
-#include "../csrc/cuda/exports.h"
+#include "../../csrc/cuda/exports.h"
