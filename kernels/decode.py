@@ -33,8 +33,8 @@ PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 @triton.jit
 def decode_kernel(
     cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
-    kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, partial, partial_lse,
-    scale, CHUNK: tl.constexpr, G: tl.constexpr
+    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, partial,
+    partial_lse, scale, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head, split): its share of the chunks; the last split adds sinks and tail."""
     r, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -65,8 +65,8 @@ def decode_kernel(
         else:
             accumulator, peak, total = _sealed_share(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed,
-                oldest, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
-                CHUNK, G
+                oldest, codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer,
+                num_layers, CHUNK, G
             )  # fmt: skip
             if split == splits - 1:
                 tile_start = tl.zeros_like(position) + computed // G.tile_tokens * G.tile_tokens
@@ -91,7 +91,7 @@ def decode_kernel(
 @triton.jit
 def _sealed_share(
     accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed, oldest,
-    kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
+    codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
     CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """This split's share of a head's kept chunks and of the chunks of its sealed tiles."""
@@ -103,7 +103,8 @@ def _sealed_share(
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
     chunks = kept_chunks + (computed // G.tile_tokens - first_tile) * G.chunks_per_tile
     share = (chunks + splits - 1) // splits
-    for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=SEALED_STAGES):
+    STAGES: tl.constexpr = SEALED_STAGES if G.integer else 1
+    for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=STAGES):
         page = page_of_chunk(
             table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer,
             num_layers, G
@@ -117,7 +118,7 @@ def _sealed_share(
         column0 = tl.where(is_kept, chunk, chunk - kept_chunks) % G.chunks_per_tile * CHUNK
         accumulator, peak, total = add_sealed_chunk(
             accumulator, peak, total, rows, query_rows, row_mask, cells + page, column0,
-            used[None, :] & row_mask[:, None], used, scale, CHUNK, G
+            in_sequence, head, codec_tables, used[None, :] & row_mask[:, None], used, scale, CHUNK, G
         )  # fmt: skip
     return accumulator, peak, total
 

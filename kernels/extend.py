@@ -21,7 +21,7 @@ EXTEND_ROWS = 64  # rows of one program's dots
 @triton.jit
 def extend_kernel(
     cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
-    kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, output,
+    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, output,
     output_token_stride, output_head_stride, lse, num_heads, scale,
     LEAST_TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
@@ -52,8 +52,8 @@ def extend_kernel(
             tile_start = position // G.tile_tokens * G.tile_tokens
             accumulator, peak, total = _past(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row,
-                computed, first, last, position, tile_start, kept_ends, kept_starts, kept_blocks, scale, block_stride,
-                head_stride, layer, num_layers, CHUNK, G
+                computed, first, last, position, tile_start, codec_tables, kept_ends, kept_starts, kept_blocks, scale,
+                block_stride, head_stride, layer, num_layers, CHUNK, G
             )  # fmt: skip
         for start in range(dense_from, last + 1, CHUNK):
             accumulator, peak, total = add_dense_tokens(
@@ -70,8 +70,8 @@ def extend_kernel(
 @triton.jit
 def _past(
     accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row, computed, first,
-    last, position, tile_start, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer,
-    num_layers, CHUNK: tl.constexpr, G: tl.constexpr
+    last, position, tile_start, codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride,
+    layer, num_layers, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Kept pages, sealed tiles before the last row's tile, and sinks."""
     end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
@@ -96,8 +96,9 @@ def _past(
             visible &= t[None, :] > position[:, None] - G.sliding_window
         column0 = tl.where(is_kept, chunk, chunk - kept_chunks) % G.chunks_per_tile * CHUNK
         accumulator, peak, total = add_sealed_chunk(
-            accumulator, peak, total, rows, query_rows, row_mask, cells + page, column0, visible, used, scale, CHUNK, G
-        )
+            accumulator, peak, total, rows, query_rows, row_mask, cells + page, column0, in_sequence, head,
+            codec_tables, visible, used, scale, CHUNK, G
+        )  # fmt: skip
     if G.sink_tokens:  # noqa: SIM102 (one condition is known at compile time, the other is not)
         if last >= G.tile_tokens:
             accumulator, peak, total = add_dense_tokens(

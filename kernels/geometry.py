@@ -10,6 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.base import Codec
+from kvserve.codecs.format import TileFormat
+from kvserve.codecs.layer_tables import LayerTables, check_tables, table_specs
+from kvserve.codecs.symmetric import Symmetric
+from kvserve.codecs.tile import Half
+from kvserve.kernels.codecs.chain import FIELDS, NO_TABLES, CodecTables, HalfFormat, HalfTables
 from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import PageLayout
@@ -24,7 +31,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 class Geometry(NamedTuple):
-    """A PageLayout and a LayerSpec as compile-time constants; a field that the policy does not have is 0.
+    """A PageLayout and a LayerSpec as compile-time constants; a field that the policy does not have is 0, or None.
 
     Kernels take it as one `tl.constexpr`. `dense` marks the dense policy: cells hold slots only, and of the fields
     after `slot_bytes` none is used. `dense_pages` marks pages that are slots: of the fields after `page_bytes` none is
@@ -53,19 +60,24 @@ class Geometry(NamedTuple):
     dense_pages: bool = False
     cell_bytes: int = 0
     page_bytes: int = 0
-    key_bits: int = 0
-    key_group: int = 0
-    boost_channels: int = 0
-    block_boost: int = 0  # boost_channels, rounded up to a power of two
-    value_bits: int = 0
-    value_group: int = 0
+    key: HalfFormat | None = None
+    value: HalfFormat | None = None
     rotated: bool = False
-    key_codes: int = 0
-    key_boost_codes: int = 0
-    value_codes: int = 0
-    key_scales: int = 0
-    value_scales: int = 0
-    key_boost_index: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()  # (offset, bytes) of what lies between the sections of a page
+
+    @property
+    def num_gaps(self) -> int:
+        return len(self.gaps)
+
+    @property
+    def integer(self) -> bool:
+        """Whether no half of a page is decoded to rows, which takes more room."""
+        return self.key is None or self.value is None or (self.key.integer and self.value.integer)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether float16 numbers are stored, so that rows may lie beyond its range."""
+        return self.key is not None or self.slot_dtype == tl.float16
 
 
 def storage_geometry(geometry: Geometry) -> Geometry:
@@ -107,17 +119,56 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         dense_pages=policy.dense_pages,
         page_bytes=sections.size_bytes,
     )
-    if policy.key is None or policy.value is None:
+    tile_format = tile_format_of(layout)
+    if tile_format is None:
         return paged
-    offsets = ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index")
-    return paged._replace(
-        **{name: getattr(layout, name) for name in ("key_group", "boost_channels", "value_group")},
-        **{name: getattr(sections, name) for name in offsets},
-        block_boost=triton.next_power_of_2(layout.boost_channels) if layout.boost_channels else 0,
-        key_bits=policy.key.bits,
-        value_bits=policy.value.bits,
-        rotated=policy.value.rotate,
-    )
+    key, value = (HalfFormat.of(tile_format, half) for half in Half)
+    assert tile_format.value is not None
+    return paged._replace(key=key, value=value, rotated=tile_format.value.rotates, gaps=gaps_of(tile_format))
+
+
+def tile_format_of(layout: PageLayout) -> TileFormat | None:
+    """The codecs and sections of a layout's pages; None where pages, or all blocks, are dense."""
+    key, value = layout.policy.key, layout.policy.value
+    if key is None or value is None:
+        return None
+    if not isinstance(key, Codec):
+        key = Affine(bits=key.bits, group_size=key.group_size, boost_fraction=key.boost_fraction)
+    if not isinstance(value, Codec):
+        bits, group = value.bits, value.group_size
+        value = Symmetric(bits=bits) if value.rotate else Affine(bits=bits, group_size=group)
+    return TileFormat.of(key, value, layout.tile_tokens, layout.head_dim)
+
+
+def codec_tables_of(layout: PageLayout, tables: LayerTables, num_kv_heads: int) -> CodecTables:
+    """The tables that kernels read of a layer, contiguous.
+
+    Raises:
+        ValueError: one is missing, or has the wrong shape or dtype.
+    """
+    tile_format = tile_format_of(layout)
+    if tile_format is None:
+        return NO_TABLES
+    check_tables(tables, tile_format, num_kv_heads)
+    halves: dict[str, dict[str, Any]] = {half: {} for half in Half}
+    for name in table_specs(tile_format):
+        half, _, word = name.split(".")
+        halves[half][FIELDS[word]] = tables[name]
+        if word == "rotary":
+            halves[half]["positions"] = tables[name].shape[-1]
+    return CodecTables(HalfTables(**halves[Half.KEY]), HalfTables(**halves[Half.VALUE]))
+
+
+def gaps_of(tile_format: TileFormat) -> tuple[tuple[int, int], ...]:
+    """(offset, bytes) of what lies between the sections of a tile, and behind them."""
+    gaps, end = [], 0
+    for section, offset in sorted((*tile_format.keys, *tile_format.values), key=lambda place: place.offset):
+        if offset > end:
+            gaps.append((end, offset - end))
+        end = offset + section.size_bytes
+    if tile_format.tile_bytes > end:
+        gaps.append((end, tile_format.tile_bytes - end))
+    return tuple(gaps)
 
 
 @dataclass(frozen=True)
@@ -128,6 +179,7 @@ class Tables:
         cells: uint8 [num_blocks, num_kv_heads, ...], one layer's cells (PagedAttention).
         batch: its tensors lie on the device of `cells`.
         max_query_len: at least the longest query of the batch; grids depend on it and on shapes, never on data.
+        codec_tables: what the codecs of the pages read beside them.
     """
 
     cells: torch.Tensor
@@ -135,12 +187,16 @@ class Tables:
     max_query_len: int
     num_layers: int
     layer: int
+    codec_tables: CodecTables = NO_TABLES
 
     @classmethod
-    def of(cls, layout: PageLayout, cells: torch.Tensor, batch: Batch, max_query_len: int) -> Tables:
+    def of(
+        cls, layout: PageLayout, cells: torch.Tensor, batch: Batch, max_query_len: int,
+        codec_tables: CodecTables = NO_TABLES,
+    ) -> Tables:  # fmt: skip
         check_alignment(cells)
         num_layers, layer = num_layers_of(cells, layout)
-        return cls(cells, batch, max_query_len, num_layers, layer)
+        return cls(cells, batch, max_query_len, num_layers, layer, codec_tables)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -148,7 +204,7 @@ class Tables:
         batch = self.batch
         return (
             *(self.cells, self.cells.stride(0), self.cells.stride(1), self.layer, self.num_layers),
-            *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0)),
+            *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0), self.codec_tables),
         )
 
     @property

@@ -21,10 +21,10 @@ from kvserve.kernels.pages import (
     kept_of,
     page_of_chunk,
     request_of,
-    sealed_scores,
     slot_of,
 )
 from kvserve.kernels.scores import place_of_chunk
+from kvserve.kernels.sealed import sealed_scores
 
 if TYPE_CHECKING:
     from kvserve.attention.base import Received
@@ -35,8 +35,8 @@ _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 @triton.jit
 def received_kernel(
     cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
-    kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, lse, num_heads, scale,
-    wanted, POWER: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
+    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, lse,
+    num_heads, scale, wanted, POWER: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (chunk of the tokens that the head holds, index in `wanted`, kv_head).
 
@@ -74,7 +74,10 @@ def received_kernel(
             )  # fmt: skip
             in_tiles = tl.where(in_sequence < kept_chunks, in_sequence, in_sequence - kept_chunks)
             column0 = in_tiles % G.chunks_per_tile * CHUNK
-            scores = sealed_scores(rows, query_rows, row_mask, cells + page, column0, CHUNK, G)
+            first_position = end + (in_sequence - kept_chunks) * CHUNK
+            scores = sealed_scores(
+                rows, query_rows, row_mask, cells + page, column0, first_position, head, codec_tables, CHUNK, G
+            )  # fmt: skip
         if tl.max(is_dense.to(tl.int32), 0) > 0:
             stored, new = is_dense & (t < computed), is_dense & (t == computed)
             slots = slot_of(table, t, t < sealed, head, stored, block_stride, head_stride, G)

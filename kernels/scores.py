@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
 from kvserve.kernels.decode import LOG2_E
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device
-from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, sealed_scores, slot_of
+from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, slot_of
+from kvserve.kernels.sealed import sealed_scores
 
 SCORE_ROWS = 32
 
@@ -52,8 +54,8 @@ def place_of_chunk(chunk, kept_tokens, end, stored, sealed, CHUNK: tl.constexpr,
 
 @triton.jit
 def scores_kernel(
-    cells, block_stride, head_stride, layer, num_layers, table, blocks, end, stored, query, query_token_stride,
-    query_head_stride, num_rows, scale, denominators, chunk_denominators, sums, num_columns,
+    cells, block_stride, head_stride, layer, num_layers, table, codec_tables, blocks, end, stored, query,
+    query_token_stride, query_head_stride, num_rows, scale, denominators, chunk_denominators, sums, num_columns,
     POWER: tl.constexpr, TAKE_MAX: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (chunk of the tokens that the head holds, query head).
@@ -90,7 +92,10 @@ def scores_kernel(
                 )  # fmt: skip
                 in_tiles = tl.where(in_sequence < kept_chunks, in_sequence, in_sequence - kept_chunks)
                 column0 = in_tiles % G.chunks_per_tile * CHUNK
-                scores = sealed_scores(rows, query_rows, row_mask, cells + page, column0, CHUNK, G)
+                first_position = end + (in_sequence - kept_chunks) * CHUNK
+                scores = sealed_scores(
+                    rows, query_rows, row_mask, cells + page, column0, first_position, head, codec_tables, CHUNK, G
+                )  # fmt: skip
         if has_dense:
             key = dense_row(cells, slots, is_dense, None, slots, is_dense, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
@@ -125,6 +130,7 @@ def attention_sums(
     blocks: Sequence[int] = (),
     power: int = 1,
     take_max: bool = False,
+    codec_tables: CodecTables = NO_TABLES,
 ) -> torch.Tensor:
     """Sum, or largest, over query rows of probability ** power, for each token that a request holds.
 
@@ -153,8 +159,8 @@ def attention_sums(
 
     def launch(denominators: torch.Tensor | None) -> None:
         scores_kernel[(chunks, num_heads)](
-            cells, cells.stride(0), cells.stride(1), layers[1], layers[0], table, block_ids, end, stored, query,
-            query.stride(0), query.stride(1), rows, scale * LOG2_E, denominators, partial, sums, columns, power,
+            cells, cells.stride(0), cells.stride(1), layers[1], layers[0], table, codec_tables, block_ids, end, stored,
+            query, query.stride(0), query.stride(1), rows, scale * LOG2_E, denominators, partial, sums, columns, power,
             take_max, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=4,
         )  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvserve.kernels.pages import dense_row, dot, sealed_scores, sealed_values, slot_of
+from kvserve.kernels.pages import dense_row, dot, slot_of
+from kvserve.kernels.sealed import sealed_scores, sealed_values
 
 
 @triton.jit
@@ -20,21 +21,27 @@ def _rescale(scores, accumulator, peak, total):
 
 @triton.jit
 def add_sealed_chunk(
-    accumulator, peak, total, query, query_rows, row_mask, page, column0, visible, used, scale,
-    CHUNK: tl.constexpr, G: tl.constexpr
+    accumulator, peak, total, query, query_rows, row_mask, page, column0, first_position, head, codec_tables, visible,
+    used, scale, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Attend to one chunk of a sealed page.
 
     Args:
         accumulator, peak, total: float32 [M, block_dim], [M], [M]; the state so far.
         query: [M, block_dim], its dtype is that of the dots; query_rows [M] are the rows' addresses.
+        first_position: position of the token in column0; any number in a kept page.
+        codec_tables: CodecTables.
         visible: bool [M, CHUNK]; used: bool [CHUNK], columns that exist.
         scale: softmax scale times log2(e).
     """
-    scores = sealed_scores(query, query_rows, row_mask, page, column0, CHUNK, G) * scale
+    scores = sealed_scores(
+        query, query_rows, row_mask, page, column0, first_position, head, codec_tables, CHUNK, G
+    ) * scale  # fmt: skip
     scores = tl.where(visible, scores, float("-inf"))
     weights, accumulator, peak, total = _rescale(scores, accumulator, peak, total)
-    accumulator += sealed_values(weights, used, page, column0, CHUNK, query.dtype, G)
+    accumulator += sealed_values(
+        weights, used, page, column0, first_position, head, codec_tables, CHUNK, query.dtype, G
+    )  # fmt: skip
     return accumulator, peak, total
 
 

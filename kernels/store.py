@@ -61,13 +61,14 @@ def stage_kernel(
     else:
         count += tl.sum(_beyond(rows.to(tl.float32)), 0)
         tl.store(out + d[None, :], _rounded(rows.to(tl.float32), G), mask=mask)
-    if (G.key_bits > 0) | (G.slot_dtype == tl.float16):
+    if G.saturates:
         tl.atomic_add(beyond, count.to(tl.int64), mask=count > 0)
 
 
 @triton.jit
 def seal_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, staged,
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    codec_tables, staged,
     G: tl.constexpr
 ):  # fmt: skip
     """Program (request, kv_head, n): the n-th tile that this step completes; tile 0 also writes its sinks."""
@@ -83,7 +84,8 @@ def seal_kernel(
         key = dense_row(cells, slots, stored, staged, rows, t >= computed, 0, False, G)
         value = dense_row(cells, slots, stored, staged, rows, t >= computed, 1, False, G)
         page = cells + tile_page_at(table, tile, head, True, block_stride, head_stride, G)
-        encode_page(page, key, value, tl.where(tile == 0, G.sink_tokens, 0), G)
+        first_counted = tl.where(tile == 0, G.sink_tokens, 0)
+        encode_page(page, key, value, first_counted, tile * G.tile_tokens, head, codec_tables, G)
         if G.sink_tokens:
             sinks = t < G.sink_tokens  # only in tile 0
             to = slot_of(table, t, True, head, sinks, block_stride, head_stride, G)
@@ -92,7 +94,8 @@ def seal_kernel(
 
 @triton.jit
 def slots_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride, staged,
+    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    codec_tables, staged,
     TOKENS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (token tile, request, kv_head): new tokens of the unfinished tile; dense policy: every new token."""

@@ -19,9 +19,10 @@ from kvserve.attention.base import (
     check_rows,
 )
 from kvserve.attention.saturation import rows_beyond_range
+from kvserve.codecs.layer_tables import LayerTables
 from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
-from kvserve.kernels.geometry import Tables, geometry_of
+from kvserve.kernels.geometry import Tables, check_device, codec_tables_of, geometry_of
 from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, make_headers, num_layers_of, read_headers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
@@ -32,13 +33,22 @@ class TritonAttention(PagedAttention):
 
     A decode step whose `Batch.max_query_len` is set reads no data back from the device: without `received` it can be
     captured in a CUDA graph as long as its tensors keep their addresses.
+
+    Args:
+        tables: of this layer, by "half.codec name.table name", on the device of its cells; what its codecs read beside
+            the pages. None: they read nothing.
+
+    Raises:
+        ValueError: the kernels do not cover the layout, or a table is missing or has the wrong shape or dtype.
     """
 
     decode_kernels = "triton"  # which ones attend in steps of one token
 
-    def __init__(self, layout: PageLayout, spec: LayerSpec):
+    def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None):
         super().__init__(layout, spec)
         self.geometry = geometry_of(layout, spec)
+        self._layer_tables = {name: table.contiguous() for name, table in (tables or {}).items()}
+        self.codec_tables = codec_tables_of(layout, self._layer_tables, spec.num_kv_heads)
 
     def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         check_rows("key", key, self.spec.num_kv_heads, self.layout.head_dim)
@@ -105,7 +115,8 @@ class TritonAttention(PagedAttention):
         stored = last if num_tokens is None else num_tokens
         self.check_span(block_table_row, first, last, stored)
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        key, value = kept_pages.read(self.geometry, cells, block_table_row, first, last, stored, with_values)
+        asked = (block_table_row, first, last, stored, with_values)
+        key, value = kept_pages.read(self.geometry, cells, *asked, self.codec_tables)
         return key, None if value is None else self._rotate(value)
 
     def read_kept(
@@ -114,7 +125,7 @@ class TritonAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
-        key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers)
+        key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers, self.codec_tables)
         return list(key.split(counts)), list(self._rotate(value).split(counts))
 
     def write_kept(
@@ -129,7 +140,8 @@ class TritonAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(keys, values))
         key, value = torch.cat(list(keys)), self._rotate(torch.cat(list(values)))
-        kept_pages.write_kept(self.geometry, cells, state_block, kept.blocks, headers, key, value)
+        place = (self.geometry, cells, state_block, kept.blocks, headers)
+        kept_pages.write_kept(*place, key, value, self.codec_tables)
 
     def attention_sums(
         self,
@@ -146,7 +158,8 @@ class TritonAttention(PagedAttention):
         state_block = int(block_table_row[0]) if kept.end else 0
         held = held_tokens(cells, self.layout, state_block, num_tokens, kept)
         place = (self.geometry, cells, num_layers_of(cells, self.layout), block_table_row, num_tokens)
-        return scores.attention_sums(*place, query, self.spec.scale, held, *kept, power, reduce == "max")
+        how = (*kept, power, reduce == "max", self.codec_tables)
+        return scores.attention_sums(*place, query, self.spec.scale, held, *how)
 
     def _tables(self, cells: torch.Tensor, batch: Batch) -> Tables:
         self.check_kept(batch)
@@ -154,7 +167,9 @@ class TritonAttention(PagedAttention):
         if not isinstance(batch.native, int):
             check_batch(batch)
             batch.native = batch.max_query_len or int(batch.query_start_loc.diff().max())
-        return Tables.of(self.layout, cells, batch, batch.native)
+        if self._layer_tables:
+            check_device(cells=cells, **self._layer_tables)
+        return Tables.of(self.layout, cells, batch, batch.native, self.codec_tables)
 
     def _rotate(self, values: torch.Tensor) -> torch.Tensor:
         if not self.geometry.rotated:
