@@ -62,22 +62,11 @@ class Geometry(NamedTuple):
     page_bytes: int = 0
     key: HalfFormat | None = None
     value: HalfFormat | None = None
+    integer: bool = True  # no half of a page is decoded to rows, which takes more room
     rotated: bool = False
+    saturates: bool = False  # float16 numbers are stored, so that rows may lie beyond its range
     gaps: tuple[tuple[int, int], ...] = ()  # (offset, bytes) of what lies between the sections of a page
-
-    @property
-    def num_gaps(self) -> int:
-        return len(self.gaps)
-
-    @property
-    def integer(self) -> bool:
-        """Whether no half of a page is decoded to rows, which takes more room."""
-        return self.key is None or self.value is None or (self.key.integer and self.value.integer)
-
-    @property
-    def saturates(self) -> bool:
-        """Whether float16 numbers are stored, so that rows may lie beyond its range."""
-        return self.key is not None or self.slot_dtype == tl.float16
+    num_gaps: int = 0
 
 
 def storage_geometry(geometry: Geometry) -> Geometry:
@@ -104,6 +93,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         block_size=layout.block_size,
         slot_dtype=TRITON_DTYPES[layout.dense_dtype],
         slot_bytes=layout.slot_bytes,
+        saturates=layout.saturates,
     )
     sections, policy = layout.sections, layout.policy
     if sections is None:
@@ -123,8 +113,11 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     if tile_format is None:
         return paged
     key, value = (HalfFormat.of(tile_format, half) for half in Half)
-    assert tile_format.value is not None
-    return paged._replace(key=key, value=value, rotated=tile_format.value.rotates, gaps=gaps_of(tile_format))
+    gaps, rotated = gaps_of(tile_format), tile_format.half(Half.VALUE)[0].rotates
+    integer = key.integer and value.integer
+    return paged._replace(
+        key=key, value=value, integer=integer, rotated=rotated, gaps=gaps, num_gaps=len(gaps)
+    )  # fmt: skip
 
 
 def tile_format_of(layout: PageLayout) -> TileFormat | None:

@@ -8,7 +8,7 @@ the reference's bits; only the refit of symmetric values sums in another order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -36,8 +36,7 @@ _STEP_4: tl.constexpr = tl.constexpr(GAUSSIAN_STEP[4])
 _STEP_8: tl.constexpr = tl.constexpr(GAUSSIAN_STEP[8])
 
 
-@dataclass(frozen=True)
-class AffineStage:
+class AffineStage(NamedTuple):
     """What the kernels know of an affine or symmetric codec at compile time; offsets are in bytes from the page."""
 
     kind: int

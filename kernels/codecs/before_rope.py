@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,8 +14,7 @@ from kvserve.codecs.tile import TileShape
 BEFORE_ROPE: tl.constexpr = tl.constexpr(7)
 
 
-@dataclass(frozen=True)
-class BeforeRopeStage:
+class BeforeRopeStage(NamedTuple):
     """Channels that are turned, and whether neighbours are a pair."""
 
     kind: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,23 +28,20 @@ STAGES: dict[int, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class HalfFormat:
+class HalfFormat(NamedTuple):
     """How the keys, or the values, of a page are written: compile-time constants.
 
     Attributes:
         stages: of the codecs, outermost first; a codec is in a chain only once.
+        wrappers: stages but the last, which writes codes.
         integer: codes enter the dots as they are (`affine_scores`, `affine_values`).
         low_rank: index of the low-rank codec; -1: there is none.
     """
 
     stages: tuple[Any, ...]
+    wrappers: int
     integer: bool
     low_rank: int
-
-    @property
-    def wrappers(self) -> int:
-        return len(self.stages) - 1
 
     @classmethod
     def of(cls, tile_format: TileFormat, half: Half) -> HalfFormat:
@@ -64,7 +60,8 @@ class HalfFormat:
         only = stages[0]
         integer = isinstance(only, AffineStage) and only.per_token == (half is Half.VALUE)
         kinds = [stage.kind for stage in stages]
-        return cls(tuple(stages), integer, kinds.index(LOW_RANK.value) if LOW_RANK.value in kinds else -1)
+        low_rank = kinds.index(LOW_RANK.value) if LOW_RANK.value in kinds else -1
+        return cls(tuple(stages), len(stages) - 1, integer, low_rank)
 
 
 class HalfTables(NamedTuple):

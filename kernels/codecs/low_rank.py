@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,8 +22,7 @@ _TINY: tl.constexpr = tl.constexpr(2.0**-126)
 MIN_DOT_COLUMNS = 16  # least K of tl.dot
 
 
-@dataclass(frozen=True)
-class LowRankStage:
+class LowRankStage(NamedTuple):
     """Offsets are in bytes from the page."""
 
     kind: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,8 +23,7 @@ _NAN_KEY: tl.constexpr = tl.constexpr(0x7FFFFFFE)
 MIN_DOT_COLUMNS = 16  # least K of tl.dot
 
 
-@dataclass(frozen=True)
-class OutliersStage:
+class OutliersStage(NamedTuple):
     """Offsets are in bytes from the page; `per_channel` and `group` say which elements share a scale."""
 
     kind: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,8 +17,7 @@ _MIN_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(FLOAT16_MAX)
 
 
-@dataclass(frozen=True)
-class TableStage:
+class TableStage(NamedTuple):
     """Offsets are in bytes from the page. 3-bit codes: `codes` are their two low bits, `high` the third one."""
 
     kind: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,8 +16,7 @@ VECTOR: tl.constexpr = tl.constexpr(4)
 _CENTROIDS: tl.constexpr = tl.constexpr(CENTROIDS)
 
 
-@dataclass(frozen=True)
-class VectorStage:
+class VectorStage(NamedTuple):
     """`codes`: offset in bytes from the page."""
 
     kind: int
