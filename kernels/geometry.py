@@ -122,7 +122,8 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
 
 def tile_format_of(layout: PageLayout) -> TileFormat | None:
     """The codecs and sections of a layout's pages; None where pages, or all blocks, are dense."""
-    key, value = layout.policy.key, layout.policy.value
+    key: Any = layout.policy.key
+    value: Any = layout.policy.value
     if key is None or value is None:
         return None
     if not isinstance(key, Codec):

@@ -27,26 +27,27 @@ class OutliersStage(NamedTuple):
     """Offsets are in bytes from the page; `per_channel` and `group` say which elements share a scale."""
 
     kind: int
-    count: int
-    block_count: int  # count, rounded up to what a dot takes
+    entries: int
+    block_entries: int  # entries, rounded up to what a dot takes
     fixed: bool  # the inner codec has a calibrated range
     per_channel: bool
     group: int
-    values: int
-    index: int
+    at_values: int
+    at_index: int
 
     @classmethod
     def of(cls, codec: Codec, shape: TileShape, at: Mapping[str, int]) -> OutliersStage:
         """`at`: offsets of the codec's own sections, by name."""
         assert isinstance(codec, Outliers)
-        (count,), grouping = codec.params(shape), codec.inner.grouping(shape)
-        block_count = max(MIN_DOT_COLUMNS, triton.next_power_of_2(count))
+        (entries,), grouping = codec.params(shape), codec.inner.grouping(shape)
+        block_entries = max(MIN_DOT_COLUMNS, triton.next_power_of_2(entries))
         ones = {
             name: torch.ones([1 if isinstance(axis, str) else axis for axis in spec.axes if axis != KV_HEADS])
             for name, spec in codec.inner.tables(shape).items()
         }
         fixed = codec.inner.fixed_range(ones) is not None
-        return cls(codec.kind, count, block_count, fixed, grouping.per_channel, grouping.size, **at)
+        places = at["values"], at["index"]
+        return cls(codec.kind, entries, block_entries, fixed, grouping.per_channel, grouping.size, *places)
 
 
 @triton.jit
@@ -56,10 +57,10 @@ def outlier_rows(inner, page, column0, CHUNK: tl.constexpr, S: tl.constexpr, G: 
     Two dots put them there: of the matrix that says which token an outlier belongs to with the one that says which
     channel, and of the former with the latter's values. Each sum has one term that is not 0, so both are exact.
     """
-    i, token, d = tl.arange(0, S.block_count), column0 + tl.arange(0, CHUNK), tl.arange(0, G.block_dim)
-    exist = i < S.count
-    at = tl.load((page + S.index).to(tl.pointer_type(tl.uint16)) + i, mask=exist, other=0).to(tl.int32)
-    values = tl.load((page + S.values).to(tl.pointer_type(tl.float16)) + i, mask=exist, other=0.0)
+    i, token, d = tl.arange(0, S.block_entries), column0 + tl.arange(0, CHUNK), tl.arange(0, G.block_dim)
+    exist = i < S.entries
+    at = tl.load((page + S.at_index).to(tl.pointer_type(tl.uint16)) + i, mask=exist, other=0).to(tl.int32)
+    values = tl.load((page + S.at_values).to(tl.pointer_type(tl.float16)) + i, mask=exist, other=0.0)
     of_token = ((at // G.head_dim)[None, :] == token[:, None]) & exist[None, :]
     of_channel = (at % G.head_dim)[:, None] == d[None, :]
     zero, one = values * 0.0, values * 0.0 + 1.0
@@ -88,9 +89,9 @@ def take_outliers(page, rows, first_counted, head, tables, S: tl.constexpr, G: t
     key = tl.where(in_head, tl.where(counted, key, 0), -1)
     is_outlier, place = _largest(key, S)
     values = tl.minimum(tl.maximum(rows, -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
-    tl.store((page + S.values).to(tl.pointer_type(tl.float16)) + place, values, mask=is_outlier)
+    tl.store((page + S.at_values).to(tl.pointer_type(tl.float16)) + place, values, mask=is_outlier)
     index = (token * G.head_dim + d).to(tl.uint16)
-    tl.store((page + S.index).to(tl.pointer_type(tl.uint16)) + place, index, mask=is_outlier)
+    tl.store((page + S.at_index).to(tl.pointer_type(tl.uint16)) + place, index, mask=is_outlier)
     if not S.fixed:
         middle, reach = _mean_and_deviation(rows, counted & (is_outlier == 0), S, G)
     exact = tl.where(is_outlier, values.to(tl.float32), rows)
@@ -99,16 +100,16 @@ def take_outliers(page, rows, first_counted, head, tables, S: tl.constexpr, G: t
 
 @triton.jit
 def _largest(key, S: tl.constexpr):
-    """Which S.count elements of a matrix of int32 >= -1 are the largest, ties: the first; and their places, row by row.
+    """Which S.entries elements of int32 [rows, columns], >= -1, are the largest (ties: the first), and their places.
 
     The least of them is found bit by bit.
     """
     least = 0
     for bit in range(31):
         tried = least | (1 << (30 - bit))
-        least = tl.where(tl.sum(tl.sum((key >= tried).to(tl.int32), 1), 0) >= S.count, tried, least)
+        least = tl.where(tl.sum(tl.sum((key >= tried).to(tl.int32), 1), 0) >= S.entries, tried, least)
     above, equal = key > least, key == least
-    missing = S.count - tl.sum(tl.sum(above.to(tl.int32), 1), 0)
+    missing = S.entries - tl.sum(tl.sum(above.to(tl.int32), 1), 0)
     chosen = above | (equal & (_places(equal) < missing))
     return chosen, _places(chosen)
 

@@ -81,7 +81,7 @@ def chunk_codes(section, column0, CHUNK: tl.constexpr, BITS: tl.constexpr, OF_KE
         codes = tl.trans(load_codes(section, 0, column0, G.block_dim, CHUNK, G.head_dim, G.tile_tokens, BITS))
     else:
         codes = load_codes(section, column0, 0, CHUNK, G.block_dim, G.tile_tokens, G.head_dim, BITS)
-    return codes
+    return codes.to(tl.uint8).to(tl.int32)  # a thread may need other codes than it has loaded: bytes are moved for less
 
 
 @triton.jit
