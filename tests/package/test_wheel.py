@@ -113,7 +113,8 @@ def test_one_wheel_fits_every_python_and_holds_all_that_is_needed(wheel: Path) -
     assert re.fullmatch(r"kvserve-[\d.]+-py3-none-manylinux_\d+_\d+_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     for folder, package in ((ROOT / "configs", "configs"), (ROOT / "kernels", "kernels")):
-        assert {f"kvserve/{package}/{file.name}" for file in folder.iterdir() if file.suffix} <= set(names)
+        files = [file.relative_to(folder) for file in folder.rglob("*.*") if "__pycache__" not in file.parts]
+        assert {f"kvserve/{package}/{file}" for file in files} <= set(names)
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "kvserve").rglob("*.py")}
     assert modules <= set(names)
     assert {f"kvserve/native/_{isa}.so" for isa in supported_isas()} <= set(names)

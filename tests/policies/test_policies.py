@@ -171,7 +171,7 @@ def test_every_policy_file_is_packaged():
     present = {
         str(folder.parent.relative_to(ROOT)).replace("/", ".") for folder in (ROOT / "kvserve").rglob("__init__.py")
     }
-    assert listed == present | {"kvserve.configs", "kvserve.kernels"}
+    assert listed == present | {"kvserve.configs", "kvserve.kernels", "kvserve.kernels.codecs"}
     assert {path.suffix for path in configs_dir().iterdir()} == {".yaml"}
 
 
