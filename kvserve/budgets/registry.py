@@ -9,6 +9,6 @@ from kvserve.budgets.pyramid import Pyramid
 from kvserve.budgets.uniform import Uniform
 from kvserve.part_registry import PartRegistry
 
-BUDGETS: PartRegistry[Budget] = PartRegistry("budget", (GlobalPages, HeadsInLayer, Pyramid, Uniform))
+BUDGETS: PartRegistry[Budget] = PartRegistry("budget", Budget, (GlobalPages, HeadsInLayer, Pyramid, Uniform))
 budget_class = BUDGETS.class_of
 make_budget = BUDGETS.make

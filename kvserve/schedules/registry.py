@@ -8,6 +8,6 @@ from kvserve.schedules.end_of_prefill import EndOfPrefill
 from kvserve.schedules.every_n import EveryN
 from kvserve.schedules.over_budget import OverBudget
 
-SCHEDULES: PartRegistry[Schedule] = PartRegistry("schedule", (EndOfPrefill, EveryN, OverBudget))
+SCHEDULES: PartRegistry[Schedule] = PartRegistry("schedule", Schedule, (EndOfPrefill, EveryN, OverBudget))
 schedule_class = SCHEDULES.class_of
 make_schedule = SCHEDULES.make

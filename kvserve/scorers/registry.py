@@ -13,7 +13,7 @@ from kvserve.scorers.random import Random
 from kvserve.scorers.window_attention import WindowAttention
 
 SCORERS: PartRegistry[Scorer] = PartRegistry(
-    "scorer", (AccumulatedAttention, ExpectedAttention, KeyDiff, KeyNorm, Position, Random, WindowAttention)
+    "scorer", Scorer, (AccumulatedAttention, ExpectedAttention, KeyDiff, KeyNorm, Position, Random, WindowAttention)
 )
 scorer_class = SCORERS.class_of
 make_scorer = SCORERS.make
