@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far a compressed cache is from stock vLLM on models whose attention is sharp.
 
-    python benchmarks/sharp_attention.py --out benchmarks/results/cpu-zen4-sharp.json
+    python -m benchmarks.sharp_attention --out benchmarks/results/cpu-zen4-sharp.json
 
 Random models with two layers, made on the spot: a softmax scale of 1 instead of 1/8 (Granite 4, dense), key biases of
 +-50 (as Qwen 2 has them), and biases N(0, 50) on all channels of a key. Six greedy texts each: how many are those of

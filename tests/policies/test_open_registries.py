@@ -1,4 +1,4 @@
-"""Parts that other packages bring (tests/example_package stands for an installed one)."""
+"""Parts that other packages bring (tests/cases/example_package stands for an installed one)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvserve.schedules.registry import SCHEDULES
 from kvserve.scorers.base import LayerView
 from kvserve.scorers.registry import SCORERS
 
-EXAMPLE = Path(__file__).parent / "example_package"
+EXAMPLE = Path(__file__).parents[1] / "cases" / "example_package"
 
 
 @pytest.fixture(autouse=True)
