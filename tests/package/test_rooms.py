@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("codecs", "native", "part_registry", "prose", "shades", "text_files"),
     ("errors", "pages"),
-    ("budgets", "default_model", "kernels", "schedules", "scorers"),
+    ("budgets", "default_model", "kernels", "retention", "schedules", "scorers"),
     ("attention", "compat", "policies"),
     ("accounting", "checks"),
     ("arguments", "eviction"),
