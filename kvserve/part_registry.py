@@ -24,7 +24,7 @@ class PartRegistry(dict[str, type[Part]]):
         base: what every one of them is derived from.
     """
 
-    def __init__(self, kind: str, base: type[Part], classes: Iterable[type[Part]]) -> None:
+    def __init__(self, kind: str, base: type[BaseModel], classes: Iterable[type[Part]]) -> None:
         super().__init__({name_of(cls): cls for cls in classes})
         self.kind, self.base = kind, base
 
@@ -64,7 +64,7 @@ class PartRegistry(dict[str, type[Part]]):
     def _load(self, entry: EntryPoint) -> type[Part]:
         whose = f"{self.kind} {entry.name!r} of the package {_package(entry)}"
         try:
-            cls = entry.load()
+            cls: type[Part] = entry.load()
         except Exception as error:
             raise ValueError(f"{whose} does not load ({type(error).__name__}: {error}); update or remove it") from None
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
