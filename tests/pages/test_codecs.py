@@ -8,13 +8,24 @@ import sys
 
 import pytest
 import torch
-from codec_cases import CASES, KEYS, VALUES, codec_of, made_tile, random_rows, random_tables, read, rotary_table, turn
 
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.layer_tables import check_tables, tables_of_head
 from kvserve.codecs.low_rank import first_directions, orthonormal
 from kvserve.codecs.registry import CODECS, codec_content, make_codec
 from kvserve.codecs.tile import Half, Tile, TileShape
+from tests.cases.codec_cases import (
+    CASES,
+    KEYS,
+    VALUES,
+    codec_of,
+    made_tile,
+    random_rows,
+    random_tables,
+    read,
+    rotary_table,
+    turn,
+)
 
 # Offsets of key codes, key boost codes, value codes, key scales, value scales and key boost index, the bytes of a page,
 # and the digest of what `made_tile` is written as (of rotated values the sums round differently on other machines).
