@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "attend.h"
-#include "dequant.h"
+#include "codecs/codec.h"
 #include "gemm.h"
 #include "geometry.h"
 #include "rotate.h"
@@ -83,6 +83,7 @@ class Worker {
   void store_outputs();
   void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
+  void decode(const uint8_t* page, int first_position);
   void attend_kept();
   template <class RowOf>
   void attend_slots(int count, RowOf find);
@@ -191,6 +192,12 @@ void Worker::load_sinks(float* keys, float* values, ptrdiff_t panel_stride) cons
   }
 }
 
+// A page to the scratch panels.
+void Worker::decode(const uint8_t* page, int first_position) {
+  decode_panels(key_tile(layout_, task_.kv_head, first_position), page, keys_);
+  decode_panels(value_tile(layout_, task_.kv_head, first_position), page, values_);
+}
+
 // Queries of later tiles over the sealed page of this one.
 void Worker::attend_sealed(int tile_index) {
   const int tile_end = (tile_index + 1) * tile_tokens_;
@@ -200,8 +207,7 @@ void Worker::attend_sealed(int tile_index) {
   if (first >= end) return;
   const uint8_t* page = tile_page(layout_, arena_, request_, task_.kv_head, tile_index);
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
-  decode_keys(layout_, page, keys_);
-  decode_values(layout_, page, values_);
+  decode(page, tile_index * tile_tokens_);
   if (tile_index == 0) load_sinks(keys_, values_, panel_stride);
   for (int part = 0; part < tile_tokens_; part += COLUMNS) {
     const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride,
@@ -234,8 +240,7 @@ void Worker::attend_kept() {
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
   for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
     const uint8_t* page = kept_page(layout_, arena_, request_.kept_blocks, f);
-    decode_keys(layout_, page, keys_);
-    decode_values(layout_, page, values_);
+    decode(page, ANYWHERE);
     for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {
       const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride, 0, 0,
                       std::min(COLUMNS, kept.num_tokens - first - part)};

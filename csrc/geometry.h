@@ -2,13 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "kvserve.h"
-
-#ifdef __CUDACC__
-#define KVS_BOTH __host__ __device__  // csrc/cuda/ finds its pages as the CPU kernels do
-#else
-#define KVS_BOTH
-#endif
+#include "codecs/fields.h"
 
 namespace kvs {
 
@@ -73,7 +67,7 @@ KVS_BOTH inline uint8_t* dense_slot(const KvsLayout& l, const KvsArena& a, const
   return cell(a, row[p / l.block_size], kv_head) + (p % l.block_size) * slot_bytes(l);
 }
 // Whether every token is a dense slot: the dense policy, or dense pages.
-KVS_BOTH inline bool all_dense(const KvsLayout& l) { return l.key_bits == 0; }
+KVS_BOTH inline bool all_dense(const KvsLayout& l) { return l.key.stages == 0; }
 // Slot of the token at position p, which is stored and not evicted, where every token is a dense slot.
 KVS_BOTH inline uint8_t* stored_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv_head, int32_t p) {
   if (!l.tile_tokens) return dense_slot(l, a, q.row, kv_head, p);

@@ -4,7 +4,6 @@
 #include <memory>
 #include <vector>
 
-#include "dequant.h"
 #include "encode.h"
 #include "gemm.h"
 #include "geometry.h"
@@ -13,7 +12,7 @@
 namespace kvs {
 namespace {
 
-// One page as dequant.h decodes it, and then as rows [token][head_dim].
+// One half of a page as it is decoded, and then as rows [token][head_dim].
 struct PageRows {
   float panels[MAX_TILE * MAX_DIM], rows[MAX_TILE * MAX_DIM];
 };
@@ -25,24 +24,13 @@ struct Span {
 };
 
 // Tokens [first, last) of a page.
-void read_keys(const KvsLayout& l, const uint8_t* page, int first, int last, float* to, PageRows& s) {
+void read_half(const KvsLayout& l, const HalfTile& half, const uint8_t* page, int first, int last, float* to,
+               PageRows& s) {
   const int dim = l.head_dim;
-  decode_keys(l, page, s.panels);
-  for (int t = 0; t < l.tile_tokens; t += VL)
-    for (int d = 0; d < dim; d += VL)
-      transpose_block(s.panels + (ptrdiff_t)(t / COLUMNS * dim + d) * COLUMNS + t % COLUMNS, COLUMNS,
-                      s.rows + (ptrdiff_t)t * dim + d, dim);
+  decode_panels(half, page, s.panels);
+  panels_to_rows(half, s.panels, s.rows);
   std::copy(s.rows + first * dim, s.rows + last * dim, to);
-}
-
-void read_values(const KvsLayout& l, const uint8_t* page, int first, int last, float* to, PageRows& s) {
-  decode_values(l, page, s.panels);
-  for (int t = first; t < last; ++t, to += l.head_dim) {
-    const float* from = s.panels + (ptrdiff_t)t * COLUMNS;
-    for (int d = 0; d < l.head_dim; d += COLUMNS, from += (ptrdiff_t)l.tile_tokens * COLUMNS)
-      std::copy(from, from + std::min(COLUMNS, l.head_dim - d), to + d);
-    if (l.value_rotated) hadamard(to, l.head_dim);
-  }
+  for (int t = first; !half.keys && l.value_rotated && t < last; ++t, to += dim) hadamard(to, dim);
 }
 
 void read_slot(const KvsLayout& l, const uint8_t* slot, float* key, float* value) {
@@ -69,8 +57,8 @@ void read_tile(const KvsLayout& l, const KvsArena& a, const Span& span, int32_t 
   if (p >= last) return;
   const uint8_t* page = tile_page(l, a, q, kv_head, i);
   const int64_t at = int64_t(p - span.first) * l.head_dim;
-  read_keys(l, page, p - start, last - start, key + at, s);
-  if (value) read_values(l, page, p - start, last - start, value + at, s);
+  read_half(l, key_tile(l, kv_head, start), page, p - start, last - start, key + at, s);
+  if (value) read_half(l, value_tile(l, kv_head, start), page, p - start, last - start, value + at, s);
 }
 
 struct KeptTile {
@@ -141,8 +129,9 @@ void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t
         read_slot(l, page + t * slot_bytes(l), key + at, value + at);
       }
       if (all_dense(l)) continue;
-      read_keys(l, page, 0, count, key + tile.first * l.head_dim, *scratch);
-      read_values(l, page, 0, count, value + tile.first * l.head_dim, *scratch);
+      const int64_t at = tile.first * l.head_dim;
+      read_half(l, key_tile(l, tile.kv_head, ANYWHERE), page, 0, count, key + at, *scratch);
+      read_half(l, value_tile(l, tile.kv_head, ANYWHERE), page, 0, count, value + at, *scratch);
     }
   }
 }
@@ -158,7 +147,7 @@ void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t stat
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
       load_tile(l, tiles[i], key, value, *scratch);
-      encode_page(l, *scratch, 0, kept_page(l, *arena, kept_blocks, tiles[i].page));
+      encode_page(l, *scratch, {tiles[i].kv_head, ANYWHERE, 0}, kept_page(l, *arena, kept_blocks, tiles[i].page));
     }
   }
 }

@@ -25,6 +25,34 @@ extern "C" {
 
 enum KvsDtype : int32_t { KVS_F32 = 0, KVS_F16 = 1, KVS_BF16 = 2 };
 
+// Kinds of codecs, as the classes of kvserve/codecs/ number them.
+enum KvsKind : int32_t {
+  KVS_AFFINE = 1,
+  KVS_SYMMETRIC = 2,
+  KVS_TABLE = 3,
+  KVS_VECTOR = 4,
+  KVS_OUTLIERS = 5,
+  KVS_LOW_RANK = 6,
+  KVS_BEFORE_ROPE = 7,
+};
+
+// One codec of a chain. `params` and the offsets `at` of its own sections in a page have the order in which its class
+// gives them (csrc/codecs/fields.h names them).
+struct KvsCodec {
+  int32_t kind;  // KvsKind
+  int32_t params[8];
+  int64_t at[6];
+  const void* tables[2];     // float32, of the layer's first KV head
+  int64_t table_strides[2];  // bytes from one KV head's table to the next; 0: all heads share one
+};
+
+// How the keys or the values of a tile are written: a chain of codecs, the outermost first. The last one writes codes,
+// each one before it adds to what the next one decodes to. stages 0: dense slots.
+struct KvsHalf {
+  int32_t stages;
+  KvsCodec stage[4];
+};
+
 // Geometry of the pool (kvserve/pages/layout.py) and of the attention layer.
 struct KvsLayout {
   int32_t num_heads, num_kv_heads, head_dim;
@@ -32,13 +60,11 @@ struct KvsLayout {
   int32_t dense_dtype;      // KvsDtype of dense slots
   int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
   int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
-  int32_t key_bits, key_group, boost_channels;  // key_bits 0: a page is tile_tokens dense slots, and the fields of
-                                                // codes are 0
-  int32_t value_bits, value_group, value_rotated;
+  int32_t value_rotated;    // V is turned by the Hadamard matrix before it is staged, and answers are turned back
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale
   int64_t page_bytes;
-  int64_t key_codes, key_boost_codes, value_codes, key_scales, value_scales, key_boost_index;  // offsets in a page
+  KvsHalf key, value;       // both without stages: a page is tile_tokens dense slots
 };
 
 // One layer's view of the arena: the cell of (block b, kv head h) of layer i, of num_layers, starts at

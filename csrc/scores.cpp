@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "dequant.h"
+#include "codecs/codec.h"
 #include "gemm.h"
 #include "geometry.h"
 
@@ -161,9 +161,11 @@ class Sums {
   void load_keys(const Part& part, KeyScratch& s) const {
     if (all_dense(l)) return gather(part, s);
     if (part.source == Source::KEPT)
-      return decode_keys(l, kept_page(l, a, request.kept_blocks, part.index), s.panels.data());
+      return decode_panels(key_tile(l, kv_head, ANYWHERE), kept_page(l, a, request.kept_blocks, part.index),
+                           s.panels.data());
     if (part.source != Source::SEALED) return gather(part, s);
-    decode_keys(l, tile_page(l, a, request, kv_head, part.index), s.panels.data());
+    decode_panels(key_tile(l, kv_head, part.index * l.tile_tokens), tile_page(l, a, request, kv_head, part.index),
+                  s.panels.data());
     for (int32_t t = 0; part.index == 0 && t < l.sink_tokens; ++t) {  // the page does not count them
       load_row(s.rows.data(), sink_slot(l, a, request.row, kv_head, t), l.head_dim, l.dense_dtype);
       float* column = s.panels.data() + int64_t(t / COLUMNS) * l.head_dim * COLUMNS + t % COLUMNS;

@@ -45,10 +45,11 @@ void gather(const KvsLayout& l, const KvsArena& a, const float* staged, const Ti
 void seal(const KvsLayout& l, const KvsArena& a, const float* staged, const Tile& tile, TileScratch& s) {
   const int32_t sinks = tile.index == 0 ? l.sink_tokens : 0;
   gather(l, a, staged, tile, s);
-  encode_page(l, s, sinks, tile_page(l, a, tile.request, tile.kv_head, tile.index));
   for (int32_t t = 0; t < sinks; ++t)
     write_slot(l, s.key + t * l.head_dim, s.value + t * l.head_dim,
                sink_slot(l, a, tile.request.row, tile.kv_head, t));
+  const TilePlace place{tile.kv_head, tile.index * l.tile_tokens, sinks};
+  encode_page(l, s, place, tile_page(l, a, tile.request, tile.kv_head, tile.index));
 }
 
 void store_dense(const KvsLayout& l, const KvsBatch& b, const KvsArena& a, const float* staged) {

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 
+#include "codecs/fields.h"
 #include "codes.h"
 #include "softmax.h"
 
@@ -79,19 +80,18 @@ KVS_INLINE VF scale_queries(const Heads& heads, const uint16_t* scale, float* x,
 }
 
 // Factors of the boosted channels fill whole vectors; those behind them are 0.
-KVS_INLINE int boost_factors(const KvsLayout& l) { return (l.boost_channels + LANES - 1) / LANES * LANES; }
+KVS_INLINE int boost_factors(const KvsCodec& c) { return (boosted_of(c) + LANES - 1) / LANES * LANES; }
 
 // boost_x[h][r] = 4 * x[h][index[r]]. Returns max |boost_x|, per lane.
 template <int H>
-KVS_INLINE VF gather_boosted(const KvsLayout& l, const uint8_t* index, PageScratch& s) {
-  const int factors = boost_factors(l);
-  for (int r = 0; r < l.boost_channels; ++r)
+KVS_INLINE VF gather_boosted(int boosted, const uint8_t* index, int factors, PageScratch& s) {
+  for (int r = 0; r < boosted; ++r)
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) s.boost_x[h * MAX_SEALED_DIM + r] = s.x[h * MAX_SEALED_DIM + index[r]];
   VF top = {};
   for (int h = 0; h < H; ++h) {
     float* x = s.boost_x + h * MAX_SEALED_DIM;
-    std::fill(x + l.boost_channels, x + factors, 0.0f);
+    std::fill(x + boosted, x + factors, 0.0f);
     for (int r = 0; r < factors; r += VL) {
       const VF v = loadu(x + r) * 4.0f;
       storeu(x + r, v);
@@ -105,19 +105,19 @@ KVS_INLINE VF gather_boosted(const KvsLayout& l, const uint8_t* index, PageScrat
 template <int BITS, int H>
 KVS_INLINE void query_factors(const KvsLayout& l, const uint8_t* page, int group, int index, const Heads& heads,
                               PageScratch& s) {
-  const int rows = l.head_dim + boost_factors(l);
-  const uint16_t* scale = (const uint16_t*)(page + l.key_scales) + group * 2 * l.head_dim;
+  const KvsCodec& codec = key_codec(l);
+  const int boosted = boosted_of(codec), boost_rows = boost_factors(codec), rows = l.head_dim + boost_rows;
+  const uint16_t* scale = (const uint16_t*)(page + scales_at(codec)) + group * 2 * l.head_dim;
   const float limit = factor_limit<BITS>(rows);
   VF lows[H];
   VF tops = scale_queries<H>(heads, scale, s.x, lows);
-  if (l.boost_channels) tops = vmax(tops, gather_boosted<H>(l, page + l.key_boost_index, s));
+  if (boosted) tops = vmax(tops, gather_boosted<H>(boosted, page + boost_index_at(codec), boost_rows, s));
   const float top = hmax(tops), inverse = factors_of(top, limit), unit = top / limit;
   s.unit[index] = unit;
   for (int h = 0; h < H; ++h) {
     int16_t* to = s.factors + (index * H + h) * rows;
     VF lost = round_factors(s.x + h * MAX_SEALED_DIM, l.head_dim, inverse, to);
-    if (l.boost_channels)
-      lost += round_factors(s.boost_x + h * MAX_SEALED_DIM, boost_factors(l), inverse, to + l.head_dim);
+    if (boosted) lost += round_factors(s.boost_x + h * MAX_SEALED_DIM, boost_rows, inverse, to + l.head_dim);
     s.low_dot[index][h] = hsum(lows[h] + lost * (MIDDLE_CODE<BITS> * unit));
   }
 }
@@ -141,7 +141,9 @@ KVS_INLINE void score_columns(const Codes& codes, int rows, int first, int index
 // scores[h][i * tile_tokens + t] = q[h] . K[t] of page i
 template <int BITS, int H>
 void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
-  const int groups = l.tile_tokens / l.key_group, rows = l.head_dim + boost_factors(l);
+  const KvsCodec& codec = key_codec(l);
+  const int group = group_of(codec, l.head_dim), groups = l.tile_tokens / group;
+  const int rows = l.head_dim + boost_factors(codec);
   for (int i = 0; i < pages.count; ++i) {
     pages.prefetch_quarter(i, 0);
     for (int g = 0; g < groups; ++g) query_factors<BITS, H>(l, pages.pages[i], g, i * groups + g, heads, s);
@@ -149,14 +151,14 @@ void score_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, Pag
   for (int i = 0; i < pages.count; ++i) {
     pages.prefetch_quarter(i, 1);
     const uint8_t* page = pages.pages[i];
-    const Codes codes{page + l.key_codes, page + l.key_boost_codes, l.head_dim, l.boost_channels};
+    const Codes codes{page + codes_at(codec), page + boost_codes_at(codec), l.head_dim, boosted_of(codec)};
     float* scores = s.scores + i * l.tile_tokens;
     for (int g = 0; g < groups; ++g) {
-      const int first = g * l.key_group, index = i * groups + g;
-      if (l.key_group % 64)
+      const int first = g * group, index = i * groups + g;
+      if (group % 64)
         score_columns<BITS, H, 2>(codes, rows, first, index, scores, s);
       else
-        for (int t = 0; t < l.key_group; t += 64) score_columns<BITS, H, 4>(codes, rows, first + t, index, scores, s);
+        for (int t = 0; t < group; t += 64) score_columns<BITS, H, 4>(codes, rows, first + t, index, scores, s);
     }
   }
 }
@@ -186,7 +188,7 @@ template <int BITS, int H>
 KVS_INLINE void weight_factors(const KvsLayout& l, const uint8_t* page, int group, int index, const float* weights,
                                PageScratch& s) {
   const int tokens = l.tile_tokens;
-  const uint16_t* scale = (const uint16_t*)(page + l.value_scales) + group * 2 * tokens;
+  const uint16_t* scale = (const uint16_t*)(page + scales_at(value_codec(l))) + group * 2 * tokens;
   const uint16_t* low = l.value_rotated ? nullptr : scale + tokens;
   const float limit = factor_limit<BITS>(tokens);
   VF lows[H];
@@ -224,7 +226,8 @@ KVS_INLINE void weigh_columns(const Codes& codes, int first, int index, const He
 // out[h] += sum over pages i and tokens t of weights[h][i * tile_tokens + t] * V[t]; the weights lie in scores.
 template <int BITS, int H>
 void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, PageScratch& s) {
-  const int groups = l.head_dim / l.value_group;
+  const KvsCodec& codec = value_codec(l);
+  const int group = group_of(codec, l.head_dim), groups = l.head_dim / group;
   for (int i = 0; i < pages.count; ++i) {
     pages.prefetch_quarter(i, 2);
     for (int g = 0; g < groups; ++g)
@@ -232,12 +235,12 @@ void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, Pag
   }
   for (int i = 0; i < pages.count; ++i) {
     pages.prefetch_quarter(i, 3);
-    const Codes codes{pages.pages[i] + l.value_codes, nullptr, l.tile_tokens, 0};
+    const Codes codes{pages.pages[i] + codes_at(codec), nullptr, l.tile_tokens, 0};
     for (int g = 0; g < groups; ++g) {
-      const int first = g * l.value_group, index = i * groups + g;
+      const int first = g * group, index = i * groups + g;
       int d = 0;
-      for (; d + 64 <= l.value_group; d += 64) weigh_columns<BITS, H, 4>(codes, first + d, index, heads, s);
-      for (; d < l.value_group; d += 32) weigh_columns<BITS, H, 2>(codes, first + d, index, heads, s);
+      for (; d + 64 <= group; d += 64) weigh_columns<BITS, H, 4>(codes, first + d, index, heads, s);
+      for (; d < group; d += 32) weigh_columns<BITS, H, 2>(codes, first + d, index, heads, s);
     }
   }
 }
@@ -263,12 +266,13 @@ inline void mask_tokens(float* scores, int heads, int first, int last) {
 // Tokens [first, last) of the pages, at least one, for `count` <= MAX_HEADS heads.
 inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int first, int last,
                          PageScratch& s) {
-  const PagesOp score = l.key_bits == 2   ? score_pages_for<2>(count)
-                        : l.key_bits == 4 ? score_pages_for<4>(count)
-                                          : score_pages_for<8>(count);
-  const PagesOp weigh = l.value_bits == 2   ? weigh_pages_for<2>(count)
-                        : l.value_bits == 4 ? weigh_pages_for<4>(count)
-                                            : weigh_pages_for<8>(count);
+  const int key_bits = bits_of(key_codec(l)), value_bits = bits_of(value_codec(l));
+  const PagesOp score = key_bits == 2   ? score_pages_for<2>(count)
+                        : key_bits == 4 ? score_pages_for<4>(count)
+                                        : score_pages_for<8>(count);
+  const PagesOp weigh = value_bits == 2   ? weigh_pages_for<2>(count)
+                        : value_bits == 4 ? weigh_pages_for<4>(count)
+                                          : weigh_pages_for<8>(count);
   score(l, pages, heads, s);
   mask_tokens(s.scores, count, 0, first);
   mask_tokens(s.scores, count, last, pages.count * l.tile_tokens);

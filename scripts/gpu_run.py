@@ -48,7 +48,7 @@ WORK = ROOT / "build" / "gpu_run"
 LIBRARY = ROOT / "kvserve" / "native" / "_cuda.so"
 CACHE = WORK / "triton"
 LOOK_S = 90.0  # to import torch and ask for the GPU
-SOURCES = ("kernels/**/*.py", "kvserve/**/*.py", "csrc/*.h", "csrc/cuda/*", "benchmarks/gpu*")
+SOURCES = ("kernels/**/*.py", "kvserve/**/*.py", "csrc/*.h", "csrc/codecs/*.h", "csrc/cuda/*", "benchmarks/gpu*")
 SCRIPTS = ("gpu_run.py", "build_cuda.py", "sanitize_gpu.py")
 # As compiled for sm_90a with nvcc 13.0 and Triton 3.6, in seconds of one core of a Zen 4 server.
 NVCC_S, KERNEL_S, WARM_KERNELS, START_S = 25.0, 0.7, 400, 15.0

@@ -92,7 +92,7 @@ KVS_LANE Columns visible_columns(const DecodeArguments& arguments, const Share& 
 KVS_LANE void fetch_page(uint8_t* to, const DecodeArguments& arguments, const Share& share, int page, int lane) {
   if (page < share.end_page) {
     const uint8_t* from = page_at(arguments, share, page);
-    const int size = int(arguments.layout.page_bytes), codes = int(arguments.layout.key_scales);
+    const int size = int(arguments.layout.page_bytes), codes = int(scales_at(key_codec(arguments.layout)));
     for (int at = 16 * lane; at < size; at += 16 * 32) copy_async(to + (at < codes ? placed(at) : at), from + at);
   }
   close_copies();

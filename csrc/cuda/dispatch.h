@@ -1,5 +1,6 @@
 // From the C interface to one instance of the kernels: checks, choice of the shape, size of shared memory.
 #pragma once
+#include "../codecs/fields.h"
 #include "api.h"
 #include "merge.h"
 
@@ -14,8 +15,10 @@ struct Block {
 };
 
 inline const char* unsupported(const KvsLayout& layout) {
-  if (layout.key_bits != 2 && layout.key_bits != 4) return "the CUDA kernels read keys of 2 or 4 bits; use Triton";
-  if (layout.value_bits != 2 && layout.value_bits != 4)
+  const auto covered = [](const KvsCodec& codec) { return bits_of(codec) == 2 || bits_of(codec) == 4; };
+  if (!is_affine_by_channel(layout.key) || !covered(key_codec(layout)))
+    return "the CUDA kernels read keys of 2 or 4 bits; use Triton";
+  if (!is_affine_by_token(layout.value) || !covered(value_codec(layout)))
     return "the CUDA kernels read values of 2 or 4 bits; use Triton";
   if (layout.head_dim != 64 && layout.head_dim != 128)
     return "the CUDA kernels support head_dim 64 and 128; use Triton";
@@ -60,7 +63,7 @@ inline int64_t workspace_floats(const KvsLayout& layout, int32_t num_reqs, int32
 
 template <class Number, int DIM, class Launcher>
 const char* launch_bits(const DecodeArguments& arguments, const KvsLaunch& launch, Launcher& launcher) {
-  const int bits = 10 * arguments.layout.key_bits + arguments.layout.value_bits;
+  const int bits = 10 * bits_of(key_codec(arguments.layout)) + bits_of(value_codec(arguments.layout));
   if (bits == 22) return launcher.template run<Shape<Number, DIM, 2, 2>>(arguments, launch);
   if (bits == 24) return launcher.template run<Shape<Number, DIM, 2, 4>>(arguments, launch);
   if (bits == 42) return launcher.template run<Shape<Number, DIM, 4, 2>>(arguments, launch);

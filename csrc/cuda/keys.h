@@ -3,7 +3,7 @@
 // key = code * scale + low, with a scale and a low for each channel and group of tokens. The scale goes into the query,
 // so that codes enter the product as they are; the lows are one number for each query head and group of tokens.
 #pragma once
-#include "../kvserve.h"
+#include "../codecs/fields.h"
 #include "softmax.h"
 
 namespace kvs::gpu {
@@ -69,8 +69,8 @@ KVS_LANE void scale_boosted(ScaledQuery<DIM>& scaled, float (&sums)[4], const Qu
   const Constant<Number> fours(4.0f);
 #pragma unroll
   for (int s = 0; s < DIM / 32; ++s) {
-    if (s * TILE >= layout.boost_channels) break;
-    const uint32_t channels = load_word(page + layout.key_boost_index + TILE * s + 4 * t);
+    if (s * TILE >= boosted_of(key_codec(layout))) break;
+    const uint32_t channels = load_word(page + boost_index_at(key_codec(layout)) + TILE * s + 4 * t);
     float x[4];
     for (int i = 0; i < 4; ++i) {
       const int channel = channels >> 8 * i & 0xFF;
@@ -110,7 +110,7 @@ KVS_LANE void scale_query(ScaledQuery<DIM>& scaled, const Query& query, const Kv
   }
   sum_for_heads(scaled.centre, centre, t);
   for (int i = 0; i < 2; ++i) scaled.centre[i] -= scaled.peak * MIDDLE * sums[i];
-  if (BITS == BOOST_BITS && layout.boost_channels)
+  if (BITS == BOOST_BITS && boosted_of(key_codec(layout)))
     scale_boosted<Number>(scaled, sums, query, layout, page, scales, inverse, t);
   for (int i = 0; i < 2; ++i) scaled.sum[i] = scaled.peak * sums[i];
 }
@@ -126,7 +126,7 @@ KVS_LANE const uint8_t* words_at(const uint8_t* page, int64_t section, int rows,
 template <class Number, int DIM, int BITS>
 KVS_LANE void key_products(float (&products)[2][4], const ScaledQuery<DIM>& scaled, const KvsLayout& layout,
                            const uint8_t* page, int column, int first_plane, int lane) {
-  const uint8_t* const codes = words_at<Number, BITS>(page, layout.key_codes, DIM, 0, column, lane);
+  const uint8_t* const codes = words_at<Number, BITS>(page, codes_at(key_codec(layout)), DIM, 0, column, lane);
 #pragma unroll
   for (int s = 0; s < DIM / TILE; ++s) {
     const Words words = load_words(codes + 4 * s * QUAD_BYTES);
@@ -137,12 +137,13 @@ KVS_LANE void key_products(float (&products)[2][4], const ScaledQuery<DIM>& scal
       Number::mma(products[n], a, scaled.values[s]);
     }
   }
-  if (BITS != BOOST_BITS || !layout.boost_channels) return;
+  if (BITS != BOOST_BITS || !boosted_of(key_codec(layout))) return;
+  const KvsCodec& codec = key_codec(layout);
   const uint8_t* const boost =
-      words_at<Number, BOOST_BITS>(page, layout.key_boost_codes, layout.boost_channels, 0, column, lane);
+      words_at<Number, BOOST_BITS>(page, boost_codes_at(codec), boosted_of(codec), 0, column, lane);
 #pragma unroll
   for (int s = 0; s < DIM / 32; ++s) {
-    if (s * TILE >= layout.boost_channels) break;
+    if (s * TILE >= boosted_of(codec)) break;
     const Words words = load_words(boost + 4 * s * QUAD_BYTES);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -158,12 +159,14 @@ template <class Number, int DIM, int BITS>
 KVS_LANE void key_scores(float (&scores)[TILES][4], const Query& query, const KvsLayout& layout,
                          const uint8_t* page, int column, float scale, int lane) {
   using Coded = Codes<Number, BITS>;
+  const uint8_t* const scales = page + scales_at(key_codec(layout));
+  const int group_tokens = group_of(key_codec(layout), DIM);
   ScaledQuery<DIM> scaled;
 #pragma unroll
   for (int unit = 0; unit < 2; ++unit) {
-    if (unit == 0 || layout.key_group == 32) {
-      const int group = (column + 32 * unit) / layout.key_group;
-      scale_query<Number, DIM, BITS>(scaled, query, layout, page, page + layout.key_scales + group * 4 * DIM, lane);
+    if (unit == 0 || group_tokens == 32) {
+      const int group = (column + 32 * unit) / group_tokens;
+      scale_query<Number, DIM, BITS>(scaled, query, layout, page, scales + group * 4 * DIM, lane);
     }
     const int first_plane = 2 * unit % Coded::PLANES;
     float products[2][4] = {};

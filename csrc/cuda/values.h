@@ -45,7 +45,7 @@ KVS_LANE void scale_weights(ScaledWeights& scaled, const float (&weights)[TILES]
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     const int token = column + TILE * n + 2 * g;
-    const uint8_t* const at = page + layout.value_scales + 2 * (group * 2 * tokens + token);
+    const uint8_t* const at = page + scales_at(value_codec(layout)) + 2 * (group * 2 * tokens + token);
     const uint32_t used = visible_pair(visible, token);
     scales[n] = load_word(at) & used;
     lows[n] = layout.value_rotated ? 0u : load_word(at + 2 * tokens) & used;
@@ -76,7 +76,7 @@ KVS_LANE void add_unit(State<DIM>& state, const ScaledWeights& scaled, const Kvs
   using Coded = Codes<Number, BITS>;
   const int first_plane = 2 * unit % Coded::PLANES;
   const uint8_t* const codes =
-      words_at<Number, BITS>(page, layout.value_codes, layout.tile_tokens, column, 32 * unit, lane);
+      words_at<Number, BITS>(page, codes_at(value_codec(layout)), layout.tile_tokens, column, 32 * unit, lane);
   float products[2][4];
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i)
@@ -103,8 +103,8 @@ KVS_LANE void add_values(State<DIM>& state, const float (&weights)[TILES][4], co
   ScaledWeights scaled;
 #pragma unroll
   for (int unit = 0; unit < DIM / 32; ++unit) {
-    const int group = 32 * unit / layout.value_group;
-    if (32 * unit % layout.value_group == 0)
+    const int group_channels = group_of(value_codec(layout), DIM), group = 32 * unit / group_channels;
+    if (32 * unit % group_channels == 0)
       scale_weights<Number, BITS>(scaled, weights, layout, page, column, visible, group, lane / 4);
     add_unit<Number, DIM, BITS>(state, scaled, layout, page, column, unit, lane);
   }

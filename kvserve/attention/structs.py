@@ -12,19 +12,38 @@ from kvserve.pages.layout import PageLayout
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+AFFINE, SYMMETRIC = 1, 2  # KvsKind
+
 int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+MAX_STAGES = 4
+
+
+class KvsCodec(ctypes.Structure):
+    _fields_ = [
+        ("kind", int32),
+        ("params", int32 * 8),
+        ("at", int64 * 6),
+        ("tables", pointer * 2),
+        ("table_strides", int64 * 2),
+    ]
+
+
+class KvsHalf(ctypes.Structure):
+    _fields_ = [("stages", int32), ("stage", KvsCodec * MAX_STAGES)]
 
 
 class KvsLayout(ctypes.Structure):
     _fields_ = [
         *((name, int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
         *((name, int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
-        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "key_bits", "key_group")),
-        ("boost_channels", int32),
-        *((name, int32) for name in ("value_bits", "value_group", "value_rotated", "sliding_window")),
+        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens")),
+        *((name, int32) for name in ("value_rotated", "sliding_window")),
         ("scale", ctypes.c_float),
-        *((name, int64) for name in ("page_bytes", "key_codes", "key_boost_codes", "value_codes")),
-        *((name, int64) for name in ("key_scales", "value_scales", "key_boost_index")),
+        ("page_bytes", int64),
+        ("key", KvsHalf),
+        ("value", KvsHalf),
     ]
 
 
@@ -78,13 +97,26 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec) -> KvsLayout:
     struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
     if policy.key is None or policy.value is None:
         return struct
-    for name in ("key_group", "boost_channels", "value_group"):
-        setattr(struct, name, getattr(layout, name))
-    for name in ("key_codes", "key_boost_codes", "value_codes", "key_scales", "value_scales", "key_boost_index"):
-        setattr(struct, name, getattr(sections, name))
-    struct.key_bits, struct.value_bits = policy.key.bits, policy.value.bits
-    struct.value_rotated = policy.value.rotate
+    key, value, boosted = policy.key, policy.value, layout.boost_channels
+    boost = ((sections.key_boost_codes,), (sections.key_boost_index,)) if boosted else ((), ())
+    key_at = (sections.key_codes, *boost[0], sections.key_scales, *boost[1])
+    value_at = (sections.value_codes, sections.value_scales)
+    struct.key = kvs_half(AFFINE, (key.bits, layout.key_group, boosted, 0), key_at)
+    if value.rotate:
+        struct.value = kvs_half(SYMMETRIC, (value.bits,), value_at)
+    else:
+        struct.value = kvs_half(AFFINE, (value.bits, layout.value_group, 0, 1), value_at)
+    struct.value_rotated = value.rotate
     return struct
+
+
+def kvs_half(kind: int, params: tuple[int, ...], at: tuple[int, ...]) -> KvsHalf:
+    """A chain of one codec without tables; `at`: its sections' byte offsets in a page."""
+    half = KvsHalf(stages=1)
+    half.stage[0].kind = kind
+    half.stage[0].params[: len(params)] = params
+    half.stage[0].at[: len(at)] = at
+    return half
 
 
 def kvs_batch(batch: Batch) -> KvsBatch:

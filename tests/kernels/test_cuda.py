@@ -49,7 +49,7 @@ def library() -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    sources = [SOURCE, *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.h"))]
+    sources = [SOURCE, *sorted((ROOT / "csrc").rglob("*.h"))]
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     path = ROOT / "build" / f"cuda_emulation-{state}.so"
     if not path.exists():
