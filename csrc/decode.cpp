@@ -4,11 +4,11 @@
 #include <vector>
 
 #include "attend.h"
+#include "attend_pages.h"
 #include "dense.h"
 #include "geometry.h"
 #include "received.h"
 #include "rotate.h"
-#include "sealed.h"
 
 namespace kvs {
 namespace {
@@ -51,6 +51,7 @@ class Decode {
     {
       Scratch scratch;
       scratch.q.resize(size_t(group) * l.head_dim);
+      if (!all_dense(l)) reserve_panels(scratch.page);
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tasks.size(); ++i) {
         attend(tasks[i], partial_of(i), scratch);
@@ -74,6 +75,13 @@ class Decode {
   std::vector<Task> tasks;  // the chunks of one (request, kv_head) are adjacent
   std::unique_ptr<float[]> partials;
   std::vector<float> traces;
+
+  // Panels of the halves that are not read in integers.
+  void reserve_panels(PageScratch& s) const {
+    const bool each_page = group > MAX_HEADS;
+    if (!is_affine_by_channel(l.key)) s.keys.reserve(panel_floats(key_tile(l, 0, 0)), each_page);
+    if (!is_affine_by_token(l.value)) s.values.reserve(panel_floats(value_tile(l, 0, 0)), each_page);
+  }
 
   // Partial result of a task: max [group], sum [group], out [group][head_dim].
   float* partial_of(size_t task) const { return partials.get() + task * group * (l.head_dim + 2); }
@@ -179,6 +187,9 @@ class Decode {
   void attend_batch(const Task& t, int32_t first, int32_t pages_end, int hidden, const Heads& heads, Scratch& s) const {
     Pages pages;
     pages.page_bytes = l.page_bytes;
+    pages.kv_head = t.kv_head;
+    pages.first_position = t.kept == NOT_KEPT ? first * l.tile_tokens : ANYWHERE;
+    s.page.keys.done = s.page.values.done = false;
     for (int32_t i = first; i < std::min(first + MAX_PAGES, pages_end); ++i) {
       const int32_t after = i + MAX_PAGES;
       pages.pages[pages.count] = page_of(t, i);

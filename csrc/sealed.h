@@ -1,4 +1,5 @@
-// Attention of H heads over a few sealed pages at a time.
+// Scores and weighted sums of a few sealed pages in integers: affine keys with scales per channel, affine or symmetric
+// values with scales per token, without wrappers.
 //
 // Every phase (factors of q, dots, softmax, factors of p, dots) runs over all pages of the batch before the next one
 // starts: a phase is a chain of reductions, and the chains of different pages overlap.
@@ -7,37 +8,9 @@
 
 #include "codecs/fields.h"
 #include "codes.h"
-#include "softmax.h"
+#include "pages.h"
 
 namespace kvs {
-
-constexpr int MAX_PAGES = 4;     // of a batch
-constexpr int MAX_GROUPS = 8;    // of a page: 256 channels / 32
-constexpr int MAX_FACTORS = 4 * (256 + 128);  // of a page and head: groups of tokens * (channels + boosted ones)
-
-// Per-thread buffers for MAX_PAGES pages and H <= MAX_HEADS heads.
-struct PageScratch {
-  alignas(64) float scores[MAX_HEADS * MAX_TOKENS];
-  alignas(64) float x[MAX_HEADS * MAX_SEALED_DIM];
-  alignas(64) float boost_x[MAX_HEADS * MAX_SEALED_DIM];
-  alignas(64) int16_t factors[MAX_PAGES * MAX_HEADS * MAX_FACTORS];  // [page][group][head][row]
-  float unit[MAX_PAGES * MAX_GROUPS], low_dot[MAX_PAGES * MAX_GROUPS][MAX_HEADS];
-};
-
-// Pages read together, each `tile_tokens` columns of the scores, and those that are read after them (may be null).
-struct Pages {
-  const uint8_t* pages[MAX_PAGES];
-  const uint8_t* next[MAX_PAGES];
-  int64_t page_bytes;
-  int count = 0;
-
-  // A quarter of the page that follows page i: all of it at once would fill the miss buffers and stall the loads.
-  void prefetch_quarter(int i, int quarter) const {
-    if (!next[i]) return;
-    const int64_t begin = page_bytes * quarter / 4 / 64 * 64, end = page_bytes * (quarter + 1) / 4 / 64 * 64;
-    prefetch(next[i] + begin, end - begin);
-  }
-};
 
 // What turns numbers of which the largest is `top` into factors up to `limit`. 0 where they are next to nothing beside the
 // weight 1 of the largest score: its inverse could be infinite, and a weight may be as small as exp(-87).
@@ -243,47 +216,6 @@ void weigh_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, Pag
       for (; d < group; d += 32) weigh_columns<BITS, H, 2>(codes, first + d, index, heads, s);
     }
   }
-}
-
-using PagesOp = void (*)(const KvsLayout&, const Pages&, const Heads&, PageScratch&);
-
-template <int BITS>
-PagesOp score_pages_for(int heads) {
-  const PagesOp table[] = {score_pages<BITS, 1>, score_pages<BITS, 2>, score_pages<BITS, 3>, score_pages<BITS, 4>};
-  return table[heads - 1];
-}
-template <int BITS>
-PagesOp weigh_pages_for(int heads) {
-  const PagesOp table[] = {weigh_pages<BITS, 1>, weigh_pages<BITS, 2>, weigh_pages<BITS, 3>, weigh_pages<BITS, 4>};
-  return table[heads - 1];
-}
-
-inline void mask_tokens(float* scores, int heads, int first, int last) {
-  for (int h = 0; h < heads; ++h)
-    for (int t = first; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
-}
-
-// Tokens [first, last) of the pages, at least one, for `count` <= MAX_HEADS heads.
-inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int first, int last,
-                         PageScratch& s) {
-  const int key_bits = bits_of(key_codec(l)), value_bits = bits_of(value_codec(l));
-  const PagesOp score = key_bits == 2   ? score_pages_for<2>(count)
-                        : key_bits == 4 ? score_pages_for<4>(count)
-                                        : score_pages_for<8>(count);
-  const PagesOp weigh = value_bits == 2   ? weigh_pages_for<2>(count)
-                        : value_bits == 4 ? weigh_pages_for<4>(count)
-                                          : weigh_pages_for<8>(count);
-  score(l, pages, heads, s);
-  mask_tokens(s.scores, count, 0, first);
-  mask_tokens(s.scores, count, last, pages.count * l.tile_tokens);
-  float rescale[MAX_HEADS];
-  softmax(heads, count, s.scores, pages.count * l.tile_tokens, rescale);
-  for (int h = 0; h < count; ++h) {
-    if (rescale[h] == 1.0f) continue;
-    float* out = heads.out + h * heads.head_dim;
-    for (int i = 0; i < heads.head_dim; i += VL) storeu(out + i, loadu(out + i) * rescale[h]);
-  }
-  weigh(l, pages, heads, s);
 }
 
 }  // namespace kvs

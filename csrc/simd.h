@@ -60,6 +60,35 @@ KVS_INLINE VF vabs(VF x) { return (VF)((VI)x & 0x7fffffff); }
 // Nearest, ties to even; for |x| < 2^22.
 KVS_INLINE VF vround(VF x) { return (x + 12582912.0f) - 12582912.0f; }
 
+// x as it is rounded: keeps the compiler from fusing a product with the addition it enters, so that encoders give the
+// bytes that the reference gives.
+KVS_INLINE VF rounded(VF x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+// table[i] of each lane, for i < 2^BITS.
+template <int BITS>
+struct LookUp {
+  static constexpr int SIZE = 1 << BITS, VECTORS = SIZE > VL ? SIZE / VL : 1;
+  VF parts[VECTORS];
+
+  explicit LookUp(const float* table) {
+    float padded[SIZE > VL ? SIZE : VL] = {};
+    memcpy(padded, table, SIZE * sizeof(float));
+    for (int i = 0; i < VECTORS; ++i) parts[i] = loadu(padded + i * VL);
+  }
+  KVS_INLINE VF operator()(VI index) const {
+    VF found = __builtin_shuffle(parts[0], index);  // takes the index modulo VL
+#pragma GCC unroll 4
+    for (int i = 1; i < VECTORS; ++i) found = index >= i * VL ? __builtin_shuffle(parts[i], index) : found;
+    return found;
+  }
+};
+
 // Cache lines of [p, p + bytes), to the second level: a burst into the first one stalls the loads behind it.
 KVS_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);

@@ -1,7 +1,11 @@
 // The codecs by their kind: how a half of a tile is written and read, stage by stage.
 #pragma once
 #include "affine.h"
-#include "panels.h"
+#include "before_rope.h"
+#include "low_rank.h"
+#include "outliers.h"
+#include "table.h"
+#include "vector.h"
 
 namespace kvs {
 
@@ -20,6 +24,11 @@ inline constexpr CodecOps CODECS[] = {
     {nullptr, nullptr},
     {encode_affine, decode_affine},
     {encode_symmetric, decode_symmetric},
+    {encode_table, decode_table},
+    {encode_vector, decode_vector},
+    {encode_outliers, decode_outliers},
+    {encode_low_rank, decode_low_rank},
+    {encode_before_rope, decode_before_rope},
 };
 
 inline void encode_stage(const HalfTile& t, int stage, float* rows, uint8_t* page, CodeScratch& s) {

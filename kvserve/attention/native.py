@@ -38,7 +38,9 @@ from kvserve.attention.structs import (
     kvs_layout,
     kvs_received,
     kvs_rows,
+    tile_format_of,
 )
+from kvserve.codecs.layer_tables import LayerTables, check_tables
 from kvserve.native import LIBRARY_DIR, library_path
 from kvserve.pages.kept import (
     NOT_KEPT,
@@ -68,10 +70,16 @@ class NativeAttention(PagedAttention):
         RuntimeError: the wanted instruction set is unknown, not built, or not supported by this CPU.
     """
 
-    def __init__(self, layout: PageLayout, spec: LayerSpec, isa: str | None = None):
+    def __init__(
+        self, layout: PageLayout, spec: LayerSpec, isa: str | None = None, tables: LayerTables | None = None
+    ):
         super().__init__(layout, spec)
+        self.tables = tables or {}
+        tile_format = tile_format_of(layout)
+        if tile_format is not None:
+            check_tables(self.tables, tile_format, spec.num_kv_heads)
         self._library = load_library(isa or choose_isa())
-        self._layout = kvs_layout(layout, spec)
+        self._layout = kvs_layout(layout, spec, self.tables)
         self._arena_struct = KvsArena()
         self._beyond = rows_beyond_range(torch.device("cpu"))
 

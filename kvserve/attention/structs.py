@@ -7,23 +7,23 @@ import ctypes
 import torch
 
 from kvserve.attention.base import Batch, LayerSpec, Received, check_rows
+from kvserve.codecs.base import MAX_PARAMS, MAX_STAGES
+from kvserve.codecs.format import TileFormat
+from kvserve.codecs.layer_tables import KV_HEADS, POSITIONS, LayerTables
+from kvserve.codecs.registry import make_codec
+from kvserve.codecs.tile import Half
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import PageLayout
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-AFFINE, SYMMETRIC = 1, 2  # KvsKind
-
 int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-MAX_STAGES = 4
 
 
 class KvsCodec(ctypes.Structure):
     _fields_ = [
         ("kind", int32),
-        ("params", int32 * 8),
+        ("params", int32 * MAX_PARAMS),
         ("at", int64 * 6),
         ("tables", pointer * 2),
         ("table_strides", int64 * 2),
@@ -78,8 +78,12 @@ class KvsReceived(ctypes.Structure):
     _fields_ = [("power", int32), ("sums", pointer), ("columns", pointer)]
 
 
-def kvs_layout(layout: PageLayout, spec: LayerSpec) -> KvsLayout:
-    """A pool's geometry and a layer's attention; fields that the policy does not have are 0."""
+def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None) -> KvsLayout:
+    """A pool's geometry and a layer's attention; fields that the policy does not have are 0.
+
+    Args:
+        tables: those that the layer's codecs read, checked; they must outlive what is returned.
+    """
     struct = KvsLayout(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -89,34 +93,35 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec) -> KvsLayout:
         sliding_window=spec.sliding_window or 0,
         scale=spec.scale,
     )
-    sections, policy = layout.sections, layout.policy
-    if sections is None:
+    tile_format = tile_format_of(layout)
+    if tile_format is None:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
-    struct.sink_tokens, struct.page_bytes = policy.sink_tokens, sections.size_bytes
-    if policy.key is None or policy.value is None:
+    struct.sink_tokens, struct.page_bytes = layout.policy.sink_tokens, tile_format.tile_bytes
+    if tile_format.dense_dtype is not None:
         return struct
-    key, value, boosted = policy.key, policy.value, layout.boost_channels
-    boost = ((sections.key_boost_codes,), (sections.key_boost_index,)) if boosted else ((), ())
-    key_at = (sections.key_codes, *boost[0], sections.key_scales, *boost[1])
-    value_at = (sections.value_codes, sections.value_scales)
-    struct.key = kvs_half(AFFINE, (key.bits, layout.key_group, boosted, 0), key_at)
-    if value.rotate:
-        struct.value = kvs_half(SYMMETRIC, (value.bits,), value_at)
-    else:
-        struct.value = kvs_half(AFFINE, (value.bits, layout.value_group, 0, 1), value_at)
-    struct.value_rotated = value.rotate
+    struct.key, struct.value = (kvs_half(tile_format, half, tables or {}) for half in Half)
+    struct.value_rotated = tile_format.half(Half.VALUE)[0].rotates
     return struct
 
 
-def kvs_half(kind: int, params: tuple[int, ...], at: tuple[int, ...]) -> KvsHalf:
-    """A chain of one codec without tables; `at`: its sections' byte offsets in a page."""
-    half = KvsHalf(stages=1)
-    half.stage[0].kind = kind
-    half.stage[0].params[: len(params)] = params
-    half.stage[0].at[: len(at)] = at
-    return half
+def kvs_half(tile_format: TileFormat, half: Half, tables: LayerTables) -> KvsHalf:
+    """The codecs of one half of a tile, their sections and tables."""
+    (codec, places), shape = tile_format.half(half), tile_format.shape(half)
+    offsets = (offset for _, offset in places)
+    chain = codec.chain()
+    struct = KvsHalf(stages=len(chain))
+    for stage, own in zip(struct.stage, chain, strict=False):
+        params = list(own.params(shape))
+        for i, spec in enumerate(own.own_tables(shape)):
+            table = tables[f"{half}.{own.name}.{spec.name}"]
+            stage.tables[i] = table.data_ptr()
+            stage.table_strides[i] = table.stride(0) * table.itemsize if KV_HEADS in spec.axes else 0
+            params += [table.shape[-1]] * (POSITIONS in spec.axes)
+        at = [next(offsets) for _ in own.own_sections(shape)]
+        stage.kind, stage.params[: len(params)], stage.at[: len(at)] = own.kind, params, at
+    return struct
 
 
 def kvs_batch(batch: Batch) -> KvsBatch:
@@ -151,3 +156,16 @@ def kvs_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> Kv
     """Rows [tokens, num_heads, head_dim], checked; they must outlive what is returned."""
     check_rows(name, rows, num_heads, head_dim)
     return KvsRows(rows.data_ptr(), rows.stride(0), rows.stride(1), DTYPE_CODES[rows.dtype])
+
+
+def tile_format_of(layout: PageLayout) -> TileFormat | None:
+    """The bytes of a layout's pages; None for the dense policy."""
+    if hasattr(layout, "tile_format"):
+        return layout.tile_format
+    key, value = layout.policy.key, layout.policy.value
+    if layout.sections is None:
+        return None
+    if key is None or value is None:
+        return TileFormat.dense(layout.tile_tokens, layout.head_dim, layout.dense_dtype)
+    codecs = (make_codec(codec.model_dump()) for codec in (key, value))
+    return TileFormat.of(*codecs, layout.tile_tokens, layout.head_dim)
