@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from kvserve.attention.structs import tile_format_of
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.format import TileFormat
+from kvserve.codecs.symmetric import Symmetric
+from kvserve.codecs.tile import Half
 from kvserve.pages.layout import MixedLayout, PageLayout
 
 CUDA_LIBRARY = Path(__file__).resolve().parent.parent / "native" / "_cuda.so"
@@ -32,18 +37,30 @@ def uncovered_by_cuda(layout: PageLayout) -> str | None:
     if layout.head_dim not in CUDA_HEAD_DIMS:
         return f"head_dim {layout.head_dim}"
     if isinstance(layout, MixedLayout):
-        wrong = [f"layer {index} ({bits})" for index, layer in enumerate(layout.layers) if (bits := _other_bits(layer))]
+        wrong = [
+            f"layer {index} ({codecs})" for index, layer in enumerate(layout.layers) if (codecs := _other_codecs(layer))
+        ]
         return wrong[0] if wrong else None
-    bits = _other_bits(layout)
-    return f"policy {layout.policy.name} ({bits})" if bits else None
+    codecs = _other_codecs(layout)
+    return f"policy {layout.policy.name} ({codecs})" if codecs else None
 
 
-def _other_bits(layout: PageLayout) -> str | None:
-    key, value = layout.policy.key, layout.policy.value
-    if key is None or value is None:
+def _other_codecs(layout: PageLayout) -> str | None:
+    tile_format = tile_format_of(layout)
+    if tile_format is None or tile_format.dense_dtype is not None:
         return "dense"
-    covered = key.bits in CUDA_BITS and value.bits in CUDA_BITS
-    return None if covered else f"K {key.bits}-bit, V {value.bits}-bit"
+    words = [f"{half[0].upper()} {word}" for half in Half if (word := _other_codec(tile_format, half))]
+    return ", ".join(words) or None
+
+
+def _other_codec(tile_format: TileFormat, half: Half) -> str | None:
+    """What a half's codec is, in words; None: keys with a scale per channel or values with one per token."""
+    codec, shape = tile_format.half(half)[0], tile_format.shape(half)
+    if not isinstance(codec, Affine | Symmetric):
+        return " of ".join(stage.name for stage in codec.chain())
+    if codec.grouping(shape).per_channel != (half is Half.KEY):
+        return f"{codec.bits}-bit per {'token' if half is Half.KEY else 'channel'}"
+    return None if codec.bits in CUDA_BITS else f"{codec.bits}-bit"
 
 
 def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: tuple[int, int]) -> str:
@@ -53,9 +70,10 @@ def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: t
         model_dtype: of queries and outputs.
         capability: compute capability of the device.
     """
-    key, value = layout.policy.key, layout.policy.value
     if not CUDA_LIBRARY.exists() or model_dtype not in CUDA_DTYPES:
         return "triton"
-    if layout.policy.layers or key is None or value is None:
+    if layout.policy.layers or _other_codecs(layout):
         return "triton"
+    key, value = layout.policy.key, layout.policy.value
+    assert key is not None and value is not None
     return "cuda" if Format(capability, layout.head_dim, key.bits, value.bits) in CUDA_IS_FASTER else "triton"

@@ -38,6 +38,7 @@ from kvserve.attention.structs import (
     kvs_layout,
     kvs_received,
     kvs_rows,
+    rotary_positions,
     tile_format_of,
 )
 from kvserve.codecs.layer_tables import LayerTables, check_tables
@@ -68,11 +69,10 @@ class NativeAttention(PagedAttention):
 
     Raises:
         RuntimeError: the wanted instruction set is unknown, not built, or not supported by this CPU.
+        ValueError: a table that the layer's codecs read is missing, or is not what they read.
     """
 
-    def __init__(
-        self, layout: PageLayout, spec: LayerSpec, isa: str | None = None, tables: LayerTables | None = None
-    ):
+    def __init__(self, layout: PageLayout, spec: LayerSpec, isa: str | None = None, tables: LayerTables | None = None):
         super().__init__(layout, spec)
         self.tables = tables or {}
         tile_format = tile_format_of(layout)
@@ -80,6 +80,7 @@ class NativeAttention(PagedAttention):
             check_tables(self.tables, tile_format, spec.num_kv_heads)
         self._library = load_library(isa or choose_isa())
         self._layout = kvs_layout(layout, spec, self.tables)
+        self._positions = rotary_positions(self.tables, tile_format)
         self._arena_struct = KvsArena()
         self._beyond = rows_beyond_range(torch.device("cpu"))
 
@@ -167,6 +168,7 @@ class NativeAttention(PagedAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stored = last if num_tokens is None else num_tokens
         self.check_span(block_table_row, first, last, stored)
+        self._check_positions(stored)
         key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
         value = torch.empty_like(key) if with_values else None
         row, pointers = block_table_row.data_ptr(), (key.data_ptr(), None if value is None else value.data_ptr())
@@ -194,6 +196,8 @@ class NativeAttention(PagedAttention):
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> None:
+        if self._positions:
+            raise ValueError("codecs of keys before-rope read positions, which kept pages do not have; do not evict")
         arena, counts = self._arena(cells), self.check_kept_rows(keys, values)
         headers = make_headers(self.layout, cells, kept, first_pages, counts)
         blocks, table, offsets = _kept_arguments(kept, headers)
@@ -213,6 +217,7 @@ class NativeAttention(PagedAttention):
     ) -> torch.Tensor:
         arena = self._arena(cells)
         self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        self._check_positions(num_tokens)
         columns = max(held_tokens(cells, self.layout, int(block_table_row[0]), num_tokens, kept))
         sums = torch.empty(self.spec.num_heads, columns)
         row, blocks = block_table_row.data_ptr(), (_int32 * len(kept.blocks))(*kept.blocks)
@@ -223,12 +228,21 @@ class NativeAttention(PagedAttention):
 
     def _batch(self, batch: Batch) -> KvsBatch:
         self.check_kept(batch)
+        if self._positions:
+            self._check_positions(max(batch.seq_lens.tolist(), default=0))
         if batch.native is None:  # once for all layers of a step
             check_batch(batch)
             check_width(batch, self.layout)
             batch.native = kvs_batch(batch)
         native: KvsBatch = batch.native
         return native
+
+    def _check_positions(self, num_tokens: int) -> None:
+        """Refuse tokens behind the rotary table, which kernels would read past."""
+        if self._positions and num_tokens > self._positions:
+            raise ValueError(
+                f"a request of {num_tokens} tokens is longer than the rotary table of {self._positions} positions"
+            )
 
     def _kv_rows(self, name: str, rows: torch.Tensor) -> KvsRows:
         return kvs_rows(name, rows, self.spec.num_kv_heads, self.layout.head_dim)

@@ -9,7 +9,7 @@ import torch
 from kvserve.attention.base import Batch, LayerSpec, Received, check_rows
 from kvserve.codecs.base import MAX_PARAMS, MAX_STAGES
 from kvserve.codecs.format import TileFormat
-from kvserve.codecs.layer_tables import KV_HEADS, POSITIONS, LayerTables
+from kvserve.codecs.layer_tables import KV_HEADS, POSITIONS, LayerTables, table_specs
 from kvserve.codecs.registry import make_codec
 from kvserve.codecs.tile import Half
 from kvserve.pages.kept import num_layers_of
@@ -115,13 +115,21 @@ def kvs_half(tile_format: TileFormat, half: Half, tables: LayerTables) -> KvsHal
     for stage, own in zip(struct.stage, chain, strict=False):
         params = list(own.params(shape))
         for i, spec in enumerate(own.own_tables(shape)):
-            table = tables[f"{half}.{own.name}.{spec.name}"]
+            table = tables[name := f"{half}.{own.name}.{spec.name}"]
+            if not table.is_contiguous():
+                raise ValueError(f"the table {name} must be contiguous, got strides {table.stride()}")
             stage.tables[i] = table.data_ptr()
             stage.table_strides[i] = table.stride(0) * table.itemsize if KV_HEADS in spec.axes else 0
             params += [table.shape[-1]] * (POSITIONS in spec.axes)
         at = [next(offsets) for _ in own.own_sections(shape)]
         stage.kind, stage.params[: len(params)], stage.at[: len(at)] = own.kind, params, at
     return struct
+
+
+def rotary_positions(tables: LayerTables, tile_format: TileFormat | None) -> int:
+    """Positions that the layer's tables reach to; 0: they have none."""
+    specs = table_specs(tile_format) if tile_format else {}
+    return min((tables[name].shape[-1] for name, spec in specs.items() if POSITIONS in spec.axes), default=0)
 
 
 def kvs_batch(batch: Batch) -> KvsBatch:
@@ -162,10 +170,10 @@ def tile_format_of(layout: PageLayout) -> TileFormat | None:
     """The bytes of a layout's pages; None for the dense policy."""
     if hasattr(layout, "tile_format"):
         return layout.tile_format
-    key, value = layout.policy.key, layout.policy.value
+    policy = layout.policy
     if layout.sections is None:
         return None
-    if key is None or value is None:
+    if policy.key is None or policy.value is None:
         return TileFormat.dense(layout.tile_tokens, layout.head_dim, layout.dense_dtype)
-    codecs = (make_codec(codec.model_dump()) for codec in (key, value))
-    return TileFormat.of(*codecs, layout.tile_tokens, layout.head_dim)
+    key, value = make_codec(policy.key.model_dump()), make_codec(policy.value.model_dump())
+    return TileFormat.of(key, value, layout.tile_tokens, layout.head_dim)
