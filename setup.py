@@ -61,7 +61,9 @@ class AnyPython(bdist_wheel):
 
 def extension(isa: str) -> Extension:
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
-    headers = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h") if path.parent.name != "cuda")
+    headers = sorted(
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h") if path.parent.name != "cuda"
+    )
     return Extension(
         f"kvserve.native._{isa}",
         sources,

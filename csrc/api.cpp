@@ -32,4 +32,6 @@ void kvs_forward(const KvsLayout* layout, const KvsBatch* batch, const KvsArena*
 
 const char* kvs_isa(void) { return KVS_ISA; }
 
+int64_t kvs_layout_bytes(void) { return sizeof(KvsLayout); }
+
 int32_t kvs_num_threads(void) { return omp_get_max_threads(); }

@@ -148,5 +148,7 @@ void kvs_attention_sums(const KvsLayout*, const KvsArena*, const int32_t* row, i
 // Instruction set this library was compiled for: "portable", "avx2", "avx512".
 const char* kvs_isa(void);
 int32_t kvs_num_threads(void);
+// sizeof(KvsLayout): what mirrors it with another size was written for other sources.
+int64_t kvs_layout_bytes(void);
 }
 #pragma GCC visibility pop

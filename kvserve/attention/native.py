@@ -309,12 +309,13 @@ def load_library(isa: str) -> ctypes.CDLL:
     """Load the kernels of one instruction set.
 
     Raises:
-        RuntimeError: the library is not built; the message says how to build it.
+        RuntimeError: the library is not built, or was built from other sources; the message says how to build it.
     """
     path = library_path(isa)
     if not path.exists():
         raise RuntimeError(f"kernel library {path} is not built; run `python setup.py build_ext --inplace`")
     library = ctypes.CDLL(str(path))
+    _check_sources(library, path)
     structs = (KvsLayout, KvsBatch, KvsArena, KvsRows, KvsReceived)
     layout, batch, arena, rows, received = map(ctypes.POINTER, structs)
     for name, arguments in {
@@ -339,6 +340,17 @@ def load_library(isa: str) -> ctypes.CDLL:
     library.kvs_isa.argtypes, library.kvs_isa.restype = [], ctypes.c_char_p
     library.kvs_num_threads.argtypes, library.kvs_num_threads.restype = [], _int32
     return library
+
+
+def _check_sources(library: ctypes.CDLL, path: Path) -> None:
+    """Refuse a library whose structs are not those of structs.py, which it would read as something else."""
+    layout_bytes = getattr(library, "kvs_layout_bytes", None)  # None: older than the function
+    if layout_bytes is not None:
+        layout_bytes.argtypes, layout_bytes.restype = [], _int64
+    if layout_bytes is None or layout_bytes() != ctypes.sizeof(KvsLayout):
+        raise RuntimeError(
+            f"kernel library {path} was built from other sources; run `python setup.py build_ext --inplace`"
+        )
 
 
 @functools.cache

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvserve.attention import native
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import ISA_FLAGS, NativeAttention, available_isas, choose_isa, load_library
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.attention.structs import KvsArena
 from kvserve.pages.reference import decode_page
 from kvserve.policies.base import Policy
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
@@ -177,3 +179,9 @@ def test_a_block_table_that_ends_before_the_last_block_is_refused(family: str):
     case.batch.block_table = case.batch.block_table[:, :-1]
     with pytest.raises(ValueError, match=r"129 tokens needs \d+ entries of block_table"):
         case.run(NativeAttention(case.layout, case.spec))
+
+
+def test_a_library_of_other_structs_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "KvsLayout", KvsArena)
+    with pytest.raises(RuntimeError, match="built from other sources"):
+        load_library.__wrapped__(ISAS[0])
