@@ -173,6 +173,12 @@ def path_of(model: str) -> Path:
     return path
 
 
+def downloaded_folder(model: str) -> Path | None:
+    """The folder of a Hugging Face model that is already cached; None: it is not."""
+    config = _cached_config(model)
+    return config.parent if config is not None and config.exists() else None
+
+
 def _cached_config(model: str) -> Path | None:
     try:
         home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

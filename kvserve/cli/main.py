@@ -44,6 +44,7 @@ commands (`kvserve COMMAND --help` explains each):
   eval                     measure what policies cost in quality
   doctor                   compare a policy with a dense cache on your model and text
   bench                    measure speed and memory beside stock vLLM
+  calibrate                fit the tables that some policies need to a model
   prepare-model            convert the model that comes with kvserve, once
   --version                versions of kvserve and vLLM
 
@@ -58,6 +59,7 @@ COMMANDS = {
     "eval": "kvserve.evals.command:run",
     "doctor": "kvserve.doctor.command:run",
     "bench": "kvserve.bench.command:main",
+    "calibrate": "kvserve.calibration.command:run",
     "prepare-model": "kvserve.cli.prepare_model:run",
 }
 # What commands need beyond kvserve's own dependencies, by the name that is imported, and the extra that brings it.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from kvserve.engine.row_worker import RowRecorder
     from kvserve.probe.probe import LayerProbe
 
 
@@ -125,11 +126,12 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     """One attention layer.
 
     Attributes:
-        probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py).
+        probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
+            (kvserve/engine/row_worker.py).
     """
 
     settings: ClassVar[EngineSettings]
-    probe: LayerProbe | None = None
+    probe: LayerProbe | RowRecorder | None = None
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None,

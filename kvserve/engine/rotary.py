@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 
+class NoRotaryError(UnsupportedError):
+    """Queries and keys of this model cannot be turned back.
+
+    Attributes:
+        reason: what the model has instead.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            "expected-attention needs one rotary embedding for all layers, whose angles are a multiple of the "
+            f"position; {reason}; choose another policy, for example snapkv"
+        )
+
+
 def model_rotary(model: ModelConfig, device: torch.device) -> Rotary:
     """The one embedding of all layers, for queries on `device`.
 
@@ -32,7 +47,7 @@ def model_rotary(model: ModelConfig, device: torch.device) -> Rotary:
     what is turned again.
 
     Raises:
-        UnsupportedError: layers differ, or the embedding is of a kind whose angles are not known to be a multiple of
+        NoRotaryError: layers differ, or the embedding is of a kind whose angles are not known to be a multiple of
             the position.
     """
     if model.using_transformers_backend():
@@ -41,7 +56,7 @@ def model_rotary(model: ModelConfig, device: torch.device) -> Rotary:
     embeddings = list({id(rope): rope for rope in _ROPE_DICT.values()}.values())
     if len(embeddings) != 1:
         kinds = ", ".join(sorted({type(rope).__name__ for rope in embeddings}))
-        raise _unsupported(f"the layers of this model have {kinds}" if kinds else "this model has none")
+        raise NoRotaryError(f"the layers of this model have {kinds}" if kinds else "this model has none")
     (rope,) = embeddings
     return Rotary(_inverse_frequencies(rope).float().to(device), interleaved=not rope.is_neox_style)
 
@@ -54,7 +69,7 @@ def _inverse_frequencies(rope: Any) -> torch.Tensor:
         return rope._compute_inv_freq(rope.scaling_factor)
     if type(rope) is LinearScalingRotaryEmbedding and len(rope.scaling_factors) == 1:
         return rope._compute_inv_freq(rope.base) / rope.scaling_factors[0]
-    raise _unsupported(f"this model has {type(rope).__name__}")
+    raise NoRotaryError(f"this model has {type(rope).__name__}")
 
 
 def transformers_rotary(config: Any) -> Rotary:
@@ -64,7 +79,7 @@ def transformers_rotary(config: Any) -> Rotary:
         config: the model's transformers configuration.
 
     Raises:
-        UnsupportedError: as `model_rotary`.
+        NoRotaryError: as `model_rotary`.
     """
     from transformers import AutoModel
 
@@ -73,19 +88,12 @@ def transformers_rotary(config: Any) -> Rotary:
     own = [cls for name, cls in classes if name.endswith("RotaryEmbedding") and cls.__module__ == module.__name__]
     turn = getattr(module, "rotate_half", None)
     if len(own) != 1 or turn is None:
-        raise _unsupported(f"kvserve does not find that of {type(config).__name__} in transformers")
+        raise NoRotaryError(f"kvserve does not find that of {type(config).__name__} in transformers")
     make: Any = own[0]
     rope = make(config=config)
     if getattr(rope, "rope_type", None) not in ROTARY_KINDS:
-        raise _unsupported(f"{type(config).__name__} has rope_type {getattr(rope, 'rope_type', None)}")
+        raise NoRotaryError(f"{type(config).__name__} has rope_type {getattr(rope, 'rope_type', None)}")
     partners = turn(torch.arange(4.0)).abs().tolist()  # where each channel's other half comes from
     if partners not in ([2, 3, 0, 1], [1, 0, 3, 2]):
-        raise _unsupported(f"{type(config).__name__} turns other pairs of channels")
+        raise NoRotaryError(f"{type(config).__name__} turns other pairs of channels")
     return Rotary(rope.inv_freq.float(), interleaved=partners[0] == 1)
-
-
-def _unsupported(reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        "expected-attention needs one rotary embedding for all layers, whose angles are a multiple of the position; "
-        f"{reason}; choose another policy, for example snapkv"
-    )

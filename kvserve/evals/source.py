@@ -37,8 +37,7 @@ class Source:
         sentences = [" " + sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(prose.split())) if sentence]
         self._sentences: list[list[int]] = tokenizer(sentences, add_special_tokens=False, verbose=False).input_ids
         self.chat = self._chat()
-        first = tokenizer("", verbose=False).input_ids[:1]
-        self.start: list[int] = list(first) if first == [getattr(tokenizer, "bos_token_id", None)] else []
+        self.start = start_of(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -71,3 +70,9 @@ def load_tokenizer(model: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UsageError(f"cannot load the tokenizer of {model}: {reason}") from None
+
+
+def start_of(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text, if it does."""
+    first = tokenizer("", verbose=False).input_ids[:1]
+    return list(first) if first == [getattr(tokenizer, "bos_token_id", None)] else []

@@ -1,0 +1,235 @@
+"""The file of a calibration: one safetensors file for each model and recipe.
+
+Tensors are called "layers.<index>.<half>.<codec>.<table>". The metadata says what made them, and a hash of all tensors,
+so that a damaged file is known before anything reads a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvserve.calibration.methods.base import HALVES, KV_HEADS, Method, Table
+from kvserve.calibration.methods.registry import method_of
+from kvserve.calibration.tables import TableError, check_table
+from kvserve.checks import UnsupportedError
+from kvserve.text_files import one_line
+
+FORMAT = 1  # raised with every change to what the file holds or means
+SUFFIX = ".safetensors"
+MAX_BYTES = 8 * 2**30
+
+
+class CalibrationError(UnsupportedError):
+    """A calibration that is missing or must not be used; the message names the command that makes the right one."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache that tables are for: that of a whole model, not of a rank."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_layers} layers x {self.num_kv_heads} KV heads x head_dim {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a calibration.
+
+    Attributes:
+        recipe: the name under which policies find it.
+        parameters: of the method, its name included.
+        fingerprint: of the model (kvserve/calibration/fingerprint.py).
+        corpus, corpus_sha256: the text's name and hash.
+        num_tokens: of it that were read.
+        importance: "gradient" (squared gradients weigh errors) or "none".
+        version: of kvserve.
+    """
+
+    recipe: str
+    parameters: dict[str, Any]
+    fingerprint: str
+    corpus: str
+    corpus_sha256: str
+    num_tokens: int
+    importance: str
+    version: str
+
+    @property
+    def method(self) -> Method:
+        """The method with its parameters."""
+        return method_of(self.parameters)
+
+    def describe(self) -> str:
+        """In a few words, for people."""
+        return f"{self.recipe}, {self.num_tokens:,} tokens of {self.corpus}, importance: {self.importance}"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A checked calibration.
+
+    Attributes:
+        sha256: of the file.
+        tensors: all tables by the name that they have in the file.
+    """
+
+    path: Path
+    sha256: str
+    origin: Origin
+    cache: Cache
+    tensors: Mapping[str, torch.Tensor]
+
+    def layer_tables(self, layer: int, first_head: int, num_heads: int) -> dict[str, torch.Tensor]:
+        """The tables of one layer by "half.codec.table"; of those with KV heads only the rank's own.
+
+        Args:
+            first_head, num_heads: the KV heads of the rank among those of the model.
+        """
+        heads = slice(first_head, first_head + num_heads)
+        found = {}
+        for table in self.origin.method.tables(self.cache.head_dim):
+            tensor = self.tensors[tensor_name(layer, table)]
+            found[f"{table.half}.{table.name}"] = tensor[heads].contiguous() if KV_HEADS in table.axes else tensor
+        return found
+
+
+def tensor_name(layer: int, table: Table) -> str:
+    """What a table is called in the file."""
+    return f"layers.{layer}.{table.half}.{table.name}"
+
+
+def expected(method: Method, cache: Cache) -> Iterator[tuple[str, Table]]:
+    """All tensors of a file, by layer and half."""
+    tables = method.tables(cache.head_dim)
+    for layer in range(cache.num_layers):
+        for half in HALVES:
+            yield from ((tensor_name(layer, table), table) for table in tables if table.half == half)
+
+
+def write(path: Path, origin: Origin, cache: Cache, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a calibration; a reader sees the whole file or the one before.
+
+    Raises:
+        TableError: a table is not what its method says.
+        OSError: the file cannot be written.
+    """
+    for name, table in expected(origin.method, cache):
+        check_table(name, tensors[name], table, cache.num_kv_heads)
+    content = {"format": FORMAT, **asdict(origin), **asdict(cache)}
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
+    metadata["content_sha256"] = _digest(metadata, tensors)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(0o666 & ~_umask())  # safetensors' is its owner's only
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path, fingerprint: str, cache: Cache, command: str, sha256: str | None = None) -> Calibration:
+    """Read and check a calibration.
+
+    Args:
+        fingerprint, cache: of the model that is to be served.
+        command: makes the right file, for the messages.
+        sha256: what the file must be; None: anything that fits.
+
+    Raises:
+        CalibrationError: it is missing, damaged, or of another model, shape or format.
+    """
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CalibrationError(f"cannot read the calibration {path}: {reason}; make it with `{command}`") from None
+    if sha256 is not None and found != sha256:
+        raise CalibrationError(
+            f"the calibration {path} has changed since the server chose it; start the server again, or make the file "
+            f"anew with `{command}`"
+        )
+    try:
+        origin, own, tensors = _parse(path)
+        _check(origin, own, fingerprint, cache)
+        _check_tables(origin, own, tensors)
+    except (TableError, SafetensorError, UnsupportedError) as error:
+        raise CalibrationError(
+            f"the calibration {path} cannot be used: {one_line(str(error))}; make it anew with `{command}`"
+        ) from None
+    return Calibration(path, found, origin, own, tensors)
+
+
+def _parse(path: Path) -> tuple[Origin, Cache, dict[str, torch.Tensor]]:
+    if path.stat().st_size > MAX_BYTES:
+        raise TableError("it is far too long")
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata() or {})
+        if metadata.get("format") != str(FORMAT):
+            raise TableError(f"its format is {metadata.get('format')!r:.40}, this kvserve reads {FORMAT}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if metadata.pop("content_sha256", None) != _digest(metadata, tensors):
+        raise TableError("it is damaged")
+    try:
+        texts = {field.name: metadata[field.name] for field in (*fields(Origin), *fields(Cache))}
+        numbers = {name: json.loads(texts[name]) for name in ("parameters", "num_tokens", *_names(Cache))}
+    except (KeyError, ValueError) as error:
+        raise TableError(f"its metadata are not those of a calibration ({error})") from None
+    content: dict[str, Any] = {**texts, **numbers}
+    if not isinstance(content["parameters"], dict) or not all(type(content[key]) is int for key in _names(Cache)):
+        raise TableError("its metadata are not those of a calibration")
+    origin = Origin(**{name: content[name] for name in _names(Origin)})
+    return origin, Cache(**{name: content[name] for name in _names(Cache)}), tensors
+
+
+def _check(origin: Origin, own: Cache, fingerprint: str, cache: Cache) -> None:
+    if own != cache:
+        raise TableError(f"it is for {own}, the model has {cache}")
+    if origin.fingerprint != fingerprint:
+        raise TableError("it is of another model with the same shape, or of the same model with other weights")
+
+
+def _check_tables(origin: Origin, cache: Cache, tensors: Mapping[str, torch.Tensor]) -> None:
+    try:
+        wanted = dict(expected(origin.method, cache))
+    except ValueError as error:
+        raise TableError(str(error)) from None
+    missing, more = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or more:
+        raise TableError(f"{missing[0]} is missing" if missing else f"{more[0]} is not one of its tables")
+    for name, table in wanted.items():
+        check_table(name, tensors[name], table, cache.num_kv_heads)
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of the metadata and of the tensors' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,76 @@
+"""What a calibration method is: rows of one layer in, tables of codecs and transforms out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+HalfName = Literal["key", "value"]
+HALVES: tuple[HalfName, HalfName] = ("key", "value")
+KV_HEADS = "kv_heads"
+# What a table's entries must be, beside finite (kvserve/calibration/tables.py has the checks).
+Rule = Literal["finite", "levels", "range", "permutation", "clip"]
+
+
+class Table(NamedTuple):
+    """A tensor that a method makes for each layer.
+
+    Attributes:
+        name: of the codec or transform that reads it and its own name, for example "table.levels".
+        axes: sizes; "kv_heads" stands for the KV heads of the model, and is the first axis where there is one.
+    """
+
+    half: HalfName
+    name: str
+    axes: tuple[str | int, ...]
+    dtype: torch.dtype = torch.float32
+    rule: Rule = "finite"
+
+    def shape(self, num_kv_heads: int) -> tuple[int, ...]:
+        """The axes in numbers."""
+        return tuple(num_kv_heads if axis == KV_HEADS else int(axis) for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class HalfRows:
+    """Keys or values of one layer.
+
+    Attributes:
+        rows: float32 [kv_heads, tokens, head_dim]; consecutive tokens, without the first ones of every text.
+        weights: how much an error of each element matters (squared gradients of the loss), float32, at least 0 and of
+            the same shape; None: all matter alike.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class Method(BaseModel, ABC):
+    """A method with its parameters.
+
+    `keys` says which keys it looks at, those before or those after the rotary embedding. The first `sinks` tokens of
+    every text are left out: policies keep them dense, and their rows are like no others.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    keys: Literal["before-rope", "after-rope"] = "before-rope"
+    sinks: Annotated[int, Field(ge=0, le=64)] = 4
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def tables(self, head_dim: int) -> tuple[Table, ...]:
+        """What `fit` makes for a layer.
+
+        Raises:
+            ValueError: the parameters do not fit the head; the message names the fix.
+        """
+
+    @abstractmethod
+    def fit(self, half: HalfName, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
+        """The tables of one half of one layer, by their names; the same rows and seed give the same tables."""
