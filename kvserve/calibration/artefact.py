@@ -18,10 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvserve.calibration.methods.base import HALVES, KV_HEADS, Method, Table
+from kvserve.calibration.methods.base import Method, Table
 from kvserve.calibration.methods.registry import method_of
 from kvserve.calibration.tables import TableError, check_table
 from kvserve.checks import UnsupportedError
+from kvserve.codecs.layer_tables import KV_HEADS
+from kvserve.codecs.tile import Half
 from kvserve.text_files import one_line
 
 FORMAT = 1  # raised with every change to what the file holds or means
@@ -116,8 +118,8 @@ def expected(method: Method, cache: Cache) -> Iterator[tuple[str, Table]]:
     """All tensors of a file, by layer and half."""
     tables = method.tables(cache.head_dim)
     for layer in range(cache.num_layers):
-        for half in HALVES:
-            yield from ((tensor_name(layer, table), table) for table in tables if table.half == half)
+        for half in Half:
+            yield from ((tensor_name(layer, table), table) for table in tables if table.half is half)
 
 
 def write(path: Path, origin: Origin, cache: Cache, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -67,7 +67,7 @@ def segments(tokens: Sequence[int], num_tokens: int, length: int, start: Sequenc
         raise CorpusError(f"{num_tokens} tokens are less than one part of the text, {length} tokens; raise --tokens")
     if len(tokens) < count * own:
         raise CorpusError(
-            f"the text has {len(tokens)} tokens {num_tokens} are wanted: give a longer --text, or fewer --tokens"
+            f"the text has {len(tokens)} tokens and {num_tokens} are wanted: give a longer --text, or fewer --tokens"
         )
     stride = (len(tokens) - own) // max(count - 1, 1)
     firsts = [index * stride for index in range(count)]

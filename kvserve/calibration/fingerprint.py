@@ -48,13 +48,20 @@ def fingerprint(model: Path) -> str:
     Raises:
         UnsupportedError: there are no weights, or they cannot be read.
     """
-    config = model / "config.json"
-    stamp = config.stat().st_mtime_ns if config.exists() else model.stat().st_mtime_ns if model.exists() else 0
-    return _fingerprint(model, stamp)
+    return _fingerprint(model, _stamp(model))
+
+
+def _stamp(model: Path) -> tuple[tuple[str, int, int], ...]:
+    """What shows that files have changed since the last time."""
+    try:
+        states = [(path.name, path.stat()) for path in (sorted(model.iterdir()) if model.is_dir() else [model])]
+    except OSError as error:
+        raise UnsupportedError(f"cannot read the model {model}: {error.strerror}") from None
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
 
 @cache
-def _fingerprint(model: Path, _stamp: int) -> str:
+def _fingerprint(model: Path, _stamp: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
     try:
         if model.is_file():

@@ -14,10 +14,11 @@ from kvserve.calibration.artefact import Cache, CalibrationError, Origin, tensor
 from kvserve.calibration.collect import Reading, collected
 from kvserve.calibration.corpus import Corpus
 from kvserve.calibration.fingerprint import fingerprint
-from kvserve.calibration.methods.base import HALVES, Method
+from kvserve.calibration.methods.base import Method
 from kvserve.calibration.rows import Rows, RowsError
 from kvserve.calibration.store import weights_of
 from kvserve.cli.main import kvserve_version
+from kvserve.codecs.tile import Half
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def _fit(recipe: Recipe, rows: Rows, seed: int, bar: Progress) -> Mapping[str, t
     tables = recipe.method.tables(rows.cache.head_dim)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(rows.cache.num_layers):
-        for half in HALVES:
+        for half in Half:
             try:
                 half_rows = rows.half(layer, half, before_rope, recipe.method.sinks)
                 found = recipe.method.fit(half, half_rows, seed + layer)
             except (RowsError, ValueError) as error:
                 raise CalibrationError(f"{recipe.name}, layer {layer}: {error}") from None
-            tensors |= {tensor_name(layer, table): found[table.name] for table in tables if table.half == half}
+            tensors |= {tensor_name(layer, table): found[table.name] for table in tables if table.half is half}
             bar.advance(task)
     return tensors
 

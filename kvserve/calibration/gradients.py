@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kvserve.calibration.methods.base import HalfName
 from kvserve.calibration.rows import RowWriter, gradient_kind
+from kvserve.codecs.tile import Half
 
 HOST = "kvserve.calibration.gradients:GradientHost"
 _ATTENTION = "kvserve-calibration"
@@ -76,8 +76,7 @@ class GradientHost:
         """transformers' own, and its keys and values [1, kv_heads, tokens, head_dim] noted."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        halves: tuple[tuple[HalfName, torch.Tensor], ...] = (("key", key), ("value", value))
-        for half, rows in halves:
+        for half, rows in ((Half.KEY, key), (Half.VALUE, value)):
             self._put(module.layer_idx, half, self.num_tokens, rows)
             rows.register_hook(partial(self._put, module.layer_idx, gradient_kind(half), self.num_tokens))
         return sdpa_attention_forward(module, query, key, value, mask, **options)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from kvserve.calibration.artefact import Cache
-from kvserve.calibration.methods.base import HalfName, HalfRows
+from kvserve.calibration.methods.base import HalfRows
+from kvserve.codecs.tile import Half
 from kvserve.scorers.rotary import Rotary
 
 _GRADIENT = "-gradient"  # what kinds of gradients end in
@@ -71,7 +72,7 @@ class Rows:
     rotary: Rotary | None
     no_rotary: str = ""
 
-    def half(self, layer: int, half: HalfName, before_rope: bool, sinks: int) -> HalfRows:
+    def half(self, layer: int, half: Half, before_rope: bool, sinks: int) -> HalfRows:
         """Rows of a layer, without the first `sinks` tokens of each part.
 
         Args:
@@ -83,11 +84,11 @@ class Rows:
         positions = torch.arange(self.num_tokens) % self.segment
         is_counted = positions >= sinks
         found = []
-        for kind in (half, half + _GRADIENT):
+        for kind in (half, gradient_kind(half)):
             rows = self._read(layer, kind)
             if rows is not None:
                 rows = rows[:, is_counted].float()
-                if half == "key" and before_rope:
+                if half is Half.KEY and before_rope:
                     assert self.rotary is not None, "the caller has refused keys that cannot be turned back"
                     # Rotations keep lengths, so a gradient is turned back as its row is.
                     rows = self.rotary.rotate(rows, -positions[is_counted])
@@ -120,7 +121,7 @@ def bytes_needed(cache: Cache, num_tokens: int, element_bytes: int, with_gradien
     return kinds * cache.num_layers * cache.num_kv_heads * cache.head_dim * num_tokens * element_bytes
 
 
-def gradient_kind(half: HalfName) -> str:
+def gradient_kind(half: Half) -> str:
     """The kind of row that the gradients of a half are."""
     return half + _GRADIENT
 

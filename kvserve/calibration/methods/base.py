@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-HalfName = Literal["key", "value"]
-HALVES: tuple[HalfName, HalfName] = ("key", "value")
-KV_HEADS = "kv_heads"
+from kvserve.codecs.layer_tables import KV_HEADS
+from kvserve.codecs.tile import Half
+
 # What a table's entries must be, beside finite (kvserve/calibration/tables.py has the checks).
 Rule = Literal["finite", "levels", "range", "permutation", "clip"]
 
@@ -24,7 +24,7 @@ class Table(NamedTuple):
         axes: sizes; "kv_heads" stands for the KV heads of the model, and is the first axis where there is one.
     """
 
-    half: HalfName
+    half: Half
     name: str
     axes: tuple[str | int, ...]
     dtype: torch.dtype = torch.float32
@@ -72,5 +72,5 @@ class Method(BaseModel, ABC):
         """
 
     @abstractmethod
-    def fit(self, half: HalfName, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
+    def fit(self, half: Half, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
         """The tables of one half of one layer, by their names; the same rows and seed give the same tables."""

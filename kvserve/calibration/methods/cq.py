@@ -8,7 +8,9 @@ import torch
 from pydantic import Field
 
 from kvserve.calibration.kmeans import codebooks
-from kvserve.calibration.methods.base import KV_HEADS, HalfName, HalfRows, Method, Table
+from kvserve.calibration.methods.base import HalfRows, Method, Table
+from kvserve.codecs.layer_tables import KV_HEADS
+from kvserve.codecs.tile import Half
 
 CENTROIDS = 256  # of an 8-bit code
 
@@ -30,9 +32,9 @@ class Cq(Method):
         if head_dim % self.couple:
             raise ValueError(f"couple {self.couple} does not divide head_dim {head_dim}; set it to 2")
         axes = (KV_HEADS, head_dim // self.couple, CENTROIDS, self.couple)
-        return Table("key", "vector.codebook", axes), Table("value", "vector.codebook", axes)
+        return Table(Half.KEY, "vector.codebook", axes), Table(Half.VALUE, "vector.codebook", axes)
 
-    def fit(self, half: HalfName, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
+    def fit(self, half: Half, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
         heads, tokens, head_dim = rows.rows.shape
         spread = torch.linspace(0, tokens - 1, min(self.points, tokens)).round().long()
         points = self._coupled(rows.rows[:, spread])

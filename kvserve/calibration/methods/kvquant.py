@@ -13,7 +13,9 @@ import torch
 from pydantic import Field
 
 from kvserve.calibration.kmeans import ascending, line_levels
-from kvserve.calibration.methods.base import KV_HEADS, HalfName, HalfRows, Method, Table
+from kvserve.calibration.methods.base import HalfRows, Method, Table
+from kvserve.codecs.layer_tables import KV_HEADS
+from kvserve.codecs.tile import Half
 
 MAX_SAMPLES = 2**20  # elements that k-means sees; of more, evenly spread tokens
 SLOT_MULTIPLE = 8  # the outliers codec has a multiple of so many slots in a tile
@@ -40,13 +42,13 @@ class Kvquant(Method):
     def tables(self, head_dim: int) -> tuple[Table, ...]:
         levels = (2**self.bits,)
         return (
-            Table("key", "table.levels", levels, rule="levels"),
-            Table("key", "table.range", (KV_HEADS, 2, head_dim), rule="range"),
-            Table("value", "table.levels", levels, rule="levels"),
+            Table(Half.KEY, "table.levels", levels, rule="levels"),
+            Table(Half.KEY, "table.range", (KV_HEADS, 2, head_dim), rule="range"),
+            Table(Half.VALUE, "table.levels", levels, rule="levels"),
         )
 
-    def fit(self, half: HalfName, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
-        if half == "key":
+    def fit(self, half: Half, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
+        if half is Half.KEY:
             half_range, middle = channel_range(rows.rows, self.outliers)
             plain, is_kept = normalise(rows.rows, half_range, middle)
             tables = {"table.range": torch.cat([half_range, middle], 1)}

@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 import torch
 
 from kvserve.calibration.kmeans import codebooks
-from kvserve.calibration.methods.base import KV_HEADS, HalfName, HalfRows, Method, Table
+from kvserve.calibration.methods.base import HalfRows, Method, Table
+from kvserve.codecs.layer_tables import KV_HEADS
+from kvserve.codecs.tile import Half
 
 CLIPS = tuple(round(1 - 0.05 * step, 2) for step in range(11))  # 1 down to 0.5
 
@@ -32,13 +34,13 @@ class Skvq(Method):
             raise ValueError(f"group_size {self.group_size} does not divide head_dim {head_dim}; set it to 32")
         order, clip = (KV_HEADS, head_dim), (KV_HEADS, head_dim // self.group_size)
         return (
-            Table("key", "permutation.order", order, torch.int32, "permutation"),
-            Table("key", "affine.clip", clip, rule="clip"),
-            Table("value", "permutation.order", order, torch.int32, "permutation"),
-            Table("value", "affine.clip", clip, rule="clip"),
+            Table(Half.KEY, "permutation.order", order, torch.int32, "permutation"),
+            Table(Half.KEY, "affine.clip", clip, rule="clip"),
+            Table(Half.VALUE, "permutation.order", order, torch.int32, "permutation"),
+            Table(Half.VALUE, "affine.clip", clip, rule="clip"),
         )
 
-    def fit(self, half: HalfName, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
+    def fit(self, half: Half, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:
         order = channel_order(rows.rows, rows.rows.shape[2] // self.group_size, seed)
         index = order.long()[:, None].expand_as(rows.rows)
         weights = None if rows.weights is None else rows.weights.gather(2, index)
