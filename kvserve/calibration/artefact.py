@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from kvserve.calibration.methods.base import Method, Table
 from kvserve.calibration.methods.registry import method_of
 from kvserve.calibration.tables import TableError, check_table
-from kvserve.checks import UnsupportedError
 from kvserve.codecs.layer_tables import KV_HEADS
 from kvserve.codecs.tile import Half
+from kvserve.errors import UnsupportedError
 from kvserve.text_files import one_line
 
 FORMAT = 1  # raised with every change to what the file holds or means

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvserve.errors import TextError
+
 _LEAST_DOCSTRING = 200  # characters; shorter ones are headings
-
-
-class CorpusError(ValueError):
-    """A text that is too short; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,13 @@ def segments(tokens: Sequence[int], num_tokens: int, length: int, start: Sequenc
         start: tokens that every part begins with; they count.
 
     Raises:
-        CorpusError: the text is too short, or less than one part was asked for.
+        TextError: the text is too short, or less than one part was asked for.
     """
     count, own = num_tokens // length, length - len(start)
     if count < 1:
-        raise CorpusError(f"{num_tokens} tokens are less than one part of the text, {length} tokens; raise --tokens")
+        raise TextError(f"{num_tokens} tokens are less than one part of the text, {length} tokens; raise --tokens")
     if len(tokens) < count * own:
-        raise CorpusError(
+        raise TextError(
             f"the text has {len(tokens)} tokens and {num_tokens} are wanted: give a longer --text, or fewer --tokens"
         )
     stride = (len(tokens) - own) // max(count - 1, 1)

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvserve.checks import UnsupportedError, text_config
+from kvserve.checks import text_config
+from kvserve.errors import UnsupportedError
 
 SAMPLED_TENSORS = 256
 SAMPLED_BYTES = 256  # of each of them, and of each place in a file of another format

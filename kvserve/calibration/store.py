@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from kvserve.arguments.model_folder import downloaded_folder, path_of
 from kvserve.calibration.artefact import SUFFIX, Cache, Calibration, CalibrationError, read
 from kvserve.calibration.fingerprint import fingerprint
 from kvserve.calibration.methods.registry import RECIPES
-from kvserve.cli.model_folder import downloaded_folder, path_of
 from kvserve.default_model import cache_dir, default_model_path
 
 _SHORT = 16  # digits of a fingerprint in names of folders

@@ -59,7 +59,7 @@ COMMANDS = {
     "eval": "kvserve.evals.command:run",
     "doctor": "kvserve.doctor.command:run",
     "bench": "kvserve.bench.command:main",
-    "calibrate": "kvserve.calibration.command:run",
+    "calibrate": "kvserve.calibrate.command:run",
     "prepare-model": "kvserve.cli.prepare_model:run",
 }
 # What commands need beyond kvserve's own dependencies, by the name that is imported, and the extra that brings it.

@@ -12,11 +12,11 @@ import torch
 
 from kvserve.attention.base import Batch
 from kvserve.calibration.rows import RowWriter
-from kvserve.checks import UnsupportedError
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.probe_worker import kvserve_layers
 from kvserve.engine.rotary import NoRotaryError, model_rotary
+from kvserve.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -17,19 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("codecs", "native", "part_registry", "prose", "shades", "text_files"),
     ("errors", "pages"),
-    ("budgets", "default_model", "kernels", "retention", "schedules", "scorers"),
+    ("budgets", "default_model", "kernels", "retention", "schedules", "scorers", "transforms"),
     ("attention", "compat", "policies"),
     ("accounting", "checks"),
     ("arguments", "eviction"),
-    ("probe",),
+    ("calibration", "probe"),
     ("engine",),
     ("measuring",),
     ("bench", "evals", "inspect"),
-    ("doctor",),
+    ("calibrate", "doctor"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-COMMANDS = {"cli", "bench", "doctor", "evals", "inspect"}
+COMMANDS = {"cli", "bench", "calibrate", "doctor", "evals", "inspect"}
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

@@ -12,8 +12,8 @@ from kvserve.calibration.methods.base import Method
 from kvserve.calibration.methods.cq import Cq
 from kvserve.calibration.methods.kvquant import Kvquant
 from kvserve.calibration.methods.skvq import Skvq
-from kvserve.checks import UnsupportedError
-from kvserve.policies.part_registry import PartRegistry
+from kvserve.errors import UnsupportedError
+from kvserve.part_registry import PartRegistry
 from kvserve.policies.yaml_text import parse
 
 METHODS: PartRegistry[Method] = PartRegistry("calibration method", (Kvquant, Cq, Skvq))

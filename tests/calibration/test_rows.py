@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import engine
-from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from kvserve.calibrate.gradients import GradientHost
 from kvserve.calibration.artefact import Cache, CalibrationError, read
-from kvserve.calibration.corpus import CorpusError, default_corpus, segments
-from kvserve.calibration.gradients import GradientHost
+from kvserve.calibration.corpus import default_corpus, segments
 from kvserve.calibration.methods.kvquant import Kvquant
 from kvserve.calibration.rows import Rows, RowsError, RowWriter
 from kvserve.cli import main
 from kvserve.codecs.tile import Half
 from kvserve.engine.row_worker import EXTENSION_PATH
+from kvserve.errors import TextError
 from kvserve.scorers.rotary import Rotary
+from tests.cases.engine_cases import engine
+from tests.cases.tiny_models import VOCAB_SIZE, make_tiny_model
 
 SEGMENT, PARTS, SINKS = 48, 2, 4
 SHAPES = {"llama-gqa-64": Cache(2, 2, 64), "qwen3-qk-norm": Cache(2, 2, 128), "phi3-mha-96": Cache(2, 2, 96)}
@@ -165,15 +166,15 @@ def test_parts_of_a_text_do_not_overlap_and_begin_as_the_tokenizer_does() -> Non
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(CorpusError, match="the text has 299 tokens and 300 are wanted"):
+    with pytest.raises(TextError, match="the text has 299 tokens and 300 are wanted"):
         segments(list(range(299)), 300, 100)
-    with pytest.raises(CorpusError, match="less than one part"):
+    with pytest.raises(TextError, match="less than one part"):
         segments(list(range(299)), 99, 100)
 
 
 def test_the_default_text_is_long_and_not_what_evaluations_read() -> None:
-    from kvserve.bench.prose import SENTENCES
     from kvserve.evals.text import default_text
+    from kvserve.prose import SENTENCES
 
     corpus, read = default_corpus(), default_text()[1]
     assert len(corpus.text) > 300_000 and corpus.sha256 == default_corpus().sha256
@@ -249,7 +250,7 @@ def test_rows_need_room(tiny: Path, monkeypatch, capsys) -> None:
 def test_a_model_without_one_rotary_embedding_is_calibrated_after_it(tmp_path: Path) -> None:
     from rich.progress import Progress
 
-    from kvserve.calibration.fit import Recipe, _fit
+    from kvserve.calibrate.fit import Recipe, _fit
 
     RowWriter(tmp_path, 0, 64).put("key", 0, torch.randn(64, 4, 8))
     RowWriter(tmp_path, 0, 64).put("value", 0, torch.randn(64, 4, 8))

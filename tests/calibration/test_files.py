@@ -19,7 +19,7 @@ from kvserve.calibration.methods.cq import Cq
 from kvserve.calibration.methods.kvquant import Kvquant
 from kvserve.calibration.methods.skvq import Skvq
 from kvserve.calibration.tables import TableError
-from kvserve.checks import UnsupportedError
+from kvserve.errors import UnsupportedError
 
 CACHE = Cache(num_layers=2, num_kv_heads=4, head_dim=64)
 COMMAND = "kvserve calibrate --method kvquant-2bit"

@@ -1,15 +1,15 @@
 """Collects rows from a vLLM engine in a child process: whatever vLLM serves can be calibrated.
 
-Seams: those of kvserve/bench/engines.py, and `LLM(worker_extension_cls=...)`, `LLM.collective_rpc`.
+Seams: those of kvserve/measuring/engines.py, and `LLM(worker_extension_cls=...)`, `LLM.collective_rpc`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvserve.bench.engines import EngineConfig, EngineHost
+from kvserve.measuring.engines import EngineConfig, EngineHost
 
-HOST = "kvserve.calibration.engine:RowHost"
+HOST = "kvserve.calibrate.engine:RowHost"
 
 
 class RowHost(EngineHost):

@@ -17,7 +17,7 @@ import torch
 from kvserve.calibration.rows import RowWriter, gradient_kind
 from kvserve.codecs.tile import Half
 
-HOST = "kvserve.calibration.gradients:GradientHost"
+HOST = "kvserve.calibrate.gradients:GradientHost"
 _ATTENTION = "kvserve-calibration"
 
 

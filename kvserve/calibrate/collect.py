@@ -13,14 +13,14 @@ from typing import Literal
 
 import torch
 
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.children import Child
-from kvserve.bench.engines import ENVIRONMENT, Engine, EngineConfig
+from kvserve.calibrate.engine import HOST as ENGINE_HOST
+from kvserve.calibrate.gradients import HOST as GRADIENT_HOST
 from kvserve.calibration.artefact import Cache, CalibrationError
-from kvserve.calibration.engine import HOST as ENGINE_HOST
-from kvserve.calibration.gradients import HOST as GRADIENT_HOST
 from kvserve.calibration.rows import Rows, bytes_needed
 from kvserve.calibration.store import store_dir
+from kvserve.measuring.children import Child
+from kvserve.measuring.engines import ENVIRONMENT, Engine, EngineConfig
+from kvserve.measuring.shape import ModelShape
 from kvserve.scorers.rotary import Rotary
 
 Importance = Literal["gradient", "none"]

@@ -9,24 +9,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvserve.bench.capacity import ModelShape
-from kvserve.bench.children import ChildError
-from kvserve.bench.options import read_text
-from kvserve.calibration.collect import Importance, Reading
-from kvserve.calibration.corpus import Corpus, CorpusError, default_corpus, segments
+from kvserve.arguments.model_folder import check_model_files, path_of, read_model_config
+from kvserve.arguments.parser import MAX_SEED, Parser, given_text, result_file, whole
+from kvserve.calibrate.collect import Importance, Reading
+from kvserve.calibrate.fit import Recipe, calibrate, check
+from kvserve.calibration.corpus import Corpus, default_corpus, segments
 from kvserve.calibration.fingerprint import fingerprint
-from kvserve.calibration.fit import Recipe, calibrate, check
 from kvserve.calibration.methods.registry import RECIPES, make_method
 from kvserve.calibration.store import stored_path, weights_of
 from kvserve.checks import check_model, text_config
-from kvserve.cli.launch import cpu_has_bfloat16
-from kvserve.cli.main import UsageError
-from kvserve.cli.model_folder import check_model_files, path_of, read_model_config
-from kvserve.cli.parser import MAX_SEED, Parser, result_file, whole
 from kvserve.compat import check_vllm_version
 from kvserve.default_model import default_model_path, prepare_default_model
-from kvserve.evals.command import load_tokenizer
-from kvserve.evals.source import start_of
+from kvserve.engine.environment import cpu_has_bfloat16
+from kvserve.errors import ChildError, TextError, UsageError
+from kvserve.evals.source import load_tokenizer, start_of
+from kvserve.measuring.shape import ModelShape
 from kvserve.policies.loading import load_policy
 
 DESCRIPTION = """\
@@ -54,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     if args.out and len(names) > 1:
         raise UsageError("--out FILE takes one method; drop it, or run the command for each method")
     check_vllm_version()
-    text = read_text(args.text)
+    text = given_text(args.text)
     corpus = default_corpus() if text is None else Corpus(args.text.name, text)
     model = args.model or str(prepare_default_model())
     reading = reading_of(model, corpus, args.tokens, args.importance, args.dtype, args.seed)
@@ -107,7 +104,7 @@ def reading_of(
     tokens = tokenizer(corpus.text, add_special_tokens=False, verbose=False).input_ids
     try:
         parts = segments(tokens, num_tokens, min(SEGMENT, longest - 1, num_tokens), start_of(tokenizer))
-    except CorpusError as error:
+    except TextError as error:
         raise UsageError(str(error)) from None
     is_default = folder == default_model_path()
     return Reading(

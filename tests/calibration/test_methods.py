@@ -14,12 +14,12 @@ from kvserve.calibration.methods.kvquant import Kvquant, matched
 from kvserve.calibration.methods.registry import RECIPES, make_method, method_of
 from kvserve.calibration.methods.skvq import Skvq, channel_order
 from kvserve.calibration.tables import check_table
-from kvserve.checks import UnsupportedError
 from kvserve.codecs.base import Codec
 from kvserve.codecs.outliers import Outliers
 from kvserve.codecs.table import Table
 from kvserve.codecs.tile import Half, Tile, TileShape
 from kvserve.codecs.vector import Vector
+from kvserve.errors import UnsupportedError
 
 KV_HEADS, TOKENS, HEAD_DIM = 2, 640, 64
 

@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kvserve.calibrate.collect import Reading, collected
 from kvserve.calibration.artefact import Cache, CalibrationError, Origin, tensor_name, write
-from kvserve.calibration.collect import Reading, collected
 from kvserve.calibration.corpus import Corpus
 from kvserve.calibration.fingerprint import fingerprint
 from kvserve.calibration.methods.base import Method
 from kvserve.calibration.rows import Rows, RowsError
 from kvserve.calibration.store import weights_of
-from kvserve.cli.main import kvserve_version
 from kvserve.codecs.tile import Half
+from kvserve.measuring.machine import versions
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def calibrate(reading: Reading, corpus: Corpus, recipes: list[Recipe]) -> None:
                 tensors = _fit(recipe, rows, reading.seed, bar)
                 origin = Origin(
                     recipe.name, recipe.method.model_dump(mode="json"), model_fingerprint, corpus.name, corpus.sha256,
-                    reading.num_tokens, reading.importance, kvserve_version(),
+                    reading.num_tokens, reading.importance, versions().get("kvserve", "unknown"),
                 )  # fmt: skip
                 recipe.path.parent.mkdir(parents=True, exist_ok=True)
                 write(recipe.path, origin, reading.cache, tensors)
