@@ -80,7 +80,7 @@ def _fit(recipe: Recipe, rows: Rows, seed: int, bar: Progress) -> Mapping[str, t
         for half in Half:
             try:
                 half_rows = rows.half(layer, half, before_rope, recipe.method.sinks)
-                found = recipe.method.fit(half, half_rows, seed + layer)
+                found = recipe.method.fit(half, half_rows.tempered(recipe.method.temper), seed + layer)
             except (RowsError, ValueError) as error:
                 raise CalibrationError(f"{recipe.name}, layer {layer}: {error}") from None
             tensors |= {tensor_name(layer, table): found[table.name] for table in tables if table.half is half}

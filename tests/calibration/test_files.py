@@ -150,7 +150,7 @@ def test_other_tensors_are_refused(path: Path) -> None:
     ("changes", "part"),
     [
         ({"format": "2"}, "its format is '2'"),
-        ({"parameters": '{"name": "kmeans"}'}, "there is no calibration method 'kmeans'"),
+        ({"parameters": '{"name": "kmeans"}'}, "there is no calibration 'kmeans'"),
         ({"parameters": '{"name": "kvquant", "bits": 5}'}, "bits is 5"),
         ({"parameters": "[]"}, "metadata"),
         ({"parameters": "{"}, "metadata"),

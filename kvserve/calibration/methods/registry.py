@@ -16,7 +16,7 @@ from kvserve.errors import UnsupportedError
 from kvserve.part_registry import PartRegistry
 from kvserve.policies.yaml_text import parse
 
-METHODS: PartRegistry[Method] = PartRegistry("calibration method", (Kvquant, Cq, Skvq))
+METHODS: PartRegistry[Method] = PartRegistry("calibration", Method, (Kvquant, Cq, Skvq))
 # What `kvserve calibrate --method` and a policy's `calibration` take.
 RECIPES: dict[str, Method] = {
     **{f"kvquant-{bits}bit": Kvquant(bits=bits) for bits in (2, 3, 4)},
