@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,17 +18,20 @@ from kvserve.attention.cuda import CudaAttention
 from kvserve.attention.gpu import CUDA_HEAD_DIMS, CUDA_LIBRARY
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.base import Codec
+from kvserve.codecs.symmetric import Symmetric
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import Header, Kept, KeptTable, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import encode_page
 
-# name: (key bits, key group, boosted share, value bits, value group, rotated, sinks), as in configs/ of that name
-FORMATS: dict[str, tuple[int, int, float, int, int, bool, int] | None] = {
-    "kivi-2bit": (2, 32, 0, 2, 64, False, 8),
-    "boost-2bit": (2, 64, 0.25, 2, 0, True, 8),
-    "kivi-4bit": (4, 64, 0, 4, 64, False, 0),
-    "int8": (8, 64, 0, 8, 0, False, 0),
+# name: (keys, values, sinks), as in configs/ of that name
+FORMATS: dict[str, tuple[Codec, Codec, int] | None] = {
+    "kivi-2bit": (Affine(bits=2, group_size=32), Affine(bits=2, group_size=64), 8),
+    "boost-2bit": (Affine(bits=2, group_size=64, boost_fraction=0.25), Symmetric(bits=2), 8),
+    "kivi-4bit": (Affine(bits=4, group_size=64), Affine(bits=4, group_size=64), 0),
+    "int8": (Affine(bits=8, group_size=64), Affine(bits=8), 0),
     "none": None,
 }
 CUDA_FORMATS = ("kivi-2bit", "boost-2bit", "kivi-4bit")
@@ -67,26 +69,40 @@ class Workload:
         return 4 * self.batch * self.context * self.num_kv_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class BarePolicy:
+    """As much of a policy as a layout reads."""
+
+    name: str
+    key: Codec | None
+    value: Codec | None
+    sink_tokens: int
+    dense_pages: bool
+    tile_tokens: int = 64
+    eviction: None = None
+    layers: tuple[()] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        return self.key is None
+
+    @property
+    def has_pages(self) -> bool:
+        return self.dense_pages or self.key is not None
+
+
 def layout_of(name: str, head_dim: int, dtype: torch.dtype, state_blocks: int = 0) -> PageLayout:
     """The page layout of a format, in blocks of 64 tokens."""
     paged = name == DENSE_PAGES
-    bits = None if paged else FORMATS[name]
-    policy: Any = SimpleNamespace(
-        name=name, is_dense=bits is None, has_pages=paged or bits is not None, dense_pages=paged
-    )
-    policy.tile_tokens, policy.sink_tokens, policy.eviction, policy.layers = 64, 0, None, ()
-    policy.key = policy.value = None
-    if bits is not None:
-        policy.sink_tokens = bits[6]
-        policy.key = SimpleNamespace(bits=bits[0], group_size=bits[1], boost_fraction=bits[2])
-        policy.value = SimpleNamespace(bits=bits[3], group_size=bits[4], rotate=bits[5])
+    key, value, sinks = (None if paged else FORMATS[name]) or (None, None, 0)
+    policy: Any = BarePolicy(name, key, value, sinks, paged)
     return PageLayout.build(policy, head_dim, 64, dtype, state_blocks)
 
 
 def filled_cells(layout: PageLayout, num_blocks: int, heads: int, device: torch.device) -> torch.Tensor:
     """An arena of one layer, uint8 [num_blocks, heads, cell_bytes], in which every cell holds valid contents."""
     rows = torch.randn(2, 64, layout.head_dim, generator=torch.Generator().manual_seed(0))
-    if layout.sections is None:
+    if layout.tile_format is None:
         cell = rows.transpose(0, 1).to(layout.dense_dtype).contiguous().view(torch.uint8).flatten()
     else:
         cell = encode_page(rows[0], rows[1], layout)
@@ -140,7 +156,7 @@ def decode_step(
     per_request = layout.blocks_for(work.context)
     table = torch.randperm(work.batch * per_request, device=device).int().view(work.batch, per_request)
     cells = filled_cells(layout, work.batch * per_request, work.num_kv_heads, device)
-    if layout.sections is not None:  # tail and sink blocks hold slots: zeros are valid ones
+    if layout.tile_format is not None:  # tail and sink blocks hold slots: zeros are valid ones
         dense_blocks = table[:, state_blocks : layout.private_blocks].flatten()
         if layout.sink_blocks:
             first = layout.tile_row(0) + 1
@@ -158,11 +174,11 @@ def decode_step(
 
 def moved_bytes(layout: PageLayout, work: Workload) -> int:
     """Bytes of pages and dense slots that one decode step reads."""
-    if layout.sections is None:
+    if layout.tile_format is None:
         return work.dense_bytes
     tiles = (work.context - 1) // layout.tile_tokens
     slots = work.context - tiles * layout.tile_tokens + (layout.policy.sink_tokens if tiles else 0)
-    per_head = tiles * layout.sections.size_bytes + slots * layout.slot_bytes
+    per_head = tiles * layout.tile_format.tile_bytes + slots * layout.slot_bytes
     return work.batch * work.num_kv_heads * per_head
 
 
@@ -200,8 +216,8 @@ def kept_step(
     key, value = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
     attention = attention_of(kernels, layout, work.spec)
     staged = attention.stage(key, value)
-    assert layout.sections is not None
-    moved = work.batch * int(pages.sum()) * layout.sections.size_bytes
+    assert layout.tile_format is not None
+    moved = work.batch * int(pages.sum()) * layout.tile_format.tile_bytes
     return Step(attention, cells, batch, query, (key, value), staged, torch.empty_like(query), moved)
 
 

@@ -119,7 +119,7 @@ class Check:
         self._step("decode", [151, 150, 38], [1, 1, 1])
         if self.name.kernels == "triton":
             self._scores(152)
-        if self.layout.sections is not None:
+        if self.layout.tile_format is not None:
             self._cut(152)
         return self.found
 
@@ -157,7 +157,7 @@ class Check:
         import torch
 
         counts = [self.layout.blocks_for(length) for length in lengths]
-        spare = 0 if self.layout.sections is None else 2
+        spare = 0 if self.layout.tile_format is None else 2
         ids = torch.randperm(sum(counts) + spare + 1, generator=self.generator).int()
         wide = torch.full((len(lengths), max(counts) + 3), 1 << 30, dtype=torch.int32)
         for row, first, count in zip(wide, accumulate([0, *counts]), counts, strict=False):

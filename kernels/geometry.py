@@ -10,11 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.codecs.affine import Affine
-from kvserve.codecs.base import Codec
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.layer_tables import LayerTables, check_tables, table_specs
-from kvserve.codecs.symmetric import Symmetric
 from kvserve.codecs.tile import Half
 from kvserve.kernels.codecs.chain import FIELDS, NO_TABLES, CodecTables, HalfFormat, HalfTables
 from kvserve.pages.head_dims import rotation_dim
@@ -89,14 +86,14 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         group=spec.group,
         group_rows=group_rows,
         sliding_window=spec.sliding_window or 0,
-        dense=layout.sections is None,
+        dense=layout.tile_format is None,
         block_size=layout.block_size,
         slot_dtype=TRITON_DTYPES[layout.dense_dtype],
         slot_bytes=layout.slot_bytes,
         saturates=layout.saturates,
     )
-    sections, policy = layout.sections, layout.policy
-    if sections is None:
+    tile_format = layout.tile_format
+    if tile_format is None:
         return common
     if layout.tile_tokens % CHUNK_TOKENS:
         raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
@@ -105,12 +102,11 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         **{name: getattr(layout, name) for name in names},
         chunks_per_tile=layout.tile_tokens // CHUNK_TOKENS,
         first_tile_row=layout.tile_row(0),
-        sink_tokens=policy.sink_tokens,
-        dense_pages=policy.dense_pages,
-        page_bytes=sections.size_bytes,
+        sink_tokens=layout.policy.sink_tokens,
+        dense_pages=layout.policy.dense_pages,
+        page_bytes=tile_format.tile_bytes,
     )
-    tile_format = tile_format_of(layout)
-    if tile_format is None:
+    if tile_format.key is None:
         return paged
     key, value = (HalfFormat.of(tile_format, half) for half in Half)
     gaps, rotated = gaps_of(tile_format), tile_format.half(Half.VALUE)[0].rotates
@@ -120,28 +116,14 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     )  # fmt: skip
 
 
-def tile_format_of(layout: PageLayout) -> TileFormat | None:
-    """The codecs and sections of a layout's pages; None where pages, or all blocks, are dense."""
-    key: Any = layout.policy.key
-    value: Any = layout.policy.value
-    if key is None or value is None:
-        return None
-    if not isinstance(key, Codec):
-        key = Affine(bits=key.bits, group_size=key.group_size, boost_fraction=key.boost_fraction)
-    if not isinstance(value, Codec):
-        bits, group = value.bits, value.group_size
-        value = Symmetric(bits=bits) if value.rotate else Affine(bits=bits, group_size=group)
-    return TileFormat.of(key, value, layout.tile_tokens, layout.head_dim)
-
-
 def codec_tables_of(layout: PageLayout, tables: LayerTables, num_kv_heads: int) -> CodecTables:
     """The tables that kernels read of a layer, contiguous.
 
     Raises:
         ValueError: one is missing, or has the wrong shape or dtype.
     """
-    tile_format = tile_format_of(layout)
-    if tile_format is None:
+    tile_format = layout.tile_format
+    if tile_format is None or tile_format.key is None:
         return NO_TABLES
     check_tables(tables, tile_format, num_kv_heads)
     halves: dict[str, dict[str, Any]] = {half: {} for half in Half}

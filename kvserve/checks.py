@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvserve.codecs.affine_family import is_in_family
 from kvserve.errors import UnsupportedError
 from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import DENSE_HEAD_DIMS, check_compressed
@@ -61,6 +62,7 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
     Raises:
         UnsupportedError: naming the option to drop.
     """
+    check_codecs(policy)
     check_cache_dtype(options, policy)
     if options.kv_cache_dtype_skip_layers:
         raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
@@ -168,6 +170,20 @@ def choose_kernels(asked: str, device_type: str) -> str:
         f"--kernels {asked} runs on {KERNELS[asked]} devices, this vLLM runs on {device_type}{hint}; "
         f"use --kernels {own}, or drop the option"
     )
+
+
+def check_codecs(policy: Policy) -> None:
+    """Refuse a policy with codecs that only the reference of the kernels reads.
+
+    Raises:
+        UnsupportedError: naming codecs that work.
+    """
+    for half, codec in policy.codecs:
+        if not is_in_family(codec, half):
+            raise UnsupportedError(
+                f"policy {policy.name} writes {half}s with {codec.name}, which no kernels read yet; use affine codecs, "
+                "for example codec: kivi-2bit"
+            )
 
 
 def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this model") -> None:

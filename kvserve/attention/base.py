@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from kvserve.codecs.layer_tables import LayerTables, check_tables
 from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
 from kvserve.pages.layout import MixedLayout, PageLayout
 
@@ -89,7 +90,15 @@ class PagedAttention(ABC):
     contiguous, and stride(0) and stride(1) are the block and head strides in bytes.
     """
 
-    def __init__(self, layout: PageLayout, spec: LayerSpec):
+    def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None):
+        """Attention of one layer.
+
+        Args:
+            tables: of the layer, where its codecs read some.
+
+        Raises:
+            ValueError: the kernels do not cover the layout or the layer, or a table is missing.
+        """
         if isinstance(layout, MixedLayout):
             raise ValueError("kernels need the layout of one layer, not of a pool whose layers differ")
         if spec.num_heads % spec.num_kv_heads:
@@ -100,6 +109,9 @@ class PagedAttention(ABC):
             raise ValueError(f"sliding_window must be at least 1 or None, got {spec.sliding_window}")
         self.layout = layout
         self.spec = spec
+        self.tables = tables or {}
+        if layout.tile_format is not None:
+            check_tables(self.tables, layout.tile_format, spec.num_kv_heads)
 
     def forward(
         self,
@@ -290,7 +302,7 @@ class PagedAttention(ABC):
     def check_span(self, row: torch.Tensor, first: int, last: int, num_tokens: int) -> None:
         """Reject tokens that `read` cannot give."""
         check_row(row)
-        if self.layout.sections is None:
+        if self.layout.tile_format is None:
             raise ValueError("read needs a policy with codecs: the dense policy keeps no pages")
         if not 0 <= first <= last <= num_tokens:
             raise ValueError(f"tokens [{first}, {last}) are not among the {num_tokens} stored ones")

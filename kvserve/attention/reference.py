@@ -18,6 +18,9 @@ from kvserve.attention.base import (
     check_rows,
 )
 from kvserve.attention.saturation import rows_beyond_range
+from kvserve.codecs.base import FLOAT16_MAX
+from kvserve.codecs.layer_tables import tables_of_head
+from kvserve.codecs.tile import Tables
 from kvserve.pages.kept import (
     NOT_KEPT,
     Kept,
@@ -29,7 +32,7 @@ from kvserve.pages.kept import (
     write_header,
     write_pages,
 )
-from kvserve.pages.reference import FLOAT16_MAX, beyond_range, decode_page, encode_page, hadamard
+from kvserve.pages.reference import beyond_range, decode_page, encode_page, hadamard
 
 
 class _Request(NamedTuple):
@@ -66,7 +69,7 @@ class ReferenceAttention(PagedAttention):
         tile_tokens, sinks = self.layout.tile_tokens, self.layout.policy.sink_tokens
         for request in self._requests(cells, batch):
             for head in range(self.spec.num_kv_heads):
-                if self.layout.sections is None:
+                if self.layout.tile_format is None:
                     for t in range(request.computed, request.seq_len):
                         self._slot(cells, request, head, t)[:] = self._new(request, head, t, staged)
                     continue
@@ -74,13 +77,28 @@ class ReferenceAttention(PagedAttention):
                     positions = range(tile * tile_tokens, (tile + 1) * tile_tokens)
                     rows = torch.stack([self._dense_row(cells, request, head, t, staged) for t in positions])
                     first_counted = sinks if tile == 0 else 0
-                    page = encode_page(rows[:, 0], rows[:, 1], self.layout, first_counted)
-                    self._page(cells, request, head, tile)[:] = page
+                    self._seal(cells, request, head, tile, rows)
                     for t in range(first_counted):
                         self._sink(cells, request, head, t)[:] = rows[t].to(self.layout.dense_dtype)
 
+    def _seal(self, cells: torch.Tensor, request: _Request, head: int, tile: int, rows: torch.Tensor) -> None:
+        """Write a page of rows [tile_tokens, 2, head_dim]."""
+        first_counted, first = self.layout.policy.sink_tokens if tile == 0 else 0, tile * self.layout.tile_tokens
+        page = encode_page(rows[:, 0], rows[:, 1], self.layout, first_counted, first, self._tables(head))
+        self._page(cells, request, head, tile)[:] = page
+
+    def _unsealed(self, cells: torch.Tensor, request: _Request, head: int, tile: int) -> torch.Tensor:
+        """A page as it decodes, float32 [tile_tokens, 2, head_dim]; V stays rotated."""
+        page, first = self._page(cells, request, head, tile), tile * self.layout.tile_tokens
+        return torch.stack(decode_page(page, self.layout, first, self._tables(head)), 1)
+
+    def _tables(self, head: int) -> Tables:
+        """What a KV head has of the layer's tables."""
+        tile_format = self.layout.tile_format
+        return tables_of_head(self.tables, tile_format, head) if self.tables and tile_format else {}
+
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
-        if self.layout.sections is None:
+        if self.layout.tile_format is None:
             return
         tile_tokens = self.layout.tile_tokens
         for request in self._requests(cells, batch):
@@ -119,7 +137,7 @@ class ReferenceAttention(PagedAttention):
         t = torch.arange(max(0, position + 1 - window), position + 1)
         t = t[(t < sinks) | (t >= history.end)]
         is_sealed = torch.zeros_like(t, dtype=torch.bool)
-        if self.layout.sections is not None:
+        if self.layout.tile_format is not None:
             tile_start = position // self.layout.tile_tokens * self.layout.tile_tokens
             is_sealed = (t < tile_start) & (t >= sinks)
         seen = torch.cat([history.kept, torch.where(is_sealed[:, None, None], history.sealed[t], history.dense[t])])
@@ -130,14 +148,13 @@ class ReferenceAttention(PagedAttention):
         dense = torch.zeros(request.seq_len, 2, self.layout.head_dim)
         sealed = torch.zeros_like(dense)
         history = _History(dense, sealed, self._kept_rows(cells, request, head), request.kept.end)
-        if self.layout.sections is None:
+        if self.layout.tile_format is None:
             for t in range(request.seq_len):
                 dense[t] = self._slot(cells, request, head, t).float()
             return history
         tile_tokens = self.layout.tile_tokens
         for tile in range(request.kept.end // tile_tokens, request.seq_len // tile_tokens):
-            decoded = decode_page(self._page(cells, request, head, tile), self.layout)
-            sealed[tile * tile_tokens : (tile + 1) * tile_tokens] = torch.stack(decoded, 1)
+            sealed[tile * tile_tokens : (tile + 1) * tile_tokens] = self._unsealed(cells, request, head, tile)
         if request.seq_len >= tile_tokens:
             for t in range(self.layout.policy.sink_tokens):
                 dense[t] = self._sink(cells, request, head, t).float()
@@ -152,7 +169,7 @@ class ReferenceAttention(PagedAttention):
         arena = arena_of(cells, self.layout)
         header = read_header(arena, request.blocks[0], head)
         assert header.end == request.kept.end
-        return read_pages(arena, self.layout, request.kept, header)
+        return read_pages(arena, self.layout, request.kept, header, self._tables(head))
 
     def read(
         self,
@@ -184,7 +201,7 @@ class ReferenceAttention(PagedAttention):
                 row[:] = self._sink(cells, request, head, t)
             else:
                 if tile not in pages:
-                    pages[tile] = torch.stack(decode_page(self._page(cells, request, head, tile), self.layout), 1)
+                    pages[tile] = self._unsealed(cells, request, head, tile)
                 row[:] = pages[tile][index]
 
     def read_kept(
@@ -193,7 +210,7 @@ class ReferenceAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         arena = arena_of(cells, self.layout)
         headers = read_headers(cells, self.layout, state_block)
-        rows = [read_pages(arena, self.layout, kept, header) for header in headers]
+        rows = [read_pages(arena, self.layout, kept, header, self._tables(h)) for h, header in enumerate(headers)]
         return [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
 
     def write_kept(
@@ -210,7 +227,7 @@ class ReferenceAttention(PagedAttention):
         arena = arena_of(cells, self.layout)
         for head, header in enumerate(headers):
             rows = torch.stack([keys[head], self._rotate(values[head])], 1)
-            write_pages(arena, self.layout, kept, header, rows)
+            write_pages(arena, self.layout, kept, header, rows, self._tables(head))
             write_header(arena, state_block, head, header)
 
     def attention_sums(
@@ -239,7 +256,7 @@ class ReferenceAttention(PagedAttention):
 
     def _held_keys(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
         """Keys of the tokens that one KV head holds, float32 [n, head_dim]."""
-        if self.layout.sections is None:
+        if self.layout.tile_format is None:
             return torch.stack([self._slot(cells, request, head, t)[0].float() for t in range(request.seq_len)])
         parts, end = [], request.kept.end
         if end:
@@ -262,8 +279,7 @@ class ReferenceAttention(PagedAttention):
         ]
 
     def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
-        value = self.layout.policy.value
-        return rows @ hadamard(self.layout.head_dim) if value is not None and value.rotate else rows
+        return rows @ hadamard(self.layout.head_dim) if self.layout.rotates else rows
 
     def _new(self, request: _Request, head: int, t: int, staged: torch.Tensor) -> torch.Tensor:
         return staged[request.first_row + t - request.computed, head].to(self.layout.dense_dtype)
@@ -277,10 +293,10 @@ class ReferenceAttention(PagedAttention):
         return staged[request.first_row + t - request.computed, head]
 
     def _page(self, cells: torch.Tensor, request: _Request, head: int, tile: int) -> torch.Tensor:
-        assert self.layout.sections is not None
+        assert self.layout.tile_format is not None
         block, index = divmod(tile, self.layout.tiles_per_block)
         row = self.layout.tile_row(block)
-        size = self.layout.sections.size_bytes
+        size = self.layout.tile_format.tile_bytes
         return cells[request.blocks[row], head].flatten()[index * size : (index + 1) * size]
 
     def _slot_at(self, cells: torch.Tensor, block: int, head: int, index: int) -> torch.Tensor:

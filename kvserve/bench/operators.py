@@ -101,7 +101,7 @@ class PageCache:
     def _rewind(self, num_tokens: int) -> None:
         """Bring every layer's tails to the state of `num_tokens` tokens."""
         start = num_tokens // self.layout.tile_tokens * self.layout.tile_tokens
-        if self.layout.sections is None or start == num_tokens:
+        if self.layout.tile_format is None or start == num_tokens:
             return
         batch = self._batch(list(range(self.rows.num_seqs)), num_tokens - start, num_tokens)
         key = torch.cat([rows[start:num_tokens] for rows in self.rows.key])

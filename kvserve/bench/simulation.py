@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from kvserve.policies.base import KeyCodec, Policy, ValueCodec
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.affine_family import is_in_family
+from kvserve.codecs.symmetric import Symmetric
+from kvserve.codecs.tile import Half
+from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 
 ATTENTION_NAME = "kvserve_simulation"
@@ -65,13 +69,27 @@ def round_trip_symmetric(x: torch.Tensor, bits: int) -> torch.Tensor:
     return levels * fp16(scale)
 
 
-def simulate_keys(key: torch.Tensor, codec: KeyCodec, tile: int, sinks: int) -> torch.Tensor:
+def simulated_policy(name: str) -> Policy:
+    """The policy of this name.
+
+    Raises:
+        ValueError: it has codecs that are not written down here.
+    """
+    policy = load_policy(name)
+    for half, codec in ((Half.KEY, policy.key), (Half.VALUE, policy.value)):
+        if codec is not None and not is_in_family(codec, half):
+            raise ValueError(f"the simulation does not know {codec.name} {half}s; compare a policy with affine codecs")
+    return policy
+
+
+def simulate_keys(key: torch.Tensor, codec: Affine, tile: int, sinks: int) -> torch.Tensor:
     """Keys [heads, tokens, dim] after quantisation of every full tile; the rest is unchanged."""
     heads, tokens, dim = key.shape
     full = tokens // tile * tile
     if not full:
         return key
-    shape = (heads, full // tile, tile // codec.group_size, codec.group_size, dim)
+    size = codec.group_size or tile
+    shape = (heads, full // tile, tile // size, size, dim)
     grouped = key[:, :full].reshape(shape)
     ignored = (torch.arange(full) < sinks).reshape(1, *shape[1:4], 1)
     result = round_trip_min_max(grouped, codec.bits, 3, ignored)
@@ -86,9 +104,9 @@ def simulate_keys(key: torch.Tensor, codec: KeyCodec, tile: int, sinks: int) -> 
     return torch.cat([result.reshape(heads, full, dim), key[:, full:]], 1)
 
 
-def simulate_values(value: torch.Tensor, codec: ValueCodec) -> torch.Tensor:
+def simulate_values(value: torch.Tensor, codec: Affine | Symmetric) -> torch.Tensor:
     """Values [heads, tokens, dim] after quantisation, each token on its own."""
-    if codec.rotate:
+    if isinstance(codec, Symmetric):
         return hadamard_transform(round_trip_symmetric(hadamard_transform(value), codec.bits))
     heads, tokens, dim = value.shape
     group = codec.group_size if 0 < codec.group_size < dim else dim
@@ -105,6 +123,7 @@ def simulated_attention(
         expanded = (key.repeat_interleave(group, 0), value.repeat_interleave(group, 0))
         return scaled_dot_product_attention(query[None], *(x[None] for x in expanded), is_causal=True, scale=scale)[0]
     key, value = fp16(key), fp16(value)  # dense tokens of a compressed policy are 16-bit
+    assert isinstance(policy.key, Affine) and isinstance(policy.value, (Affine, Symmetric))
     coded_key = simulate_keys(key, policy.key, policy.tile_tokens, policy.sink_tokens)
     coded_value = simulate_values(value, policy.value)
     position = torch.arange(query.shape[1])
@@ -149,7 +168,7 @@ class SimulationHost:
     @torch.no_grad()
     def log_likelihoods(self, policy: str, windows: list[list[int]], jitter_seed: int | None = None) -> list[float]:
         """As EngineHost.log_likelihoods, in float32; a `jitter_seed` jitters K and V."""
-        self.policy = load_policy(policy)
+        self.policy = simulated_policy(policy)
         self.jitter = None if jitter_seed is None else torch.Generator().manual_seed(jitter_seed)
         sums = []
         for window in windows:

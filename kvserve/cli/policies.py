@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -154,12 +153,12 @@ def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -
     console.print(f"from: {policy.paper or 'no paper'}\n", soft_wrap=True)
     _print_rows(console, "parameters (change one with --policy-set key=value)", _parameters(policy))
     dense_token_bytes = 2 * head_dim * 2
-    if layout.sections is None:
+    if layout.tile_format is None:
         rows = [("dense token", f"{layout.slot_bytes} bytes per KV head and layer (K and V, 16 bits)")]
         _print_rows(console, f"memory at head_dim {head_dim}", rows)
         return
     _print_rows(console, f"one sealed page of {layout.tile_tokens} tokens at head_dim {head_dim}", _sections(layout))
-    sealed = layout.sections.size_bytes / layout.tile_tokens
+    sealed = layout.tile_format.tile_bytes / layout.tile_tokens
     rows = [
         ("sealed token", f"{sealed:.1f} bytes, against {dense_token_bytes} at 16 bits"),
         ("bits per element", f"{layout.bits_per_element():.2f}"),
@@ -187,6 +186,8 @@ def _parameters(policy: Policy) -> list[tuple[str, str]]:
     for key, value in policy.model_dump(mode="json").items():
         if key in ("name", "summary", "paper"):
             continue
+        if key in ("key", "value") and value:
+            value = {name: setting for name, setting in value.items() if setting is not None}
         rows += _flat(key, "none" if value is None and key == "eviction" else "dense" if value is None else value)
     return rows
 
@@ -200,15 +201,15 @@ def _flat(key: str, value: Any) -> list[tuple[str, str]]:
 
 
 def _sections(layout: Any) -> list[tuple[str, str]]:
-    page = ("page", f"{layout.sections.size_bytes} bytes")
+    page = ("page", f"{layout.tile_format.tile_bytes} bytes")
     if layout.policy.dense_pages:
         return [("dense token", f"{layout.slot_bytes} bytes (K and V, 16 bits; 32 in a float32 model)"), page]
-    starts = [(f.name, getattr(layout.sections, f.name)) for f in fields(layout.sections) if f.name != "size_bytes"]
-    ends = [start for _, start in starts[1:]] + [layout.sections.size_bytes]
+    places = [("key", *place) for place in layout.tile_format.keys]
+    places += [("value", *place) for place in layout.tile_format.values]
+    places.sort(key=lambda place: place[2])
     rows = [
-        (name.replace("_", " "), f"{end - start} bytes at {start}")
-        for (name, start), end in zip(starts, ends, strict=True)
-        if end > start
+        (f"{half} {section.name.replace('_', ' ')}", f"{section.size_bytes} bytes at {offset}")
+        for half, section, offset in places
     ]
     return [*rows, page]
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar, Literal
 
-import torch
-
 from kvserve.codecs.base import Codec
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.min_max import boosted_channels, quantise_min_max
 from kvserve.codecs.packing import check_planes, pack_codes, pack_tile, planes_section, unpack_codes, unpack_tile
 from kvserve.codecs.tile import Grouping, Half, Parts, Section, Tables, Tile, TileShape

@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Grouping, Half, Parts, Section, Tables, TableSpec, Tile, TileShape
 
 FLOAT16_MAX = 65504.0  # scales, lows and whatever else is stored as float16 saturate
@@ -54,6 +53,11 @@ class Codec(ABC):
     def tables(self, shape: TileShape) -> dict[str, TableSpec]:
         """Everything that is read beside the tile, by "codec name.table name"."""
         return {f"{stage.name}.{spec.name}": spec for stage in self.chain() for spec in stage.own_tables(shape)}
+
+    def code_bits(self, shape: TileShape) -> float:
+        """Bits of an element's code, without scales and whatever else is stored."""
+        codes = sum(section.size_bytes for section in self.sections(shape) if section.role == "codes")
+        return 8 * codes / (shape.tokens * shape.head_dim)
 
     def check(self, shape: TileShape) -> None:
         """Refuse tiles that this codec, or one inside it, cannot write.

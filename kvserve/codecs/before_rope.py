@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Parts, Section, Tables, TableSpec, Tile, TileShape
 from kvserve.codecs.wrapper import Wrapper
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-import torch
-
 from kvserve.codecs.base import Codec
 from kvserve.codecs.layer_tables import tables_of_half
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Section, Tables, Tile, TileShape
 
 SECTION_ALIGN_BYTES = 64

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Tables, TableSpec
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 KV_HEADS, POSITIONS = "kv_heads", "positions"
 
 # "half.codec name.table name" -> a tensor of the layer, with its axis of KV heads where the codec has one.
-LayerTables = Mapping[str, torch.Tensor]
+LayerTables = Mapping[str, "torch.Tensor"]
 
 
 def table_specs(tile_format: TileFormat) -> dict[str, TableSpec]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from kvserve.codecs.base import FLOAT16_MAX, MIN_SCALE
+from kvserve.codecs.lazy import torch
 
 
 class AffineCodes(NamedTuple):

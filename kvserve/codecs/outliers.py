@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar, Literal
 
-import torch
-
 from kvserve.codecs.base import FLOAT16_MAX, MIN_SCALE
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Grouping, Parts, Section, Tables, Tile, TileShape
 from kvserve.codecs.wrapper import Wrapper
 

@@ -16,8 +16,7 @@ an odd multiple of 64.
 
 from __future__ import annotations
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Section, TileShape
 
 LANES = 16  # columns of one bit plane

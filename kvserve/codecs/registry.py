@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from kvserve.codecs.affine import Affine
-from kvserve.codecs.base import Codec
+from kvserve.codecs.base import MAX_STAGES, Codec
 from kvserve.codecs.before_rope import BeforeRope
 from kvserve.codecs.low_rank import LowRank
 from kvserve.codecs.outliers import Outliers
@@ -17,7 +17,7 @@ from kvserve.codecs.vector import Vector
 
 _CLASSES: tuple[type[Codec], ...] = (Affine, Symmetric, Table, Vector, Outliers, LowRank, BeforeRope)
 CODECS: dict[str, type[Codec]] = {str(cls.__dataclass_fields__["name"].default): cls for cls in _CLASSES}
-DEFAULT = "affine"  # what keys and values without a name are
+DEFAULT, ROTATED = "affine", "symmetric"  # what keys and values without a name are, and with `rotate: true`
 
 
 def codec_class(name: Any) -> type[Codec]:
@@ -31,48 +31,71 @@ def codec_class(name: Any) -> type[Codec]:
     return CODECS[name]
 
 
-def make_codec(content: Any) -> Codec:
+def make_codec(content: Codec | Mapping[str, Any]) -> Codec:
     """The codec of a YAML mapping: its name ("affine" where there is none), its parameters, and `inner` of a wrapper.
 
-    `rotate: true` and `rotate: false` without a name stand for "symmetric" and "affine".
+    `rotate: true` and `rotate: false` stand for the names "symmetric" and "affine".
 
     Raises:
         ValueError: unknown name or parameter, or a value out of range.
     """
-    from pydantic import TypeAdapter  # GPU machines run codecs without it
+    from pydantic import TypeAdapter, ValidationError  # GPU machines run codecs without it
 
     if isinstance(content, Codec):
         return content
-    if isinstance(content, str):
-        content = {"name": content}
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{content!r:.60} is no codec; give a mapping with its name and parameters")
+    _check_depth(content)
     content = _without_rotate(content)
     cls = codec_class(content["name"])
-    if isinstance(content.get("inner"), str | Mapping):
-        content = {**content, "inner": make_codec(content["inner"])}
+    if isinstance(content.get("inner"), Mapping):
+        try:
+            content["inner"] = make_codec(content["inner"])
+        except ValidationError as error:
+            details = [{**line, "loc": ("inner", *line["loc"])} for line in error.errors(include_url=False)]
+            raise ValidationError.from_exception_data(error.title, details) from None  # type: ignore[arg-type]
     return TypeAdapter(cls).validate_python(content)
 
 
+def class_of(content: Mapping[str, Any]) -> type[Codec]:
+    """The class of what `make_codec` makes of a mapping.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return codec_class(_without_rotate(content)["name"])
+
+
+def _check_depth(content: Mapping[str, Any]) -> None:
+    inner: Any = content
+    for _ in range(MAX_STAGES):
+        inner = inner.get("inner") if isinstance(inner, Mapping) else None
+    if inner is not None:
+        raise ValueError(f"codecs nest at most {MAX_STAGES} deep; leave out an inner one")
+
+
 def _without_rotate(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a name, which `rotate` may stand for."""
-    content = dict(content)
-    rotates = content.get("rotate")
-    if "name" not in content and isinstance(rotates, bool):
-        del content["rotate"]
-        if rotates and content.pop("group_size", 0):
-            raise ValueError("a rotated value has one scale per token: set value.group_size to 0, or rotate to false")
-        content["name"] = Symmetric.__dataclass_fields__["name"].default if rotates else DEFAULT
-    return {"name": DEFAULT} | content
+    """The content with a name, for which `rotate` may stand."""
+    named = {"name": DEFAULT, **content}
+    if "rotate" not in named or named["name"] not in (DEFAULT, ROTATED):
+        return named
+    rotates = named.pop("rotate")
+    if not isinstance(rotates, bool):
+        raise ValueError(f"value.rotate is {rotates!r:.60}, it must be true or false")
+    if rotates and named.pop("group_size", 0):
+        raise ValueError("a rotated value has one scale per token: set value.group_size to 0, or rotate to false")
+    return {**named, "name": ROTATED if rotates else DEFAULT}
 
 
-def codec_content(codec: Codec) -> dict[str, Any]:
-    """A codec as plain values: `make_codec(codec_content(codec)) == codec`. Defaults are left out, and "affine"."""
+def codec_content(codec: Codec, with_defaults: bool = False) -> dict[str, Any]:
+    """A codec as plain values: `make_codec(codec_content(codec)) == codec`.
+
+    Args:
+        with_defaults: whether to name what need not be: parameters that have their default, and "affine".
+    """
     content = {}
     for field in fields(codec):
         value = getattr(codec, field.name)
         if isinstance(value, Codec):
-            content[field.name] = codec_content(value)
-        elif value != field.default or (field.name == "name" and value != DEFAULT):
+            content[field.name] = codec_content(value, with_defaults)
+        elif with_defaults or value != (DEFAULT if field.name == "name" else field.default):
             content[field.name] = value
     return content

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from kvserve.codecs.base import FLOAT16_MAX, MIN_SCALE, Codec
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.packing import check_planes, pack_tile, planes_section, unpack_tile
 from kvserve.codecs.tile import Grouping, Half, Parts, Section, Tables, TableSpec, Tile, TileShape
 

@@ -7,10 +7,10 @@ from enum import StrEnum
 from math import prod
 from typing import Literal, NamedTuple
 
-import torch
+from kvserve.codecs.lazy import torch
 
-Tables = Mapping[str, torch.Tensor]  # "codec name.table name" -> what one KV head has of it
-Parts = tuple[torch.Tensor, ...]  # one per section, with its dtype and shape
+Tables = Mapping[str, "torch.Tensor"]  # "codec name.table name" -> what one KV head has of it
+Parts = tuple["torch.Tensor", ...]  # one per section, with its dtype and shape
 
 
 class Half(StrEnum):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from kvserve.codecs.base import Codec
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Parts, Section, Tables, TableSpec, Tile, TileShape
 
 CENTROIDS = 256  # of one group of channels: a code is a byte

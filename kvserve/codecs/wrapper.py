@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import torch
-
 from kvserve.codecs.base import Codec
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Grouping, Parts, Tables, TileShape
 
 

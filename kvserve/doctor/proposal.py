@@ -66,8 +66,8 @@ def next_codec(policy: Policy) -> str | None:
         return None
     known = [name for name in LADDER if name in policy_names()]
     own = [name for name in known if (codec := load_policy(name)).key == policy.key and codec.value == policy.value]
-    bits = min(policy.key.bits, policy.value.bits)
-    found = own[0] if own else {2: "boost-2bit", 4: "kivi-4bit", 8: "int8"}[bits]
+    bits = policy.code_bits
+    found = own[0] if own else "int8" if bits >= 8 else "kivi-4bit" if bits >= 4 else "boost-2bit"
     return known[known.index(found) + 1] if found != known[-1] else None
 
 

@@ -95,7 +95,7 @@ class KvserveBackend(AttentionBackend):
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
         layout = cls.settings.layout(spec.head_size)
-        if layout.sections is None:
+        if layout.tile_format is None:
             return spec
         if not layout.state_blocks:
             return PageSpec.from_attention(spec, layout)

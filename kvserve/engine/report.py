@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvserve.accounting.plan import held_blocks
+from kvserve.codecs.tile import Half, TileShape
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
-from kvserve.pages.head_dims import rotation_dim
 from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.policies.limits import request_limit
 
@@ -122,7 +122,7 @@ class EngineReport:
         used = max(self.num_blocks - 1 - free_blocks, 0)
         kept = min(holding.kept, used) if holding else 0
         dense = holding.dense if holding else num_running * self.layout.private_blocks
-        dense = used if self.layout.sections is None else min(dense, used - kept)
+        dense = used if self.layout.tile_format is None else min(dense, used - kept)
         blocks = {"free": free_blocks, "dense": dense, "kept": kept, "sealed": used - kept - dense}
         per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
         return {state: count * per_block for state, count in blocks.items()}
@@ -170,26 +170,13 @@ def describe_codecs(layout: PageLayout) -> str:
     key, value = layout.policy.key, layout.policy.value
     if key is None or value is None:
         dtype = str(layout.dense_dtype).removeprefix("torch.")
-        return f"dense{' pages' if layout.sections else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
-    boost = f", {layout.boost_channels} channels at {key.bits + 2} bits" if layout.boost_channels else ""
+        return f"dense{' pages' if layout.tile_format else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
+    shapes = {half: TileShape(half, layout.tile_tokens, layout.head_dim) for half in Half}
     return (
-        f"K {key.bits}-bit per channel, groups of {key.group_size} tokens{boost}; "
-        f"V {value.bits}-bit {describe_value_groups(layout)}; "
+        f"K {key.describe(shapes[Half.KEY])}; V {value.describe(shapes[Half.VALUE])}; "
         f"{layout.bits_per_element():.2f} bits per element"
         + (" on average over the layers" if isinstance(layout, MixedLayout) else "")
     )
-
-
-def describe_value_groups(layout: PageLayout) -> str:
-    """Which channels of a value share a scale, and which were asked to."""
-    value, head_dim = layout.policy.value, layout.head_dim
-    assert value is not None
-    if value.rotate:
-        block = rotation_dim(head_dim)
-        return f"rotated{'' if block == head_dim else f' in blocks of {block} channels'}, one scale per token"
-    asked = value.group_size or head_dim
-    differs = "" if layout.value_group == min(asked, head_dim) else f" ({asked} asked, they do not divide {head_dim})"
-    return f"per token, groups of {layout.value_group}{differs}"
 
 
 def describe_layers(layout: PageLayout) -> str:
@@ -228,7 +215,7 @@ def describe_switched_off(layout: PageLayout) -> str:
 
 def describe_dense(layout: PageLayout) -> str:
     """Which tokens of a compressed request stay dense."""
-    if layout.sections is None:
+    if layout.tile_format is None:
         return "every token"
     if layout.policy.dense_pages:
         return f"every token; the unfinished tile of {layout.tile_tokens} tokens in a block of its own"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvserve.codecs.tile import Tables
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
 
@@ -108,7 +109,7 @@ def make_headers(
         ValueError: the layout has no state blocks, `kept.end` is no tile border, or pages lie outside the kept blocks.
     """
     num_kv_heads = cells.shape[1]
-    if layout.sections is None or layout.state_blocks == 0:
+    if layout.tile_format is None or layout.state_blocks == 0:
         raise ValueError("kept pages need a policy with codecs and a layout with state_blocks")
     if kept.end <= 0 or kept.end % layout.tile_tokens:
         raise ValueError(f"kept.end must be a positive multiple of {layout.tile_tokens}, got {kept.end}")
@@ -126,8 +127,8 @@ def make_headers(
 
 def kept_page(arena: Arena, layout: PageLayout, kept: Kept, page: int) -> torch.Tensor:
     """A writable view of kept page number `page`, uint8 [page bytes]."""
-    assert layout.sections is not None
-    num_kv_heads, size = arena.cells.shape[1], layout.sections.size_bytes
+    assert layout.tile_format is not None
+    num_kv_heads, size = arena.cells.shape[1], layout.tile_format.tile_bytes
     block, page = divmod(page, pages_per_block(layout, num_kv_heads, arena.num_layers))
     cell, index = divmod(page, layout.tiles_per_block)
     layer, kv_head = divmod(cell, num_kv_heads)
@@ -164,18 +165,26 @@ def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_t
     return [others + header.num_tokens for header in read_headers(cells, layout, state_block)]
 
 
-def write_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor) -> None:
-    """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the policy rotates."""
+def write_pages(
+    arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor, tables: Tables | None = None
+) -> None:
+    """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the layout rotates.
+
+    Args:
+        tables: what the KV head has of the layer's tables.
+    """
     tile_tokens = layout.tile_tokens
     for page in range(header.num_pages):
         tile = rows[page * tile_tokens : (page + 1) * tile_tokens]
         filled = torch.cat([tile, tile[-1:].expand(tile_tokens - len(tile), -1, -1)])
-        encoded = encode_page(filled[:, 0], filled[:, 1], layout)
+        encoded = encode_page(filled[:, 0], filled[:, 1], layout, tables=tables)
         kept_page(arena, layout, kept, header.first_page + page)[:] = encoded
 
 
-def read_pages(arena: Arena, layout: PageLayout, kept: Kept, header: Header) -> torch.Tensor:
+def read_pages(
+    arena: Arena, layout: PageLayout, kept: Kept, header: Header, tables: Tables | None = None
+) -> torch.Tensor:
     """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
-    pages = range(header.first_page, header.first_page + header.num_pages)
-    decoded = [torch.stack(decode_page(kept_page(arena, layout, kept, f), layout), 1) for f in pages]
+    pages = (kept_page(arena, layout, kept, header.first_page + page) for page in range(header.num_pages))
+    decoded = [torch.stack(decode_page(page, layout, tables=tables), 1) for page in pages]
     return torch.cat([torch.zeros(0, 2, layout.head_dim), *decoded])[: header.num_tokens]

@@ -18,36 +18,16 @@ slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, gcd
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvserve.codecs.format import SECTION_ALIGN_BYTES, TileFormat
 from kvserve.pages.head_dims import check_compressed
 
 if TYPE_CHECKING:  # the kernels need no pydantic
     from kvserve.policies.base import Policy
-
-SECTION_ALIGN_BYTES = 64
-LANES = 16  # columns of one bit plane, see pages/reference.py
-
-
-def align(size_bytes: int) -> int:
-    """Round up to a cache line."""
-    return ceil(size_bytes / SECTION_ALIGN_BYTES) * SECTION_ALIGN_BYTES
-
-
-@dataclass(frozen=True)
-class PageSections:
-    """Byte offsets of the parts of one sealed page; `size_bytes` is the page. A dense page has no parts: all are 0."""
-
-    key_codes: int
-    key_boost_codes: int
-    value_codes: int
-    key_scales: int  # float16 [tile_tokens / key group][scale, min][head_dim]
-    value_scales: int  # float16 [head_dim / value group][scale, min][tile_tokens]; rotated: float16 [tile_tokens]
-    key_boost_index: int  # uint8 [boost_channels], ascending
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +38,7 @@ class PageLayout:
         head_dim: elements of one K or V row.
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
-        sections: offsets inside a sealed page; None for the dense policy.
+        tile_format: the bytes of a sealed page; None for the dense policy.
         state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
             headers of its kept pages and the queries it remembers.
         query_group: query heads of a KV head whose queries are remembered; 0: none are.
@@ -70,7 +50,7 @@ class PageLayout:
     head_dim: int
     block_size: int
     dense_dtype: torch.dtype
-    sections: PageSections | None
+    tile_format: TileFormat | None
     state_blocks: int = 0
     query_group: int = 0
     num_layers: int | None = None
@@ -102,11 +82,11 @@ class PageLayout:
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         compressed = not policy.is_dense
         dense_dtype = torch.float16 if compressed and model_dtype == torch.float32 else model_dtype
-        sections = _sections(policy, head_dim) if compressed else _dense_page(policy, head_dim, dense_dtype)
+        tile_format = _tile_format(policy, head_dim, dense_dtype)
         if policy.eviction is None or state_blocks is not None:
-            return cls(policy, head_dim, block_size, dense_dtype, sections, state_blocks or 0, num_layers=num_layers)
+            return cls(policy, head_dim, block_size, dense_dtype, tile_format, state_blocks or 0, num_layers=num_layers)
         group = query_group if policy.eviction.remembers_queries else 0
-        layout = cls(policy, head_dim, block_size, dense_dtype, sections, 1, group, num_layers)
+        layout = cls(policy, head_dim, block_size, dense_dtype, tile_format, 1, group, num_layers)
         return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell)) if group else layout
 
     @property
@@ -116,7 +96,7 @@ class PageLayout:
     @property
     def tiles_per_block(self) -> int:
         """Sealed pages of one cell; 0 for the dense policy."""
-        return 0 if self.sections is None else self.block_size // self.tile_tokens
+        return 0 if self.tile_format is None else self.block_size // self.tile_tokens
 
     @property
     def slot_bytes(self) -> int:
@@ -126,9 +106,9 @@ class PageLayout:
     @property
     def cell_bytes(self) -> int:
         """What one block holds for one KV head of one layer."""
-        if self.sections is None:
+        if self.tile_format is None:
             return self.block_size * self.slot_bytes
-        return self.tiles_per_block * self.sections.size_bytes
+        return self.tiles_per_block * self.tile_format.tile_bytes
 
     @property
     def slots_per_cell(self) -> int:
@@ -168,6 +148,11 @@ class PageLayout:
         return block, SECTION_ALIGN_BYTES + index * self.query_bytes
 
     @property
+    def rotates(self) -> bool:
+        """Whether values are rotated as they are staged, and what is read of them turned back."""
+        return self.policy.value is not None and self.policy.value.rotates
+
+    @property
     def saturates(self) -> bool:
         """Whether scales or dense slots are float16, so that rows may lie beyond its range."""
         return self.policy.key is not None or self.dense_dtype == torch.float16
@@ -175,7 +160,7 @@ class PageLayout:
     @property
     def tail_blocks(self) -> int:
         """Blocks a request owns for its unfinished tile."""
-        own = 0 if self.sections is None else ceil(self.tile_tokens / self.slots_per_cell)
+        own = 0 if self.tile_format is None else ceil(self.tile_tokens / self.slots_per_cell)
         return max(own, self.least_tail_blocks)
 
     @property
@@ -188,23 +173,9 @@ class PageLayout:
         """Blocks of dense sink tokens that go with tile block 0."""
         return max(ceil(self.policy.sink_tokens / self.slots_per_cell), self.least_sink_blocks)
 
-    @property
-    def key_group(self) -> int:
-        assert self.policy.key is not None
-        return self.policy.key.group_size
-
-    @property
-    def value_group(self) -> int:
-        """Channels that share one value scale: the policy's group_size, or what it and head_dim have in common."""
-        return value_group(self.policy, self.head_dim)
-
-    @property
-    def boost_channels(self) -> int:
-        return boost_channels(self.policy, self.head_dim)
-
     def tile_blocks_for(self, num_tokens: int) -> int:
         """Tile blocks of a sequence with `num_tokens` cached tokens (dense policy: all its blocks)."""
-        if self.sections is None:
+        if self.tile_format is None:
             return ceil(num_tokens / self.block_size)
         return ceil(num_tokens // self.tile_tokens / self.tiles_per_block)
 
@@ -222,9 +193,9 @@ class PageLayout:
 
     def bits_per_element(self) -> float:
         """Bits of a sealed K or V element, scales and padding included."""
-        if self.sections is None:
+        if self.tile_format is None:
             return float(self.dense_dtype.itemsize * 8)
-        return self.sections.size_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
+        return self.tile_format.tile_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -254,8 +225,8 @@ class MixedLayout(PageLayout):
         layers = tuple(replace(layer, least_tail_blocks=tail, least_sink_blocks=sinks) for layer in built)
         own = PageLayout.build(policy.model_copy(update={"layers": ()}), head_dim, block_size, model_dtype)
         return cls(
-            policy, head_dim, block_size, own.dense_dtype, own.sections, num_layers=num_layers, least_tail_blocks=tail,
-            least_sink_blocks=sinks, layers=layers,
+            policy, head_dim, block_size, own.dense_dtype, own.tile_format, num_layers=num_layers,
+            least_tail_blocks=tail, least_sink_blocks=sinks, layers=layers,
         )  # fmt: skip
 
     @property
@@ -288,18 +259,6 @@ class MixedLayout(PageLayout):
         return sum(layer.bits_per_element() for layer in self.layers) / len(self.layers)
 
 
-def boost_channels(policy: Policy, head_dim: int) -> int:
-    """Channels of a key tile that get two more bits."""
-    return int(head_dim * policy.key.boost_fraction) if policy.key else 0
-
-
-def value_group(policy: Policy, head_dim: int) -> int:
-    """Channels of a value that share one scale."""
-    assert policy.value is not None
-    group_size = policy.value.group_size or head_dim
-    return head_dim if group_size >= head_dim else gcd(group_size, head_dim)
-
-
 def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int | None) -> None:
     if not policy.is_dense:
         check_compressed(head_dim, policy.name, "the model")
@@ -313,25 +272,7 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int 
         policy.eviction.spared_layers(num_layers)
 
 
-def _dense_page(policy: Policy, head_dim: int, dtype: torch.dtype) -> PageSections:
-    return PageSections(0, 0, 0, 0, 0, 0, size_bytes=policy.tile_tokens * 2 * head_dim * dtype.itemsize)
-
-
-def _sections(policy: Policy, head_dim: int) -> PageSections:
-    assert policy.key is not None and policy.value is not None
-    tokens, boosted = policy.tile_tokens, boost_channels(policy, head_dim)
-    value_scale_elements = tokens if policy.value.rotate else 2 * tokens * head_dim // value_group(policy, head_dim)
-    offset, starts = 0, []
-    for size in (
-        head_dim * tokens * policy.key.bits // 8,
-        boosted * tokens * 2 // 8,
-        head_dim * tokens * policy.value.bits // 8,
-        2 * 2 * head_dim * tokens // policy.key.group_size,
-        2 * value_scale_elements,
-        boosted,
-    ):
-        starts.append(offset)
-        offset = align(offset + size)
-    # A page is a whole number of bytes per token, so that vLLM can see it as tile_tokens equal states.
-    starts.append(ceil(offset / tokens) * tokens)
-    return PageSections(*starts)
+def _tile_format(policy: Policy, head_dim: int, dense_dtype: torch.dtype) -> TileFormat:
+    if policy.key is None or policy.value is None:
+        return TileFormat.dense(policy.tile_tokens, head_dim, dense_dtype)
+    return TileFormat.of(policy.key, policy.value, policy.tile_tokens, head_dim)

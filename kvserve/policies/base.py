@@ -12,13 +12,20 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
     ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
 
-Bits = Literal[2, 4, 8]
+from kvserve.codecs.base import Codec
+from kvserve.codecs.registry import codec_content, make_codec
+from kvserve.codecs.tile import Half, TileShape
+from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
+
 MAX_RATE = 1024
 LONGEST = 2**31 - 1  # tokens of a sequence; vLLM counts positions in 32 bits
 
@@ -27,50 +34,29 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class KeyCodec(_Part):
-    """How a sealed tile of keys is written: asymmetric min/max per channel (KIVI, arXiv 2402.02750, section 3).
-
-    `group_size` counts consecutive tokens that share one (scale, min) pair of a channel. `boost_fraction` of the
-    channels, the ones with the widest range in the tile, get two more bits (Kitty, arXiv 2511.18643, section 4).
-    """
-
-    bits: Bits
-    group_size: Literal[32, 64, 128]
-    boost_fraction: Literal[0, 0.25, 0.5] = 0  # type: ignore[valid-type]
-
-    @model_validator(mode="after")
-    def _boost_needs_two_bits(self) -> KeyCodec:
-        if self.boost_fraction and self.bits != 2:
-            raise ValueError("boost_fraction adds 2 bits to 2-bit codes: set key.bits to 2, or boost_fraction to 0")
-        return self
+def _codec_of(content: Any, info: ValidationInfo) -> Codec | None:
+    if content is not None and not isinstance(content, (Codec, Mapping)):
+        raise ValueError(
+            f"{info.field_name} is {content!r:.60}, it must be a codec's name and parameters, for example "
+            "{name: affine, bits: 4, group_size: 64}"
+        )
+    return None if content is None else make_codec(content)
 
 
-class ValueCodec(_Part):
-    """How a sealed tile of values is written: one quantiser per token.
+def _content_of(codec: Codec | None, info: SerializationInfo) -> dict[str, Any] | None:
+    return None if codec is None else codec_content(codec, with_defaults=not info.exclude_defaults)
 
-    `rotate: false` is KIVI's asymmetric min/max over groups of `group_size` consecutive channels (0: all channels).
-    `rotate: true` applies an orthonormal Hadamard transform to the head and then a symmetric mid-rise quantiser with
-    one scale per token, the uniform form of a Lloyd-Max quantiser for Gaussian data (QuaRot, arXiv 2404.00456;
-    TurboQuant, arXiv 2504.19874).
-    """
 
-    bits: Bits
-    group_size: Literal[0, 32, 64, 128] = 0
-    rotate: bool = False
-
-    @model_validator(mode="after")
-    def _rotation_has_one_group(self) -> ValueCodec:
-        if self.rotate and self.group_size:
-            raise ValueError("a rotated value has one scale per token: set value.group_size to 0, or rotate to false")
-        return self
+# How a half of a sealed tile is written (kvserve/codecs), made from its name and parameters.
+HalfCodec = Annotated[Codec | None, PlainValidator(_codec_of), PlainSerializer(_content_of)]
 
 
 class LayerCodec(_Part):
     """How the layer `index` (negative: from the end) writes its pages; without key and value they stay dense."""
 
     index: Annotated[int, Field(strict=True)]
-    key: KeyCodec | None = None
-    value: ValueCodec | None = None
+    key: HalfCodec = None
+    value: HalfCodec = None
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> LayerCodec:
@@ -167,8 +153,8 @@ class Policy(_Part):
     paper: str = ""
     tile_tokens: Literal[64, 128] = 64
     sink_tokens: Annotated[int, Field(ge=0, le=64)] = 0
-    key: KeyCodec | None = None
-    value: ValueCodec | None = None
+    key: HalfCodec = None
+    value: HalfCodec = None
     dense_pages: bool = False
     layers: tuple[LayerCodec, ...] = ()
     eviction: Eviction | None = None
@@ -205,12 +191,20 @@ class Policy(_Part):
             return self
         if self.key and self.dense_pages:
             raise ValueError("dense_pages keeps keys and values as they are: leave out key and value, or dense_pages")
-        for key in (self.key, *(layer.key for layer in self.layers)):
-            if key and key.group_size > self.tile_tokens:
-                raise ValueError(f"key.group_size must be at most tile_tokens ({self.tile_tokens})")
+        for half, codec in self.codecs:
+            self._check_codec(half, codec)
         if self.sink_tokens >= self.tile_tokens:
             raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
         return self
+
+    def _check_codec(self, half: Half, codec: Codec) -> None:
+        """Refuse what no model's head fits, or what an eviction makes unreadable."""
+        codec.check(TileShape(half, self.tile_tokens, COMPRESSED_HEAD_DIMS[-1]))
+        if codec.needs_positions and self.eviction:
+            raise ValueError(
+                f"a {half} of {codec.name} is read with its position, which the pages that an eviction leaves do not "
+                "keep; leave out eviction, or choose another codec"
+            )
 
     @property
     def is_dense(self) -> bool:
@@ -221,6 +215,21 @@ class Policy(_Part):
     def has_pages(self) -> bool:
         """Whether tiles are sealed in pages, coded or dense."""
         return self.dense_pages or self.key is not None
+
+    @property
+    def codecs(self) -> list[tuple[Half, Codec]]:
+        """What its pages are written with, of single layers too."""
+        pairs = [(Half.KEY, self.key), (Half.VALUE, self.value)]
+        for layer in self.layers:
+            pairs += [(Half.KEY, layer.key), (Half.VALUE, layer.value)]
+        return [(half, codec) for half, codec in pairs if codec is not None]
+
+    @property
+    def code_bits(self) -> float:
+        """The fewest bits of the codes that a key or a value is written with; only where it is."""
+        assert self.key is not None and self.value is not None
+        shapes = (TileShape(half, self.tile_tokens, COMPRESSED_HEAD_DIMS[0]) for half in Half)
+        return min(codec.code_bits(shape) for codec, shape in zip((self.key, self.value), shapes, strict=True))
 
     @property
     def names_layers(self) -> bool:

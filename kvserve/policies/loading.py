@@ -5,19 +5,23 @@ Everything that can be wrong with a policy ends as a PolicyError whose message i
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 import types
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from kvserve.codecs.base import Codec
+from kvserve.codecs.registry import class_of
 from kvserve.errors import PolicyError
 from kvserve.policies.base import Policy
 from kvserve.policies.registry import policy_names, shipped_path
@@ -28,6 +32,8 @@ MAX_FILE_BYTES = 64 * 2**10  # the longest shipped policy has one of them
 
 _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
 _PARTS = ("scorer", "budget", "schedule")
+_HALVES = ("key", "value")
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # types of errors
 # What `codec: NAME` takes from another policy.
 _CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages")
 
@@ -176,8 +182,8 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
         if key not in model.model_fields or (depth == 0 and key in _DESCRIPTIVE):
             raise PolicyError(_unknown_key(dotted, _settable_keys()))
         nested = _nested_model(model.model_fields[key])
-        if nested is None and key in (*_PARTS, "layers"):
-            break  # a scorer, budget or schedule checks its own keys; those of layers are numbers
+        if nested is None and key in (*_PARTS, *_HALVES, "layers"):
+            break  # a codec, scorer, budget or schedule checks its own keys; those of layers are numbers
         if depth + 1 < len(keys):
             if nested is None:
                 raise PolicyError(_unknown_key(dotted, _settable_keys()))
@@ -209,11 +215,11 @@ def _validate(content: dict[str, Any], label: str) -> Policy:
         return Policy.model_validate(content)
     except ValidationError as error:
         # Unknown and missing keys first: they explain the errors of the rules that look at several keys.
-        first = min(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "missing"))
-        raise PolicyError(f"policy {label}: {_sentence(first)}") from None
+        first = min(error.errors(), key=lambda e: e["type"] not in (*_UNKNOWN, "missing"))
+        raise PolicyError(f"policy {label}: {_sentence(first, content)}") from None
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails, content: Mapping[str, Any]) -> str:
     dotted = ".".join(part for part in error["loc"] if isinstance(part, str))  # without places in lists
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
@@ -229,12 +235,12 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "missing" and error["loc"][0] == "eviction":
         return f"it evicts nothing ({dotted} is missing); choose one that evicts, for example kv-compress-2bit"
     if error["type"] == "missing":
-        return f"{dotted} is missing, it must be {_allowed(dotted)}"
-    if error["type"] == "extra_forbidden":
-        siblings = _fields_at(error["loc"][:-1])
+        return f"{dotted} is missing, it must be {_allowed(dotted, content)}"
+    if error["type"] in _UNKNOWN:
+        siblings = _fields_at(error["loc"][:-1], content)
         prefix = dotted.rpartition(".")[0]
         return _unknown_key(dotted, [f"{prefix}.{name}" if prefix else name for name in siblings])
-    return f"{dotted} is {_show(error['input'])}, it must be {_allowed(dotted)}"
+    return f"{dotted} is {_show(error['input'])}, it must be {_allowed(dotted, content)}"
 
 
 def _unknown_key(dotted: str, known: Sequence[str]) -> str:
@@ -255,9 +261,9 @@ def _show(value: Any) -> str:
         return "something too large to show"
 
 
-def _allowed(dotted: str) -> str:
+def _allowed(dotted: str, content: Mapping[str, Any]) -> str:
     """What a field takes, in words, from its annotation."""
-    field = _fields_at(dotted.split(".")[:-1]).get(dotted.rpartition(".")[2])
+    field = _fields_at(dotted.split(".")[:-1], content).get(dotted.rpartition(".")[2])
     if field is None:
         return "something else"
     if nested := _nested_model(field):
@@ -272,6 +278,8 @@ def _allowed(dotted: str) -> str:
         return number + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
     if annotation is bool:
         return "true or false"
+    if annotation is Codec:
+        return "a codec's name and parameters, for example {bits: 4, group_size: 64}"
     if get_origin(annotation) is tuple:
         return "a list of whole numbers, for example [0, -1]"
     if any(getattr(m, "pattern", None) for m in field.metadata):
@@ -279,8 +287,10 @@ def _allowed(dotted: str) -> str:
     return "text"
 
 
-def _fields_at(keys: Sequence[Any]) -> dict[str, FieldInfo]:
+def _fields_at(keys: Sequence[Any], content: Mapping[str, Any]) -> dict[str, FieldInfo]:
     model: type[BaseModel] = Policy
+    if keys and keys[0] in _HALVES:
+        return _codec_fields(reduce(lambda codec, key: codec[key], keys, content))
     for key in keys:
         field = model.model_fields.get(str(key))
         nested = _nested_model(field) if field else None
@@ -288,6 +298,13 @@ def _fields_at(keys: Sequence[Any]) -> dict[str, FieldInfo]:
             return {}
         model = nested
     return model.model_fields
+
+
+def _codec_fields(content: Any) -> dict[str, FieldInfo]:
+    """The parameters of the codec that a mapping names."""
+    cls = class_of(content)
+    hints = get_type_hints(cls)
+    return {field.name: FieldInfo.from_annotation(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 def _nested_model(field: FieldInfo) -> type[BaseModel] | None:

@@ -145,15 +145,15 @@ class ProbeReport:
 KERNEL_LIMIT = 0.02
 # By the fewest bits of a page's keys or values. A layer that is off by its own size is no better than one that answers
 # zero; with more bits, far less is garbage already. The default model's worst layer has 0.5 with 2 bits.
-CODEC_LIMITS = {2: 1.0, 4: 0.6, 8: 0.2}
+CODEC_LIMITS = {8: 0.2, 4: 0.6, 0: 1.0}  # from so many bits on
 DENSE_LIMIT = 0.05  # rounding to 16 bits
 
 
 def codec_limit(policy: Policy) -> float:
     """The largest `codec` distance that a layer may have."""
-    if policy.key is None or policy.value is None:
+    if policy.key is None:
         return DENSE_LIMIT
-    return CODEC_LIMITS[min(policy.key.bits, policy.value.bits)]
+    return next(limit for bits, limit in CODEC_LIMITS.items() if policy.code_bits >= bits)
 
 
 def complaints(report: ProbeReport, num_tokens: int) -> list[str]:

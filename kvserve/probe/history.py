@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.codecs.layer_tables import LayerTables, tables_of_head
+from kvserve.codecs.tile import Tables
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 
@@ -29,9 +31,9 @@ class LayerHistory:
         kept_positions: per KV head, where those come from, int64 [num_kept], ascending.
     """
 
-    def __init__(self, layout: PageLayout, spec: LayerSpec) -> None:
+    def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None) -> None:
         self.layout, self.spec = layout, spec
-        self._reference = ReferenceAttention(layout, spec)  # for its rounding alone
+        self._reference = ReferenceAttention(layout, spec, tables)  # for its rounding and its tables alone
         self.exact = torch.zeros(spec.num_kv_heads, 0, 2, layout.head_dim)
         self.staged, self.sealed = self.exact, self.exact
         self.end = 0
@@ -52,7 +54,7 @@ class LayerHistory:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"a request begins with {num_tokens} tokens in its cache, {self.num_tokens} were seen")
         self.exact, self.staged = self.exact[:, :num_tokens], self.staged[:, :num_tokens]
-        if self.layout.sections is not None:
+        if self.layout.tile_format is not None:
             self.sealed = self.sealed[:, : num_tokens // self.layout.tile_tokens * self.layout.tile_tokens]
         self._forget_cuts()
 
@@ -62,17 +64,18 @@ class LayerHistory:
         rows = torch.stack([key.float(), value.float()], 2).transpose(0, 1)
         self.exact = torch.cat([self.exact, rows], 1)
         self.staged = torch.cat([self.staged, self._reference.stage(key, value).transpose(0, 1)], 1)
-        if self.layout.sections is None:
+        if self.layout.tile_format is None:
             return
         size = self.layout.tile_tokens
         for first in range(self.sealed.shape[1], self.num_tokens // size * size, size):
-            heads = [self._coded_tile(head[first : first + size], first) for head in self.staged]
+            tiles = self.staged[:, first : first + size]
+            heads = [self._coded_tile(tile, first, self._tables(head)) for head, tile in enumerate(tiles)]
             self.sealed = torch.cat([self.sealed, torch.stack(heads)], 1)
 
-    def _coded_tile(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+    def _coded_tile(self, rows: torch.Tensor, first: int, tables: Tables) -> torch.Tensor:
         first_counted = self.layout.policy.sink_tokens if first == 0 else 0
-        page = encode_page(rows[:, 0], rows[:, 1], self.layout, first_counted)
-        return torch.stack(decode_page(page, self.layout), 1)
+        page = encode_page(rows[:, 0], rows[:, 1], self.layout, first_counted, first, tables)
+        return torch.stack(decode_page(page, self.layout, first, tables), 1)
 
     # -- cuts ------------------------------------------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ class LayerHistory:
         (end,) = {self.num_tokens - len(positions) + last for (_, positions), last in zip(held, ends, strict=True)}
         for head, (rows, positions) in enumerate(held):
             index = chosen[head].cpu() + first
-            self.kept[head] = self._coded_again(rows[index])
+            self.kept[head] = self._coded_again(rows[index], self._tables(head))
             self.kept_positions[head] = positions[index]
         self.end = end
 
@@ -98,15 +101,15 @@ class LayerHistory:
         positions = [torch.arange(sinks), self.kept_positions[head], torch.arange(self.end, self.num_tokens)]
         return rows, torch.cat(positions)
 
-    def _coded_again(self, rows: torch.Tensor) -> torch.Tensor:
+    def _coded_again(self, rows: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Rows as they come back from kept pages: tiles in order, the last one filled up with its last token."""
         rows = torch.stack([rows[:, 0], self._rotate(self._rotate(rows[:, 1]))], 1)  # read unrotated, written rotated
         parts = [rows[:0]]
         for tile in rows.split(self.layout.tile_tokens) if len(rows) else ():
             missing = self.layout.tile_tokens - len(tile)
             filled = torch.cat([tile, tile[-1:].expand(missing, -1, -1)])
-            page = encode_page(filled[:, 0], filled[:, 1], self.layout)
-            parts.append(torch.stack(decode_page(page, self.layout), 1)[: len(tile)])
+            page = encode_page(filled[:, 0], filled[:, 1], self.layout, tables=tables)
+            parts.append(torch.stack(decode_page(page, self.layout, tables=tables), 1)[: len(tile)])
         return torch.cat(parts)
 
     def _forget_cuts(self) -> None:
@@ -129,7 +132,7 @@ class LayerHistory:
         tile_tokens, sinks = self.layout.tile_tokens, self.layout.policy.sink_tokens
         is_seen, tokens = self._seen_since_cut(len(query))
         is_sealed = torch.zeros_like(is_seen)
-        if self.layout.sections is not None:
+        if self.layout.tile_format is not None:
             is_sealed = (tokens < self._positions(len(query)) // tile_tokens * tile_tokens) & (tokens >= sinks)
         sealed = self.sealed.shape[1]
         rows = torch.cat([self._padded(self.kept), self.sealed, self.staged], 1)
@@ -182,5 +185,9 @@ class LayerHistory:
         return (weights @ rows[:, None, :, 1]).permute(2, 0, 1, 3).flatten(1, 2)
 
     def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
-        value = self.layout.policy.value
-        return rows @ hadamard(self.layout.head_dim) if value is not None and value.rotate else rows
+        return rows @ hadamard(self.layout.head_dim) if self.layout.rotates else rows
+
+    def _tables(self, head: int) -> Tables:
+        """What a KV head has of the layer's tables."""
+        tile_format, tables = self.layout.tile_format, self._reference.tables
+        return tables_of_head(tables, tile_format, head) if tables and tile_format else {}

@@ -22,10 +22,11 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from kvserve.codecs.affine import Affine
 from kvserve.engine.sinks import SinkCache
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.base import Eviction, KeyCodec, Policy, ValueCodec
+from kvserve.policies.base import Eviction, Policy
 
 init_none_hash(sha256)
 
@@ -33,7 +34,7 @@ init_none_hash(sha256)
 def make_layout(sink_tokens: int, block_size: int = 64, eviction: Eviction | None = None) -> PageLayout:
     policy = Policy(
         name="test", summary="", tile_tokens=64, sink_tokens=sink_tokens,
-        key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=2), eviction=eviction,
+        key=Affine(bits=2, group_size=64), value=Affine(bits=2), eviction=eviction,
     )  # fmt: skip
     return PageLayout.build(policy, 64, block_size, torch.float32, num_layers=12)
 

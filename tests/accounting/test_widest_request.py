@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kvserve.accounting.admission import Admission
 from kvserve.accounting.plan import Cut, plan_eviction, policy_plan, widest_request, widest_under
+from kvserve.codecs.affine import Affine
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.base import Eviction, KeyCodec, Policy, ValueCodec
+from kvserve.policies.base import Eviction, Policy
 from kvserve.policies.loading import load_policy
 from kvserve.schedules.base import Limit
 from tests.eviction.test_schedules import simulate
@@ -27,8 +28,8 @@ NUM_LAYERS = 12
 def make_layout(schedule: dict[str, Any], tile_tokens: int = 64, tiles: int = 1, sinks: int = 0, **eviction: Any):
     limit = {"max_tokens": 300} if schedule["name"] == "over-budget" else {"rate": 4}
     policy = Policy(
-        name="test", summary="", tile_tokens=tile_tokens, sink_tokens=sinks, key=KeyCodec(bits=2, group_size=64),
-        value=ValueCodec(bits=2),
+        name="test", summary="", tile_tokens=tile_tokens, sink_tokens=sinks, key=Affine(bits=2, group_size=64),
+        value=Affine(bits=2),
         eviction=Eviction(**({"scorer": "key-norm", "budget": "uniform", "schedule": schedule} | limit | eviction)),
     )  # fmt: skip
     return PageLayout.build(policy, 64, tile_tokens * tiles, torch.float32, num_layers=NUM_LAYERS)

@@ -28,6 +28,7 @@ from kvserve.bench.simulation import (
     simulated_attention,
 )
 from kvserve.bench.stock_attention import StockAttention
+from kvserve.codecs.affine import Affine
 from kvserve.errors import ChildError, UsageError
 from kvserve.measuring.children import Child, describe_end
 from kvserve.measuring.engines import Generated
@@ -36,7 +37,7 @@ from kvserve.measuring.results import Row, SuiteResult, interleave, ratios, spre
 from kvserve.measuring.shape import ModelShape
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
-from kvserve.policies.base import KeyCodec, Policy
+from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.prose import Prose
 
@@ -431,9 +432,9 @@ def test_the_simulation_agrees_with_the_pages_it_does_not_know(name: str, head_d
     assert policy.key is not None and policy.value is not None
     layout = PageLayout.build(policy, head_dim, policy.tile_tokens, torch.float32)
     key, value = random_rows(1, 64, 1, head_dim), random_rows(1, 64, 2, head_dim)
-    stored = value[0] @ hadamard(head_dim) if policy.value.rotate else value[0]
+    stored = value[0] @ hadamard(head_dim) if policy.value.rotates else value[0]
     page_key, page_value = decode_page(encode_page(key[0], stored, layout, policy.sink_tokens), layout)
-    read = page_value @ hadamard(head_dim) if policy.value.rotate else page_value
+    read = page_value @ hadamard(head_dim) if policy.value.rotates else page_value
     sinks = policy.sink_tokens
     found = simulate_keys(key, policy.key, policy.tile_tokens, sinks)[0]
     assert (found[sinks:] - page_key[sinks:]).square().mean() < 1e-6
@@ -443,7 +444,7 @@ def test_the_simulation_agrees_with_the_pages_it_does_not_know(name: str, head_d
 def test_sinks_do_not_widen_the_range_of_their_group() -> None:
     key = random_rows(1, 64)
     key[:, :4] *= 1000
-    found = simulate_keys(key, KeyCodec(bits=4, group_size=64), 64, 4)
+    found = simulate_keys(key, Affine(bits=4, group_size=64), 64, 4)
     assert (found[:, 4:] - key[:, 4:]).abs().max() < 0.3
 
 
@@ -461,7 +462,7 @@ def test_quantised_values_stay_within_half_a_step() -> None:
 
 
 def test_an_unfinished_tile_stays_as_it_is() -> None:
-    policy = Policy(name="p", summary="", key=KeyCodec(bits=2, group_size=64), value=load_policy("kivi-2bit").value)
+    policy = Policy(name="p", summary="", key=Affine(bits=2, group_size=64), value=load_policy("kivi-2bit").value)
     assert policy.key is not None
     key = random_rows(1, 100)
     found = simulate_keys(key, policy.key, 64, 0)

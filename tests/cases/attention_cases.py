@@ -9,8 +9,10 @@ import torch
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.symmetric import Symmetric
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.base import KeyCodec, Policy, ValueCodec
+from kvserve.policies.base import Policy
 
 NUM_LAYERS = 2  # cells of another layer lie between this layer's, as in vLLM's BHLNC layout
 POISON = 0xFF  # a NaN in every dtype
@@ -23,10 +25,10 @@ def make_policy(family: str, tile_tokens: int = 64, sink_tokens: int = 4) -> Pol
     if family == "dense-pages":
         return Policy(name=family, summary="", tile_tokens=tile_tokens, sink_tokens=sink_tokens, dense_pages=True)
     key, value = {
-        "int8": (KeyCodec(bits=8, group_size=64), ValueCodec(bits=8)),
-        "kivi-4": (KeyCodec(bits=4, group_size=64), ValueCodec(bits=4, group_size=64)),
-        "kivi-2": (KeyCodec(bits=2, group_size=32), ValueCodec(bits=2, group_size=64)),
-        "boosted": (KeyCodec(bits=2, group_size=64, boost_fraction=0.25), ValueCodec(bits=2, rotate=True)),
+        "int8": (Affine(bits=8, group_size=64), Affine(bits=8)),
+        "kivi-4": (Affine(bits=4, group_size=64), Affine(bits=4, group_size=64)),
+        "kivi-2": (Affine(bits=2, group_size=32), Affine(bits=2, group_size=64)),
+        "boosted": (Affine(bits=2, group_size=64, boost_fraction=0.25), Symmetric(bits=2)),
     }[family]
     return Policy(name=family, summary=family, tile_tokens=tile_tokens, sink_tokens=sink_tokens, key=key, value=value)
 

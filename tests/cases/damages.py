@@ -9,6 +9,7 @@ import torch
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.native import NativeAttention
+from kvserve.codecs.affine_family import affine_family
 from kvserve.pages.kept import HEADER_BYTES
 from kvserve.pages.reference import hadamard
 from kvserve.scorers.rotary import Rotary
@@ -55,14 +56,15 @@ class After(Damage):
 
 def page(machine: Machine, request: Request, tile: int = TILE, head: int = HEAD, layer: int = DAMAGED_LAYER):
     """The bytes of one sealed page, writable."""
-    return machine.arena[request.row[machine.layout.tile_row(tile)], head, layer, : machine.layout.sections.size_bytes]
+    layout = machine.layout
+    return machine.arena[request.row[layout.tile_row(tile)], head, layer, : layout.tile_format.tile_bytes]
 
 
 def section(name: str, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype = torch.uint8) -> Damage:
     """Changes one part of the page: `change` gets its elements and returns them damaged."""
 
     def apply(machine: Machine, request: Request) -> None:
-        sections = machine.layout.sections
+        sections = affine_family(machine.layout.tile_format)
         starts = [getattr(sections, part) for part in sections.__dataclass_fields__]
         first = getattr(sections, name)
         part = page(machine, request)[first : min(start for start in starts if start > first)]

@@ -139,7 +139,7 @@ class Request:
         self.row = machine.take(layout.blocks_for(max_len))
         if other and shared:
             first, last = layout.tile_row(0), layout.tile_row(shared)
-            last = last if layout.sections is not None else shared
+            last = last if layout.tile_format is not None else shared
             self.row[first:last] = other.row[first:last]
         self.cuts: EvictionPlan | None = None
         if layout.policy.eviction:

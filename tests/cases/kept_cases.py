@@ -133,7 +133,7 @@ class KeptCase:
 
 
 def rotated(policy: Policy) -> bool:
-    return policy.value is not None and policy.value.rotate
+    return policy.value is not None and policy.value.rotates
 
 
 def coded(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:

@@ -33,7 +33,7 @@ def launch_plain(case: Case) -> None:
     attention = TritonAttention(case.layout, case.spec)
     case.run(attention)
     attention.attention_sums(case.query[:9], case.cells, ROW, 80, NOT_KEPT, 2)
-    if case.layout.sections:
+    if case.layout.tile_format:
         launch_received(attention, case)
 
 

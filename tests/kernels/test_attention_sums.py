@@ -60,7 +60,7 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def tokens_as_stored(layout: PageLayout, keys: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Keys [n, head_dim] of the tokens from `first` (a tile border) on: coded where their tile is full, else dense."""
     keys, size = keys.to(layout.dense_dtype).float(), layout.tile_tokens
-    if layout.sections is None:
+    if layout.tile_format is None:
         return keys
     parts, sealed = [], len(keys) // size * size
     for start in range(0, sealed, size):

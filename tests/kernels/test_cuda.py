@@ -27,6 +27,7 @@ from kvserve.attention import gpu
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.cuda import CudaAttention, load_library
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.codecs.affine_family import affine_family
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import arena_of, kept_page
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run
@@ -127,8 +128,8 @@ def test_any_bits_and_groups_match_the_reference(library: Path, key_bits: int, v
     policy = make_policy("kivi-2", 128 if key_group == 128 else 64, 8)
     policy = policy.model_copy(
         update={
-            "key": policy.key.model_copy(update={"bits": key_bits, "group_size": key_group}),
-            "value": policy.value.model_copy(update={"bits": value_bits, "group_size": value_group}),
+            "key": replace(policy.key, bits=key_bits, group_size=key_group),
+            "value": replace(policy.value, bits=value_bits, group_size=value_group),
         }
     )
     how = {"head_dim": 128, "model_dtype": torch.float16}
@@ -139,7 +140,7 @@ def test_any_bits_and_groups_match_the_reference(library: Path, key_bits: int, v
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_boosted_channels_match_the_reference_in_small_groups(library: Path, dtype: torch.dtype):
     policy = make_policy("boosted")
-    key = policy.key.model_copy(update={"boost_fraction": 0.5, "group_size": 32})
+    key = replace(policy.key, boost_fraction=0.5, group_size=32)
     policy = policy.model_copy(update={"key": key})
     case = build_case(policy, computed=[200], new_tokens=[1], head_dim=128, model_dtype=dtype, **SMALL)
     assert_close(decode(library, case), expected_of(case))
@@ -213,7 +214,7 @@ def test_attention_equals_a_plain_softmax_over_what_each_head_keeps(library: Pat
 @pytest.mark.parametrize("poison", [POISON, 0x7B])
 def test_the_unused_columns_of_a_page_are_never_visible(library: Path, poison: int):
     case = kept_case("kivi-2", torch.float16)
-    sections, size = case.layout.sections, case.layout.tile_tokens
+    sections, size = affine_family(case.layout.tile_format), case.layout.tile_tokens
     changed = case.arena.clone()
     for (layer, r), chosen in case.chosen.items():
         arena = arena_of(changed[:, :, layer], case.layout)

@@ -102,7 +102,7 @@ def test_decode_equals_a_plain_softmax_over_the_decoded_tokens(family: str):
     key, value = staged[:, 0, 0].clone(), staged[:, 0, 1].clone()
     for tile in range(tiles):
         index = layout.tail_blocks + tile + (layout.sink_blocks if tile else 0)
-        page = decode_page(case.cells[row[index], 0][: layout.sections.size_bytes], layout)
+        page = decode_page(case.cells[row[index], 0][: layout.tile_format.tile_bytes], layout)
         first, last = max(tile * 64, sinks), (tile + 1) * 64
         key[first:last], value[first:last] = (side[first - last :] for side in page)
     scores = case.query[0].double() @ key.double().T * case.spec.scale

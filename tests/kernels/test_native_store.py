@@ -13,6 +13,7 @@ from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import ISA_FLAGS, NativeAttention, available_isas, choose_isa, load_library
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.structs import KvsArena
+from kvserve.codecs.affine_family import affine_family
 from kvserve.pages.reference import decode_page
 from kvserve.policies.base import Policy
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
@@ -64,7 +65,7 @@ def test_stored_bytes_equal_the_reference_in_other_geometries(
 def test_rotated_pages_decode_to_the_reference_but_for_rare_ties(head_dim: int, isa: str):
     case, reference = stored_case(make_policy("boosted"), (0, 64), (192, 64), head_dim=head_dim)
     native = native_arena(case, isa)
-    size, block = case.layout.sections.size_bytes, case.batch.block_table[0, case.layout.tail_blocks]
+    size, block = case.layout.tile_format.tile_bytes, case.batch.block_table[0, case.layout.tail_blocks]
     for head in range(case.spec.num_kv_heads):
         pages = (arena[block, head][:size] for arena in (native, reference))
         (key, value), (key_ref, value_ref) = (decode_page(page, case.layout) for page in pages)
@@ -78,9 +79,9 @@ def test_rotated_pages_decode_to_the_reference_but_for_rare_ties(head_dim: int, 
 def test_the_boost_picks_the_lower_channel_among_equals(isa: str):
     case = build_case(make_policy("boosted", sink_tokens=0), computed=[0], new_tokens=[64])
     case.key[:] = case.key[:, :, :1].expand_as(case.key)
-    sections, block = case.layout.sections, case.batch.block_table[0, case.layout.tail_blocks]
-    index = native_arena(case, isa)[block, 0, sections.key_boost_index :][: case.layout.boost_channels]
-    assert index.tolist() == list(range(case.layout.boost_channels))
+    numbers, block = affine_family(case.layout.tile_format), case.batch.block_table[0, case.layout.tail_blocks]
+    index = native_arena(case, isa)[block, 0, numbers.key_boost_index :][: numbers.boost_channels]
+    assert index.tolist() == list(range(numbers.boost_channels))
 
 
 @pytest.mark.parametrize("isa", ISAS)

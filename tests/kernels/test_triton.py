@@ -16,6 +16,7 @@ from benchmarks.gpu_cases import FORMATS, layout_of
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.codecs.affine_family import affine_family
 from kvserve.kernels import decode
 from kvserve.pages.kept import NOT_KEPT
 from kvserve.pages.layout import PageLayout
@@ -135,7 +136,8 @@ def test_a_tile_of_keys_that_are_no_numbers_stays_in_its_page(head_dim: int):
     others = torch.arange(len(cells)) != block
     assert torch.equal(outside(cells), outside(case.cells)) and torch.equal(cells[others], case.cells[others])
     page = cells[block, 0]
-    index = page[layout.sections.key_boost_index :][: layout.boost_channels]
+    numbers = affine_family(layout.tile_format)
+    index = page[numbers.key_boost_index :][: numbers.boost_channels]
     assert (index < head_dim).all() and (index.diff() > 0).all()
 
 
@@ -175,16 +177,16 @@ def test_splits_depend_on_shapes_and_stay_within_the_table():
 def test_the_boost_picks_the_lower_channel_among_equals():
     case = build_case(make_policy("boosted", sink_tokens=0), computed=[0], new_tokens=[64], **SMALL)
     case.key[:] = case.key[:, :, :1].expand_as(case.key)
-    sections, block = case.layout.sections, case.batch.block_table[0, case.layout.tail_blocks]
-    index = run_case(case)[2][block, 0, sections.key_boost_index :][: case.layout.boost_channels]
-    assert index.tolist() == list(range(case.layout.boost_channels))
+    numbers, block = affine_family(case.layout.tile_format), case.batch.block_table[0, case.layout.tail_blocks]
+    index = run_case(case)[2][block, 0, numbers.key_boost_index :][: numbers.boost_channels]
+    assert index.tolist() == list(range(numbers.boost_channels))
 
 
 def test_rotated_pages_decode_to_the_reference_but_for_rare_ties():
     case = build_case(make_policy("boosted"), computed=[0], new_tokens=[64], num_kv_heads=2)
     reference, found = copy_cells(case.cells), run_case(case)[2]
     case.run(ReferenceAttention(case.layout, case.spec), reference)
-    block, size = case.batch.block_table[0, case.layout.tail_blocks], case.layout.sections.size_bytes
+    block, size = case.batch.block_table[0, case.layout.tail_blocks], case.layout.tile_format.tile_bytes
     for head in range(2):
         pages = (arena[block, head][:size] for arena in (found, reference))
         (key, value), (key_ref, value_ref) = (decode_page(page, case.layout) for page in pages)
@@ -280,7 +282,7 @@ def test_the_gpu_benchmark_names_what_it_lacks(capsys: pytest.CaptureFixture[str
 def test_the_benchmark_times_the_formats_of_the_policies():
     for name in FORMATS:
         layout = layout_of(name, 128, torch.bfloat16)
-        assert layout.sections == PageLayout.build(load_policy(name), 128, 64, torch.bfloat16).sections
+        assert layout.tile_format == PageLayout.build(load_policy(name), 128, 64, torch.bfloat16).tile_format
         assert layout.policy.sink_tokens == load_policy(name).sink_tokens
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from kvserve.attention.base import Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.codecs.affine_family import affine_family
 from kvserve.pages.kept import arena_of, kept_page
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run
 
@@ -156,7 +157,7 @@ def test_the_probabilities_of_a_kv_heads_queries_sum_to_their_number():
 @pytest.mark.parametrize("family", ["boosted", "dense-pages"])
 def test_the_unused_columns_of_a_page_are_never_visible(family: str, poison: int):
     case = kept_case(family)
-    sections, size = case.layout.sections, case.layout.tile_tokens
+    sections, size = affine_family(case.layout.tile_format), case.layout.tile_tokens
     changed = case.arena.clone()
     for (layer, r), chosen in case.chosen.items():
         arena = arena_of(changed[:, :, layer], case.layout)

@@ -10,9 +10,11 @@ import torch
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.codecs.affine_family import affine_family
+from kvserve.codecs.packing import pack_codes, unpack_codes
 from kvserve.pages.kept import Header, Kept, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, unpack_codes
+from kvserve.pages.reference import decode_page, encode_page, hadamard
 from tests.cases.attention_cases import POISON, build_case, make_batch, make_policy
 from tests.cases.kept_cases import (
     ABSURD,
@@ -180,7 +182,7 @@ def test_stale_blocks_and_unused_bytes_never_reach_the_result(family: str, asks:
 @pytest.mark.parametrize("asks", [DECODE, EXTEND], ids=["decode", "extend"])
 def test_the_unused_columns_of_a_page_are_never_visible(asks: tuple[Ask, ...], isa: str):
     case = kept_case("boosted", asks)
-    sections, size = case.layout.sections, case.layout.tile_tokens
+    sections, size = affine_family(case.layout.tile_format), case.layout.tile_tokens
     changed, head_dim = case.arena.clone(), case.layout.head_dim
     for (layer, r), chosen in case.chosen.items():
         arena = arena_of(changed[:, :, layer], case.layout)
@@ -263,7 +265,7 @@ def test_a_kept_page_is_where_the_numbering_says():
     layout = PageLayout.build(make_policy("kivi-2"), 64, 128, torch.float32, state_blocks=1)
     attention = ReferenceAttention(layout, LayerSpec(2, 2, 1.0))
     arena = torch.full((9, 2, NUM_LAYERS, layout.cell_bytes), POISON, dtype=torch.uint8)
-    size = layout.sections.size_bytes
+    size = layout.tile_format.tile_bytes
     keys = [torch.randn(130, 64), torch.randn(1, 64)]
     attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], keys, keys)
     # 12 pages a block: [layer][kv_head][page of the cell]; head 0 has pages 11, 12, 13 and head 1 page 7.

@@ -7,10 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvserve.codecs.affine import Affine
+from kvserve.codecs.affine_family import AffineFamily, affine_family
+from kvserve.codecs.min_max import quantise_min_max
+from kvserve.codecs.packing import pack_codes, unpack_codes
+from kvserve.codecs.symmetric import Symmetric
+from kvserve.codecs.tile import Half, TileShape
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.reference import decode_page, encode_page, hadamard, pack_codes, quantise_min_max, unpack_codes
-from kvserve.policies.base import KeyCodec, Policy, ValueCodec
+from kvserve.pages.reference import decode_page, encode_page, hadamard
+from kvserve.policies.base import Policy
 from tests.cases.attention_cases import make_policy
 
 FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
@@ -18,6 +24,10 @@ FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
 
 def build(family: str, head_dim: int = 64, tile_tokens: int = 64, dtype: torch.dtype = torch.float32) -> PageLayout:
     return PageLayout.build(make_policy(family, tile_tokens), head_dim, tile_tokens, dtype)
+
+
+def numbers_of(layout: PageLayout) -> AffineFamily:
+    return affine_family(layout.tile_format)
 
 
 def random_tile(layout: PageLayout, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,10 +84,10 @@ def test_a_decoded_key_is_within_half_a_step_of_its_group(family: str, head_dim:
     layout = build(family, head_dim)
     key, value = random_tile(layout)
     decoded, _ = decode_page(encode_page(key, value, layout), layout)
-    groups = key.view(-1, layout.key_group, head_dim)
+    groups = key.view(-1, numbers_of(layout).key_group, head_dim)
     spread = (groups.amax(1) - groups.amin(1))[:, None]
     levels = torch.full((head_dim,), 2.0**layout.policy.key.bits - 1)
-    widest = (key.amax(0) - key.amin(0)).argsort(descending=True)[: layout.boost_channels]
+    widest = (key.amax(0) - key.amin(0)).argsort(descending=True)[: numbers_of(layout).boost_channels]
     levels[widest] = 15.0
     # Half a step, and the rounding of scale and low to float16 (relative 2^-11 of the largest magnitudes).
     bound = spread / levels / 2 + 2**-10 * (spread + groups.abs().amax(1, keepdim=True))
@@ -93,9 +103,12 @@ def test_an_offset_of_a_channel_costs_nothing_once_its_rows_are_16_bit(family: s
     key, value = random_tile(layout)
     key = (key * max(1.0, abs(offset) / 100) + offset).to(dtype).float()
     decoded, _ = decode_page(encode_page(key, value, layout), layout)
-    groups, top = key.view(-1, layout.key_group, layout.head_dim), 2**layout.policy.key.bits - 1
+    groups, top = (
+        key.view(-1, numbers_of(layout).key_group, layout.head_dim),
+        2**layout.policy.key.bits - 1,
+    )
     step = (groups.amax(1) - groups.amin(1))[:, None] / top
-    widest = (key.amax(0) - key.amin(0)).argsort(descending=True, stable=True)[: layout.boost_channels]
+    widest = (key.amax(0) - key.amin(0)).argsort(descending=True, stable=True)[: numbers_of(layout).boost_channels]
     step[..., widest] /= 5  # 15 steps instead of 3
     # Half a step; 2^-11 of what the scale's rounding adds up to over the codes; and the sums of float32.
     bound = step * (0.5 + top * 2**-11) + 2**-22 * groups.abs()
@@ -108,7 +121,7 @@ def test_a_decoded_value_is_within_half_a_step_of_its_group(family: str, head_di
     layout = build(family, head_dim)
     key, value = random_tile(layout)
     _, decoded = decode_page(encode_page(key, value, layout), layout)
-    groups = value.view(layout.tile_tokens, -1, layout.value_group)
+    groups = value.view(layout.tile_tokens, -1, numbers_of(layout).value_group)
     spread = (groups.amax(-1) - groups.amin(-1))[..., None]
     bound = spread / (2**layout.policy.value.bits - 1) / 2 + 2**-10 * (spread + groups.abs().amax(-1, keepdim=True))
     assert ((decoded - value).view_as(groups).abs() <= bound).all()
@@ -116,7 +129,7 @@ def test_a_decoded_value_is_within_half_a_step_of_its_group(family: str, head_di
 
 @pytest.mark.parametrize(("bits", "distortion"), [(2, 0.1188), (4, 0.01154), (8, 0.0001)])
 def test_a_rotated_value_has_the_distortion_of_the_optimal_uniform_quantiser(bits: int, distortion: float):
-    policy = Policy(name="p", summary="", key=KeyCodec(bits=2, group_size=64), value=ValueCodec(bits=bits, rotate=True))
+    policy = Policy(name="p", summary="", key=Affine(bits=2, group_size=64), value=Symmetric(bits=bits))
     layout = PageLayout.build(policy, 256, 64, torch.float32)
     key, value = random_tile(layout)
     _, decoded = decode_page(encode_page(key, value, layout), layout)
@@ -190,6 +203,11 @@ def test_pages_cost_what_the_policy_promises():
 
 def test_value_groups_are_the_policys_or_the_largest_that_divide_a_head():
     kivi, whole = make_policy("kivi-2"), make_policy("int8")
-    groups = [PageLayout.build(kivi, head_dim, 64, torch.float32).value_group for head_dim in (64, 96, 128, 160, 192)]
-    assert groups == [64, 32, 64, 32, 64]
-    assert PageLayout.build(whole, 96, 64, torch.float32).value_group == 96
+    assert [kivi.value.grouping(TileShape(Half.VALUE, 64, d)).size for d in (64, 96, 128, 160, 192)] == [
+        64,
+        32,
+        64,
+        32,
+        64,
+    ]
+    assert whole.value.grouping(TileShape(Half.VALUE, 64, 96)).size == 96

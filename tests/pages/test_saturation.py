@@ -11,7 +11,8 @@ import torch
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.saturation import rows_beyond_range
-from kvserve.pages.reference import FLOAT16_MAX, hadamard
+from kvserve.codecs.base import FLOAT16_MAX
+from kvserve.pages.reference import hadamard
 from tests.cases.attention_cases import Case, build_case, make_policy
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvserve.errors import PolicyError
+from kvserve.checks import ServeOptions, check_options
+from kvserve.errors import PolicyError, UnsupportedError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy, policy_content, policy_from_config
 from kvserve.policies.registry import configs_dir, policy_names, shipped_path
@@ -47,7 +48,7 @@ def test_overrides_apply_in_order():
         "kivi-2bit", ["sink_tokens=0", "key.bits=4", "value.group_size=0", "value.rotate=true", "key.bits=8"]
     )
     assert policy.key and policy.value
-    assert (policy.sink_tokens, policy.key.bits, policy.value.rotate) == (0, 8, True)
+    assert (policy.sink_tokens, policy.key.bits, policy.value.rotates) == (0, 8, True)
     assert load_policy("kivi-2bit").sink_tokens == 8
 
 
@@ -72,7 +73,7 @@ def test_an_override_can_make_a_dense_policy_of_a_codec():
         (["value.rotate=maybe"], ["value.rotate is 'maybe'", "true or false"]),
         (["value.rotate=true"], ["value.group_size", "rotate"]),
         (["key.boost_fraction=0.3"], ["key.boost_fraction is 0.3", "0, 0.25, 0.5"]),
-        (["key=4"], ["key is 4", "bits, group_size, boost_fraction"]),
+        (["key=4"], ["key is 4", "{name: affine, bits: 4, group_size: 64}"]),
         (["sink_token=1"], ["unknown key 'sink_token'", "did you mean 'sink_tokens'", "tile_tokens"]),
         (["key.bit=4"], ["unknown key 'key.bit'", "did you mean 'key.bits'"]),
         (["sink_tokens.bits=4"], ["unknown key 'sink_tokens.bits'"]),
@@ -89,7 +90,8 @@ def test_a_bad_override_is_one_sentence_with_the_allowed_values(overrides, parts
 
 
 def test_setting_half_a_codec_on_the_dense_policy_names_what_is_missing():
-    assert "key.group_size is missing, it must be one of 32, 64, 128" in error_of("none", "key.bits=4")
+    assert "key.bits is missing, it must be one of 2, 4, 8" in error_of("none", "key.group_size=64")
+    assert "give both key and value" in error_of("none", "key.bits=4")
 
 
 def test_an_unknown_policy_lists_all_and_guesses():
@@ -179,6 +181,107 @@ def test_policies_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         load_policy("int8").sink_tokens = 3  # type: ignore[misc]
     assert isinstance(load_policy("int8"), Policy)
+
+
+# Codecs
+
+WRAPPED = """
+name: wrapped
+summary: s
+key: {name: before-rope, inner: {name: outliers, fraction: 0.01, inner: {name: table, bits: 3}}}
+value: {name: low-rank, rank: 4, inner: {name: symmetric, bits: 2}}
+"""
+
+
+def wrapped(tmp_path: Path, *overrides: str) -> Policy:
+    path = tmp_path / "wrapped.yaml"
+    path.write_text(WRAPPED)
+    return load_policy(str(path), overrides)
+
+
+def test_codecs_are_chosen_by_name_and_nest(tmp_path):
+    policy = wrapped(tmp_path)
+    assert [codec.name for codec in policy.key.chain()] == ["before-rope", "outliers", "table"]
+    assert [codec.name for codec in policy.value.chain()] == ["low-rank", "symmetric"] and policy.value.rotates
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+    assert wrapped(tmp_path, "key.inner.inner.bits=4", "value.rank=2").key.inner.inner.bits == 4
+
+
+def test_a_codec_without_a_name_is_affine_and_rotate_stands_for_symmetric():
+    policy = load_policy("boost-2bit")
+    assert (policy.key.name, policy.value.name) == ("affine", "symmetric")
+    assert load_policy("boost-2bit", ["value.rotate=false"]).value.name == "affine"
+    assert load_policy("boost-2bit", ["value.name=symmetric"]) == policy
+    content = policy_content(policy)
+    assert content["key"] == {"bits": 2, "group_size": 64, "boost_fraction": 0.25}
+    assert content["value"] == {"name": "symmetric", "bits": 2}
+    assert policy_from_config({"policy": content, "set": {"value.rotate": False}}).value.name == "affine"
+
+
+def test_layers_may_have_codecs_of_any_name():
+    layers = {
+        0: {"key": {"name": "vector", "couple": 4}, "value": {"name": "table", "bits": 3}},
+        -1: "int8",
+        1: "dense",
+    }
+    policy = policy_from_config({"policy": "kivi-2bit", "set": {"layers": layers}})
+    first, second, *_, last = policy.of_layers(4)
+    assert (first.key.name, first.value.name) == ("vector", "table") and second.key is None and last.key.bits == 8
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("key.name=affin", ["there is no codec 'affin'", "before-rope, low-rank"]),
+        ("key.inner.fraction=0.5", ["fraction must be above 0 and at most 0.25"]),
+        ("key.inner.inner.bits=8", ["key.inner.inner.bits is 8, it must be one of 2, 3, 4"]),
+        ("key.inner.inner.bit=4", ["unknown key 'key.inner.inner.bit'", "did you mean 'key.inner.inner.bits'"]),
+        ("key.inner.inner=null", ["key.inner.inner is empty", "a codec's name and parameters"]),
+        ("value.inner={bits: 2, group_size: 31}", ["value.inner.group_size is 31, it must be one of 0, 32, 64, 128"]),
+        ("value.rank=3", ["value.rank is 3, it must be one of 1, 2, 4, 8"]),
+        ("value.name=before-rope", ["unknown key 'value.rank'", "value.rotary_dim"]),
+        ("value={name: before-rope, inner: {bits: 2}}", ["before-rope writes keys only", "another codec for value"]),
+        ("key={name: symmetric, bits: 2}", ["symmetric writes values only", "another codec for key"]),
+        ("key={name: low-rank, rank: 1}", ["key.inner is missing", "a codec's name and parameters"]),
+        ("tile_tokens=63", ["tile_tokens is 63"]),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused_in_one_sentence(tmp_path, override, parts):
+    with pytest.raises(PolicyError) as caught:
+        wrapped(tmp_path, override)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_codecs_nest_four_deep_and_no_deeper(tmp_path):
+    inner = "{name: outliers, fraction: 0.01, inner: " * 4 + "{bits: 2}" + "}" * 4
+    with pytest.raises(PolicyError, match="nest at most 4"):
+        wrapped(tmp_path, f"value={inner}")
+    deep: dict = {"bits": 2}
+    for _ in range(5000):
+        deep = {"name": "outliers", "fraction": 0.01, "inner": deep}
+    with pytest.raises(PolicyError, match="nest at most 4"):
+        policy_from_config({"policy": "kivi-2bit", "set": {"value": deep}})
+
+
+def test_evicted_pages_keep_no_positions(tmp_path):
+    eviction = "eviction={scorer: key-norm, budget: uniform, rate: 4}"
+    with pytest.raises(PolicyError, match="a key of before-rope is read with its position"):
+        wrapped(tmp_path, eviction)
+    assert wrapped(tmp_path, eviction, "key={bits: 2, group_size: 64}").eviction
+
+
+def test_codecs_that_only_the_reference_reads_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UnsupportedError, match="writes keys with before-rope, which no kernels read yet; use affine"):
+        check_options(ServeOptions(), wrapped(tmp_path))
+    token = load_policy("kivi-2bit", ["key.axis=token"])
+    with pytest.raises(UnsupportedError, match="writes keys with affine"):
+        check_options(ServeOptions(), token)
+    layers = {0: {"key": {"bits": 2}, "value": {"name": "vector", "couple": 4}}}
+    with pytest.raises(UnsupportedError, match="writes values with vector"):
+        check_options(ServeOptions(), policy_from_config({"policy": "kivi-2bit", "set": {"layers": layers}}))
+    for name in policy_names():
+        check_options(ServeOptions(), load_policy(name))
 
 
 # Policies that evict
