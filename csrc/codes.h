@@ -1,4 +1,4 @@
-// Dot products over packed codes (kvserve/pages/reference.py), 16 * SUBS columns and H heads at a time, in integers.
+// Dot products over packed codes (kvserve/codecs/packing.py), 16 * SUBS columns and H heads at a time, in integers.
 //
 // A byte holds 8 / BITS codes of one row, one per plane; they are masked in place, so plane k enters as
 // code << (BITS * k) and its sum is scaled back at the end. Factors are bounded so that every sum fits int32.

@@ -1,4 +1,4 @@
-"""Writing one sealed page, and dense slots: the device functions of `encode_page` (kvserve/pages/reference.py)."""
+"""Writing one sealed page, and dense slots: the device functions of `encode_page` (kvserve/codecs/format.py)."""
 
 from __future__ import annotations
 

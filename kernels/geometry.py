@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kvserve.codecs.format import TileFormat
-from kvserve.codecs.layer_tables import LayerTables, check_tables, table_specs
+from kvserve.codecs.layer_tables import LayerTables, table_specs
 from kvserve.codecs.tile import Half
 from kvserve.kernels.codecs.chain import FIELDS, NO_TABLES, CodecTables, HalfFormat, HalfTables
 from kvserve.pages.head_dims import rotation_dim
@@ -116,16 +116,11 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     )  # fmt: skip
 
 
-def codec_tables_of(layout: PageLayout, tables: LayerTables, num_kv_heads: int) -> CodecTables:
-    """The tables that kernels read of a layer, contiguous.
-
-    Raises:
-        ValueError: one is missing, or has the wrong shape or dtype.
-    """
+def codec_tables_of(layout: PageLayout, tables: LayerTables) -> CodecTables:
+    """The tables that kernels read of a layer; those have been checked, and are contiguous."""
     tile_format = layout.tile_format
     if tile_format is None or tile_format.key is None:
         return NO_TABLES
-    check_tables(tables, tile_format, num_kv_heads)
     halves: dict[str, dict[str, Any]] = {half: {} for half in Half}
     for name in table_specs(tile_format):
         half, _, word = name.split(".")

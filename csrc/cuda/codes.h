@@ -1,6 +1,6 @@
 // From the codes of a sealed page to the A fragments of mma.m16n8k16, by shifts and masks alone.
 //
-// The page layout (kvserve/pages/reference.py) already is a fragment order. A 32-bit word holds, for one of the 16
+// The page layout (kvserve/codecs/packing.py) already is a fragment order. A 32-bit word holds, for one of the 16
 // columns of each plane, four consecutive rows, one per byte. Let lane (g, t) of the warp load the words of columns 2g
 // and 2g + 1 of row quad 4s + t. In product number s, over the rows [16s, 16s + 16) of a tile of 16 columns, number
 // both so that

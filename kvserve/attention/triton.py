@@ -45,10 +45,9 @@ class TritonAttention(PagedAttention):
     decode_kernels = "triton"  # which ones attend in steps of one token
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None):
-        super().__init__(layout, spec)
+        super().__init__(layout, spec, {name: table.contiguous() for name, table in (tables or {}).items()})
         self.geometry = geometry_of(layout, spec)
-        self._layer_tables = {name: table.contiguous() for name, table in (tables or {}).items()}
-        self.codec_tables = codec_tables_of(layout, self._layer_tables, spec.num_kv_heads)
+        self.codec_tables = codec_tables_of(layout, self.tables)
 
     def stage(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         check_rows("key", key, self.spec.num_kv_heads, self.layout.head_dim)

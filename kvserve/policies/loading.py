@@ -200,7 +200,9 @@ def _settable_keys() -> list[str]:
     keys = []
     for name, field in Policy.model_fields.items():
         nested = _nested_model(field)
-        if nested is not None:
+        if name in _HALVES:
+            keys += [f"{name}.{inner}" for inner in _codec_fields({})]  # of the codec that needs no name
+        elif nested is not None:
             keys += [f"{name}.{inner}" for inner in nested.model_fields]
         elif name not in _DESCRIPTIVE:
             keys.append(name)

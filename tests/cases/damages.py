@@ -9,7 +9,7 @@ import torch
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.native import NativeAttention
-from kvserve.codecs.affine_family import affine_family
+from kvserve.codecs.tile import Half
 from kvserve.pages.kept import HEADER_BYTES
 from kvserve.pages.reference import hadamard
 from kvserve.scorers.rotary import Rotary
@@ -61,13 +61,13 @@ def page(machine: Machine, request: Request, tile: int = TILE, head: int = HEAD,
 
 
 def section(name: str, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype = torch.uint8) -> Damage:
-    """Changes one part of the page: `change` gets its elements and returns them damaged."""
+    """Changes one section of the page ("key_codes"): `change` gets its elements and returns them damaged."""
+    half, _, own = name.partition("_")
 
     def apply(machine: Machine, request: Request) -> None:
-        sections = affine_family(machine.layout.tile_format)
-        starts = [getattr(sections, part) for part in sections.__dataclass_fields__]
-        first = getattr(sections, name)
-        part = page(machine, request)[first : min(start for start in starts if start > first)]
+        _, places = machine.layout.tile_format.half(Half(half))
+        (place,) = [place for place in places if place.section.name == own]
+        part = page(machine, request)[place.offset :][: place.section.size_bytes]
         part[:] = change(part.clone().view(dtype)).contiguous().view(torch.uint8)
 
     return InArena(apply)
