@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvserve.codecs.affine_family import is_in_family
+from kvserve.codecs.tile import TileShape
 from kvserve.errors import UnsupportedError
 from kvserve.native import has_cpu_kernels
-from kvserve.pages.head_dims import DENSE_HEAD_DIMS, check_compressed
+from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS, DENSE_HEAD_DIMS, check_compressed
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import check_rate
 
@@ -62,7 +63,6 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
     Raises:
         UnsupportedError: naming the option to drop.
     """
-    check_codecs(policy)
     check_cache_dtype(options, policy)
     if options.kv_cache_dtype_skip_layers:
         raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
@@ -172,17 +172,26 @@ def choose_kernels(asked: str, device_type: str) -> str:
     )
 
 
-def check_codecs(policy: Policy) -> None:
-    """Refuse a policy with codecs that only the reference of the kernels reads.
+def check_codecs(policy: Policy, kernels: str) -> None:
+    """Refuse a policy with codecs that an engine's kernels do not read, or whose tables it does not have.
+
+    Args:
+        kernels: those in effect, a name of KERNELS.
 
     Raises:
         UnsupportedError: naming codecs that work.
     """
     for half, codec in policy.codecs:
-        if not is_in_family(codec, half):
+        whole = f"policy {policy.name} writes {half}s with {codec.name}"
+        if kernels == "native" and not is_in_family(codec, half):
             raise UnsupportedError(
-                f"policy {policy.name} writes {half}s with {codec.name}, which no kernels read yet; use affine codecs, "
-                "for example codec: kivi-2bit"
+                f"{whole}, which the native kernels do not read yet; use affine codecs, for example codec: kivi-2bit"
+            )
+        shape = TileShape(half, policy.tile_tokens, COMPRESSED_HEAD_DIMS[0])
+        if tables := codec.tables(shape):
+            raise UnsupportedError(
+                f"{whole}, which reads {', '.join(tables)}, and engines have no tables yet; use codecs without, for "
+                "example codec: kivi-2bit"
             )
 
 

@@ -166,8 +166,8 @@ class TritonAttention(PagedAttention):
         if not isinstance(batch.native, int):
             check_batch(batch)
             batch.native = batch.max_query_len or int(batch.query_start_loc.diff().max())
-        if self._layer_tables:
-            check_device(cells=cells, **self._layer_tables)
+        if self.tables:
+            check_device(cells=cells, **self.tables)
         return Tables.of(self.layout, cells, batch, batch.native, self.codec_tables)
 
     def _rotate(self, values: torch.Tensor) -> torch.Tensor:

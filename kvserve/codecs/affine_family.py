@@ -36,8 +36,8 @@ def affine_family(tile_format: TileFormat) -> AffineFamily:
     """
     key, value = tile_format.key, tile_format.value
     shape = tile_format.shape(Half.KEY), tile_format.shape(Half.VALUE)
-    assert key is not None and value is not None
-    if not (is_in_family(key, Half.KEY) and is_in_family(value, Half.VALUE)):
+    assert key is not None and value is not None, "a dense tile has no codecs"
+    if not in_family(tile_format):
         raise ValueError(f"kernels read affine and symmetric codecs, not {key.name} keys with {value.name} values")
     keys, values = ({p.section.name: p.offset for p in places} for places in (tile_format.keys, tile_format.values))
     last = tile_format.values[-1]
@@ -51,6 +51,12 @@ def affine_family(tile_format: TileFormat) -> AffineFamily:
         keys["codes"], keys.get("boost_codes", values["codes"]), values["codes"], keys["scales"], values["scales"],
         keys.get("boost_index", end),
     )  # fmt: skip
+
+
+def in_family(tile_format: TileFormat) -> bool:
+    """Whether both codecs of a tile are of the family; not those of a dense tile."""
+    halves = ((tile_format.key, Half.KEY), (tile_format.value, Half.VALUE))
+    return all(codec is not None and is_in_family(codec, half) for codec, half in halves)
 
 
 def is_in_family(codec: Codec, half: Half) -> bool:
