@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvserve.codecs.affine_family import is_in_family
 from kvserve.codecs.tile import TileShape
 from kvserve.errors import UnsupportedError
 from kvserve.native import has_cpu_kernels
@@ -172,26 +171,18 @@ def choose_kernels(asked: str, device_type: str) -> str:
     )
 
 
-def check_codecs(policy: Policy, kernels: str) -> None:
-    """Refuse a policy with codecs that an engine's kernels do not read, or whose tables it does not have.
-
-    Args:
-        kernels: those in effect, a name of KERNELS.
+def check_codecs(policy: Policy) -> None:
+    """Refuse a policy with codecs whose tables an engine does not have.
 
     Raises:
         UnsupportedError: naming codecs that work.
     """
     for half, codec in policy.codecs:
-        whole = f"policy {policy.name} writes {half}s with {codec.name}"
-        if kernels == "native" and not is_in_family(codec, half):
-            raise UnsupportedError(
-                f"{whole}, which the native kernels do not read yet; use affine codecs, for example codec: kivi-2bit"
-            )
         shape = TileShape(half, policy.tile_tokens, COMPRESSED_HEAD_DIMS[0])
         if tables := codec.tables(shape):
             raise UnsupportedError(
-                f"{whole}, which reads {', '.join(tables)}, and engines have no tables yet; use codecs without, for "
-                "example codec: kivi-2bit"
+                f"policy {policy.name} writes {half}s with {codec.name}, which reads {', '.join(tables)}, and engines "
+                "have no tables yet; use codecs without, for example codec: kivi-2bit"
             )
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from kvserve.attention.structs import tile_format_of
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.symmetric import Symmetric
@@ -46,7 +45,7 @@ def uncovered_by_cuda(layout: PageLayout) -> str | None:
 
 
 def _other_codecs(layout: PageLayout) -> str | None:
-    tile_format = tile_format_of(layout)
+    tile_format = layout.tile_format
     if tile_format is None or tile_format.dense_dtype is not None:
         return "dense"
     words = [f"{half[0].upper()} {word}" for half in Half if (word := _other_codec(tile_format, half))]
@@ -75,5 +74,5 @@ def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: t
     if layout.policy.layers or _other_codecs(layout):
         return "triton"
     key, value = layout.policy.key, layout.policy.value
-    assert key is not None and value is not None
+    assert isinstance(key, Affine) and isinstance(value, Affine | Symmetric)
     return "cuda" if Format(capability, layout.head_dim, key.bits, value.bits) in CUDA_IS_FASTER else "triton"

@@ -39,9 +39,8 @@ from kvserve.attention.structs import (
     kvs_received,
     kvs_rows,
     rotary_positions,
-    tile_format_of,
 )
-from kvserve.codecs.layer_tables import LayerTables, check_tables
+from kvserve.codecs.layer_tables import LayerTables
 from kvserve.native import LIBRARY_DIR, library_path
 from kvserve.pages.kept import (
     NOT_KEPT,
@@ -73,14 +72,10 @@ class NativeAttention(PagedAttention):
     """
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, isa: str | None = None, tables: LayerTables | None = None):
-        super().__init__(layout, spec)
-        self.tables = tables or {}
-        tile_format = tile_format_of(layout)
-        if tile_format is not None:
-            check_tables(self.tables, tile_format, spec.num_kv_heads)
+        super().__init__(layout, spec, tables)
         self._library = load_library(isa or choose_isa())
         self._layout = kvs_layout(layout, spec, self.tables)
-        self._positions = rotary_positions(self.tables, tile_format)
+        self._positions = rotary_positions(self.tables, layout.tile_format)
         self._arena_struct = KvsArena()
         self._beyond = rows_beyond_range(torch.device("cpu"))
 

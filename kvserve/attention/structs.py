@@ -10,7 +10,6 @@ from kvserve.attention.base import Batch, LayerSpec, Received, check_rows
 from kvserve.codecs.base import MAX_PARAMS, MAX_STAGES
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.layer_tables import KV_HEADS, POSITIONS, LayerTables, table_specs
-from kvserve.codecs.registry import make_codec
 from kvserve.codecs.tile import Half
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import PageLayout
@@ -93,7 +92,7 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
         sliding_window=spec.sliding_window or 0,
         scale=spec.scale,
     )
-    tile_format = tile_format_of(layout)
+    tile_format = layout.tile_format
     if tile_format is None:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
@@ -164,16 +163,3 @@ def kvs_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> Kv
     """Rows [tokens, num_heads, head_dim], checked; they must outlive what is returned."""
     check_rows(name, rows, num_heads, head_dim)
     return KvsRows(rows.data_ptr(), rows.stride(0), rows.stride(1), DTYPE_CODES[rows.dtype])
-
-
-def tile_format_of(layout: PageLayout) -> TileFormat | None:
-    """The bytes of a layout's pages; None for the dense policy."""
-    if hasattr(layout, "tile_format"):
-        return layout.tile_format
-    policy = layout.policy
-    if layout.sections is None:
-        return None
-    if policy.key is None or policy.value is None:
-        return TileFormat.dense(layout.tile_tokens, layout.head_dim, layout.dense_dtype)
-    key, value = make_codec(policy.key.model_dump()), make_codec(policy.value.model_dump())
-    return TileFormat.of(key, value, layout.tile_tokens, layout.head_dim)

@@ -62,7 +62,8 @@ def launch(
     args = _parse(arguments)
     from kvserve.engine.device import device_type
 
-    check_codecs(policy, choose_kernels(kernels, device_type()))
+    choose_kernels(kernels, device_type())
+    check_codecs(policy)
     configure(args, policy, kernels, device_type(), self_test)
     check_resolved_model(args, policy)
 

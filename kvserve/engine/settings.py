@@ -69,7 +69,7 @@ class EngineSettings:
         check_vllm_version()
         policy, asked = policy_from_config(section), section.get("kernels", "auto")
         kernels = choose_kernels(asked, device_type())
-        check_codecs(policy, kernels)
+        check_codecs(policy)
         if device_type() == "cuda":
             check_gpu(vllm_config)
         # The model first: vLLM sets options itself where a model needs them, which nobody could drop.
