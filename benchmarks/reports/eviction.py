@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of docs/eviction.md and the picture docs/quality-vs-memory.png, from the records in benchmarks/results.
+"""docs/eviction-results.md's tables and docs/quality-vs-memory.png, from the records in benchmarks/results.
 
     python -m benchmarks.reports.eviction
 
@@ -20,7 +20,7 @@ from benchmarks.reports.documents import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results"
-DOCUMENT, PICTURE = ROOT / "docs" / "eviction.md", ROOT / "docs" / "quality-vs-memory.png"
+DOCUMENT, PICTURE = ROOT / "docs" / "eviction-results.md", ROOT / "docs" / "quality-vs-memory.png"
 Z = 1.959964  # of a 95 % interval
 RESAMPLES = 2000
 PARTNERS = {"h2o": "observed-attention"}  # presses that have another name than the policy

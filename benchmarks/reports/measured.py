@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""README's table "Measured" and docs/records.md, from benchmarks/published.yaml and the files in benchmarks/results.
+"""docs/measured.md, docs/records.md and README's table of policies, from the files in benchmarks/results.
 
-python -m benchmarks.reports.measured
+    python -m benchmarks.reports.measured
+
+benchmarks/published.yaml has the rows of docs/measured.md, choices.py those of README.
 """
 
 import json
@@ -12,12 +14,14 @@ from typing import Any
 
 import yaml
 
+from benchmarks.reports import choices
 from benchmarks.reports.documents import command_of, fill
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results"
 PUBLISHED = ROOT / "benchmarks" / "published.yaml"
-README, RECORD_LIST = ROOT / "README.md", ROOT / "docs" / "records.md"
+README = ROOT / "README.md"
+MEASURED, RECORD_LIST = ROOT / "docs" / "measured.md", ROOT / "docs" / "records.md"
 IS_MET = {">=": operator.ge, "<=": operator.le}
 
 
@@ -67,7 +71,7 @@ def _describe(machine: dict[str, Any]) -> str:
 
 
 def table(published: list[dict[str, Any]]) -> str:
-    """README's tables, one for each machine.
+    """The tables of docs/measured.md, one for each machine.
 
     Raises:
         SystemExit: no machine has the files of a row.
@@ -106,7 +110,7 @@ def _table_of(machine: str, published: list[dict[str, Any]], shown: set[int]) ->
             name: Figure.find(f"{machine}-{name_of}", *rest) for name, (name_of, *rest) in row["figures"].items()
         }
         what, measured = (row.get(name, "").format(**figures) for name in ("what", "measured"))
-        link = f"[{file}](benchmarks/results/{machine}-{file}.json)"
+        link = f"[{file}](../benchmarks/results/{machine}-{file}.json)"
         lines.append(f"| {what} | {row['policy']} | {measured} | {_aim(row, figures)} | {link} |")
     return lines
 
@@ -130,14 +134,18 @@ def record_list() -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Both documents with their tables made anew."""
+    """The documents with their tables made anew."""
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    contents = {README: ("measured", table(published)), RECORD_LIST: ("records", record_list())}
+    contents = {
+        README: ("choices", choices.table()),
+        MEASURED: ("measured", table(published)),
+        RECORD_LIST: ("records", record_list()),
+    }
     return {path: fill(path.read_text(encoding="utf-8"), *content) for path, content in contents.items()}
 
 
 def main() -> int:
-    """Write both documents."""
+    """Write the documents."""
     for path, text in documents().items():
         path.write_text(text, encoding="utf-8")
     return 0

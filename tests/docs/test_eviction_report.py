@@ -1,4 +1,4 @@
-"""docs/eviction.md says what the records say, and the report's statistics are right."""
+"""docs/eviction-results.md says what the records say, and the report's statistics are right."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 
 from benchmarks.reports import eviction as script
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def test_the_tables_of_the_document_are_made_from_the_committed_records() -> None:
-    text = (ROOT / "docs" / "eviction.md").read_text(encoding="utf-8")
+    text = script.DOCUMENT.read_text(encoding="utf-8")
     assert script.filled(text, script.Report.read()) == text
 
 

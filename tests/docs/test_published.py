@@ -27,7 +27,7 @@ def row(policy: str, metric: str, *measured: float) -> dict[str, object]:
     return {"policy": policy, "metric": metric, "measured": dict(zip(("median", "low", "high"), measured, strict=True))}
 
 
-def test_the_tables_in_readme_and_docs_are_made_from_the_result_files():
+def test_the_tables_of_readme_and_docs_are_made_from_the_result_files():
     for path, text in measured_table.documents().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m benchmarks.reports.measured`"
 
@@ -44,7 +44,7 @@ def test_a_row_shows_the_figures_of_its_record(records: Path):
     shown = measured_table.table([published | {"figures": figures}]).splitlines()[-1]
     assert (
         shown
-        == "| step (stock: 9) | `int8` | 1.3x (1.1 to 1.34) |  | [speed](benchmarks/results/cpu-zen4-speed.json) |"
+        == "| step (stock: 9) | `int8` | 1.3x (1.1 to 1.34) |  | [speed](../benchmarks/results/cpu-zen4-speed.json) |"
     )
 
 
@@ -61,7 +61,7 @@ def test_every_machine_with_records_has_a_table_of_the_rows_it_has(records: Path
     ]
     spr, zen4 = (part.splitlines() for part in measured_table.table(published).split("\n\n`"))
     assert spr[0] == "`cpu-spr`: Intel Xeon, 2 cores" and zen4[0] == "cpu-zen4`: AMD EPYC, 2 cores"
-    assert spr[4:] == ["| in the engine | p | 2.03x |  | [step](benchmarks/results/cpu-spr-step.json) |"]
+    assert spr[4:] == ["| in the engine | p | 2.03x |  | [step](../benchmarks/results/cpu-spr-step.json) |"]
     assert len(zen4[4:]) == 3 and zen4[-1].startswith("| in the engine | p | 2.55x |")
     with pytest.raises(SystemExit, match="gone, which no machine has"):
         measured_table.table([*published, {"what": "", "policy": "p", "figures": {"a": ["gone", "int8", "speed"]}}])
