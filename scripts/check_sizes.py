@@ -38,7 +38,6 @@ EXCEPTIONS = {
         "PagedAttention's methods take tensors one by one, until they take them as tuples",
     ),
     "kvserve/pages/layout.py:PageLayout.build": "everything a layout depends on, most of it optional",
-    "kvserve/pages/reference.py:encode_page": "one page from first to last section, in the order of its bytes",
     "benchmarks/eviction_prompts.py:PromptSet.draw": "the options of a command line, one by one as a record names them",
     "benchmarks/eviction_quality.py:main": "parses, measures and writes one record",
     "benchmarks/gpu.py:Run.add": "the columns of a table",

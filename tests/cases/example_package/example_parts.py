@@ -1,4 +1,4 @@
-"""What a package that brings parts to kvserve looks like: a scorer, a budget and a schedule, without a fork."""
+"""What a package that brings parts to kvserve looks like: one of each kind, without a fork."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from kvserve.budgets.uniform import Uniform
+from kvserve.retention.evict import Evict
 from kvserve.schedules.every_n import EveryN
 from kvserve.scorers.base import LayerView, Scorer
 
@@ -33,3 +34,9 @@ class ExampleSchedule(EveryN):
     """As `every-n`, under another name."""
 
     name: Literal["example-schedule"] = "example-schedule"  # type: ignore[assignment]
+
+
+class ExampleRetention(Evict):
+    """As `evict`, under another name."""
+
+    name: Literal["example-retention"] = "example-retention"  # type: ignore[assignment]
