@@ -1,5 +1,7 @@
 // Sealing one tile of one KV head, as the reference's `encode_page`.
 #pragma once
+#include <algorithm>
+
 #include "codecs/codec.h"
 #include "geometry.h"
 
@@ -33,8 +35,8 @@ inline void encode_page(const KvsLayout& l, TileScratch& s, const TilePlace& pla
   HalfTile keys = key_tile(l, place.kv_head, place.first_position);
   HalfTile values = value_tile(l, place.kv_head, place.first_position);
   keys.first_counted = values.first_counted = place.first_counted;
-  encode_stage(keys, 0, s.key, page, s.codes);
-  encode_stage(values, 0, s.value, page, s.codes);
+  encode_rows(keys, s.key, page, s.codes);
+  encode_rows(values, s.value, page, s.codes);
 }
 
 }  // namespace kvs

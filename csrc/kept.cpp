@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
+#include "codecs/panels.h"
 #include "encode.h"
-#include "gemm.h"
 #include "geometry.h"
 #include "rotate.h"
 

@@ -39,9 +39,10 @@ struct CodeScratch {
   uint8_t codes[MAX_TILE * MAX_DIM], upper[MAX_TILE * MAX_DIM];
 };
 
-// A stage and those after it (codec.h).
-inline void encode_stage(const HalfTile& t, int stage, float* rows, uint8_t* page, CodeScratch& s);
-inline void decode_stage(const HalfTile& t, int stage, const uint8_t* page, float* panels);
+// Writes the sections of a stage and of those after it; rows: [tokens][head_dim], used up.
+void encode_stage(const HalfTile& t, int stage, float* rows, uint8_t* page, CodeScratch& s);
+// What a stage and those after it decode to.
+void decode_stage(const HalfTile& t, int stage, const uint8_t* page, float* panels);
 
 // A table of this tile's KV head.
 inline const float* table_of(const HalfTile& t, const KvsCodec& c, int i) {

@@ -253,6 +253,18 @@ def test_constant_and_huge_rows_are_written_as_the_reference_writes_them(pair: s
             assert found.isfinite().all(), isa
 
 
+@pytest.mark.parametrize("pair", ["vector-2", "vector-8", "vector-before-rope"])
+def test_of_equally_near_centroids_the_first_is_taken(pair: str):
+    case = CodedCase(pair, [0], [150], constant_rows)
+    for name, table in case.tables.items():
+        if name.endswith("codebook"):  # each centroid once more, with its first two channels exchanged
+            couple = table.shape[-1]
+            table[:, :, 128:] = table[:, :, :128][..., [1, 0, *range(2, couple)]]
+    expected = case.sealed(case.reference)
+    for isa in ISAS:
+        assert torch.equal(case.sealed(case.native(isa)), expected), isa
+
+
 def rows_without_numbers(whole: Case) -> None:
     whole.key[70], whole.value[75, 0, 5] = torch.nan, torch.nan
 
