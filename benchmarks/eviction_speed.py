@@ -31,7 +31,7 @@ from kvserve.attention.native import NativeAttention
 from kvserve.default_model import prepare_default_model
 from kvserve.measuring.engines import Engine, EngineConfig
 from kvserve.measuring.shape import ModelShape
-from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.kept import Kept, KeptRows, KeptTable
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy, policy_content
 
@@ -64,8 +64,8 @@ def _evict(attention: NativeAttention, cells: torch.Tensor, table: torch.Tensor,
     keys, values = attention.read(cells[:, :, 0], table[request], 0, CONTEXT)
     assert values is not None
     chosen = torch.arange(0, CONTEXT, RATE)
-    rows = [[head[chosen] for head in kind] for kind in (keys, values)]
-    attention.write_kept(cells[:, :, 0], int(table[request, 0]), kept, [i * count for i in range(KV_HEADS)], *rows)
+    rows = KeptRows(*([head[chosen] for head in kind] for kind in (keys, values)))
+    attention.write_kept(cells[:, :, 0], int(table[request, 0]), kept, [i * count for i in range(KV_HEADS)], rows)
     return kept
 
 

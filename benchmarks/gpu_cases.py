@@ -22,7 +22,7 @@ from kvserve.codecs.affine import Affine
 from kvserve.codecs.base import Codec
 from kvserve.codecs.symmetric import Symmetric
 from kvserve.kernels.geometry import Tables
-from kvserve.pages.kept import Header, Kept, KeptTable, arena_of, pages_per_block, write_header
+from kvserve.pages.kept import Header, Kept, KeptRows, KeptTable, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import encode_page
 
@@ -237,7 +237,7 @@ def compaction(name: str, work: Workload, dtype: torch.dtype, device: torch.devi
         key, value = step.attention.read(cells, row, 0, end)
         assert value is not None
         keys, values = (list(rows[:, positions]) for rows in (key, value))
-        step.attention.write_kept(cells, state_block, kept, first_pages, keys, values)
+        step.attention.write_kept(cells, state_block, kept, first_pages, KeptRows(keys, values))
 
     return compact, heads * len(positions)
 

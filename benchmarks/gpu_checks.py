@@ -206,7 +206,7 @@ class Check:
         """Request 0 keeps a few tokens, each KV head its own number; both sides re-pack and attend to them."""
         import torch
 
-        from kvserve.pages.kept import Kept
+        from kvserve.pages.kept import Kept, KeptRows
 
         kept, state_block = Kept(END, tuple(self.spare)), int(self.table[0, 0])
         cells, row = self.arena[:, :, LAYER], self.table[0].contiguous()
@@ -222,8 +222,9 @@ class Check:
                 assert side is not None and expected is not None
                 self._compare("read", side, expected, READ_LIMIT)
             moved = ([side.to(self.device) for side in sides] for sides in (keys, values))
-            self.kernels.write_kept(mine[:, :, LAYER], state_block, kept, [1, 0][:NUM_KV_HEADS], *moved)
-        self.reference.write_kept(cells, state_block, kept, [1, 0], keys, values)
+            place = (mine[:, :, LAYER], state_block, kept, [1, 0][:NUM_KV_HEADS])
+            self.kernels.write_kept(*place, KeptRows(*moved))
+        self.reference.write_kept(cells, state_block, kept, [1, 0], KeptRows(keys, values))
         if self.name.kernels == "triton":
             self._compare_bytes("cut, bytes", mine)
             self._read_kept(state_block, kept)
@@ -234,9 +235,10 @@ class Check:
     def _read_kept(self, state_block: int, kept: Kept) -> None:
         mine = self.arena.to(self.device)[:, :, LAYER]
         expected = self.reference.read_kept(self.arena[:, :, LAYER], state_block, kept)
-        for found, side in zip(self.kernels.read_kept(mine, state_block, kept), expected, strict=True):
-            for head, rows in enumerate(side):
-                self._compare("kept, read", found[head], rows, READ_LIMIT)
+        found = self.kernels.read_kept(mine, state_block, kept)
+        for rows, wanted in ((found.keys, expected.keys), (found.values, expected.values)):
+            for head in range(NUM_KV_HEADS):
+                self._compare("kept, read", rows[head], wanted[head], READ_LIMIT)
 
     def _received(self, computed: list[int], kept: Kept) -> None:
         """What tokens receive in a decode step, added up (h2o)."""

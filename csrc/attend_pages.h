@@ -2,6 +2,7 @@
 // panels; each half by itself.
 #pragma once
 #include "decoded.h"
+#include "geometry.h"
 #include "sealed.h"
 
 namespace kvs {
@@ -29,6 +30,19 @@ inline const PagesOp* weigh_ops(const KvsLayout& l) {
   return bits == 2 ? WEIGH_PAGES<2> : bits == 4 ? WEIGH_PAGES<4> : WEIGH_PAGES<8>;
 }
 
+inline void add_masses(const KvsLayout& l, const Pages& pages, int heads, float* scores) {
+  for (int i = 0; i < pages.count; ++i) {
+    const float* mass = masses_of(l, pages.pages[i]);
+    for (int t = 0; t < l.tile_tokens; t += VL) {
+      const VF m = loadu(mass + t);
+      for (int h = 0; h < heads; ++h) {
+        float* score = scores + h * MAX_TOKENS + i * l.tile_tokens + t;
+        storeu(score, loadu(score) + m);
+      }
+    }
+  }
+}
+
 inline void mask_tokens(float* scores, int heads, int first, int last) {
   for (int h = 0; h < heads; ++h)
     for (int t = first; t < last; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;
@@ -38,6 +52,7 @@ inline void mask_tokens(float* scores, int heads, int first, int last) {
 inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int first, int last,
                          PageScratch& s) {
   score_ops(l)[count - 1](l, pages, heads, s);
+  if (l.mass) add_masses(l, pages, count, s.scores);
   mask_tokens(s.scores, count, 0, first);
   mask_tokens(s.scores, count, last, pages.count * l.tile_tokens);
   float rescale[MAX_HEADS];

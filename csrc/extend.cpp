@@ -30,6 +30,7 @@ struct Tile {
   ptrdiff_t panel_stride;
   int first;  // position of column 0; 0 for columns that every query sees
   int begin, end;
+  const float* mass = nullptr;  // [64], added to the scores (base 2); null: nothing is
 };
 
 struct Range {
@@ -84,6 +85,7 @@ class Worker {
   void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
   void decode(const uint8_t* page, int first_position);
+  const float* load_masses(const uint8_t* page);
   void attend_kept();
   template <class RowOf>
   void attend_slots(int count, RowOf find);
@@ -120,6 +122,7 @@ class Worker {
   std::vector<int> positions_;
   float *queries_, *sums_, *scores_, *top_, *weight_, *rescale_, *keys_, *values_, *gathered_;
   std::vector<Range> ranges_;
+  float masses_[MAX_TILE];
 };
 
 void Worker::carve_scratch(int rows) {
@@ -198,6 +201,14 @@ void Worker::decode(const uint8_t* page, int first_position) {
   decode_panels(value_tile(layout_, task_.kv_head, first_position), page, values_);
 }
 
+// What is added to the scores (base 2) of a kept page's tokens; null: nothing is.
+const float* Worker::load_masses(const uint8_t* page) {
+  if (!layout_.mass) return nullptr;
+  const float* from = masses_of(layout_, page);
+  for (int t = 0; t < tile_tokens_; t += VL) storeu(masses_ + t, loadu(from + t) * LOG2E);
+  return masses_;
+}
+
 // Queries of later tiles over the sealed page of this one.
 void Worker::attend_sealed(int tile_index) {
   const int tile_end = (tile_index + 1) * tile_tokens_;
@@ -241,9 +252,10 @@ void Worker::attend_kept() {
   for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
     const uint8_t* page = kept_page(layout_, arena_, request_.kept_blocks, f);
     decode(page, ANYWHERE);
+    const float* masses = load_masses(page);
     for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {
       const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride, 0, 0,
-                      std::min(COLUMNS, kept.num_tokens - first - part)};
+                      std::min(COLUMNS, kept.num_tokens - first - part), masses ? masses + part : nullptr};
       attend(tile, 0, rows_);
     }
   }
@@ -320,6 +332,10 @@ Range Worker::score_strip(const Tile& tile, int row, int row_begin, int row_end)
   for (int v = first; v < last; v += PANEL)
     strip<false>(queries_ + (ptrdiff_t)row * dim_, dim_, tile.keys + v * VL, COLUMNS, dim_, scores + v * VL, COLUMNS,
                  std::min(PANEL, last - v), nullptr);
+  if (tile.mass)
+    for (int i = 0; i < MR; ++i)
+      for (int c = first * VL; c < last * VL; c += VL)
+        storeu(scores + i * COLUMNS + c, loadu(scores + i * COLUMNS + c) + loadu(tile.mass + c));
   if (!whole)
     for (int i = 0; i < MR; ++i)
       for (int c = first * VL; c < last * VL; ++c)

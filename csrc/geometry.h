@@ -78,6 +78,8 @@ KVS_BOTH inline uint8_t* stored_slot(const KvsLayout& l, const KvsArena& a, cons
 KVS_BOTH inline uint8_t* kept_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t first, int32_t i) {
   return kept_page(l, a, q.kept_blocks, first + i / l.tile_tokens) + i % l.tile_tokens * slot_bytes(l);
 }
+// Log-masses of a page's tokens, where pages have them.
+KVS_BOTH inline const float* masses_of(const KvsLayout& l, const uint8_t* page) { return (const float*)(page + l.mass); }
 // Staged K row of a new token; its V row follows.
 KVS_BOTH inline const float* staged_row(const KvsLayout& l, const float* staged, int64_t token, int32_t kv_head) {
   return staged + (token * l.num_kv_heads + kv_head) * 2 * l.head_dim;

@@ -113,7 +113,7 @@ void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row
 }
 
 void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* kept_blocks, const KvsKept* kept,
-                   const int64_t* offsets, float* key, float* value) {
+                   const int64_t* offsets, float* key, float* value, float* log_mass) {
   const KvsLayout& l = *layout;
   const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
 #pragma omp parallel if (tiles.size() > 1)
@@ -129,6 +129,7 @@ void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t
         read_slot(l, page + t * slot_bytes(l), key + at, value + at);
       }
       if (all_dense(l)) continue;
+      if (l.mass) std::copy_n(masses_of(l, page), count, log_mass + tile.first);
       const int64_t at = tile.first * l.head_dim;
       read_half(l, key_tile(l, tile.kv_head, ANYWHERE), page, 0, count, key + at, *scratch);
       read_half(l, value_tile(l, tile.kv_head, ANYWHERE), page, 0, count, value + at, *scratch);
@@ -137,7 +138,8 @@ void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t
 }
 
 void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t state_block, const int32_t* kept_blocks,
-                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value) {
+                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value,
+                    const float* log_mass) {
   const KvsLayout& l = *layout;
   for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, state_block, h), kept + h, sizeof *kept);
   const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
@@ -147,7 +149,10 @@ void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t stat
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
       load_tile(l, tiles[i], key, value, *scratch);
-      encode_page(l, *scratch, {tiles[i].kv_head, ANYWHERE, 0}, kept_page(l, *arena, kept_blocks, tiles[i].page));
+      const KeptTile& tile = tiles[i];
+      uint8_t* page = kept_page(l, *arena, kept_blocks, tile.page);
+      encode_page(l, *scratch, {tile.kv_head, ANYWHERE, 0}, page);
+      if (l.mass && log_mass) memcpy(page + l.mass, log_mass + tile.first, size_t(tile.last - tile.first) * 4);
     }
   }
 }

@@ -16,7 +16,9 @@
 //
 // A request may have been evicted at kept_end, a multiple of T: of the tokens sink_tokens <= t < kept_end each layer and
 // KV head keeps its own subset, re-packed in ascending order into kept pages. A query at p >= kept_end (no other occurs)
-// then sees, of the tokens before kept_end, the sinks and what its KV head kept; all others as above.
+// then sees, of the tokens before kept_end, the sinks and what its KV head kept; all others as above. Where pages have
+// log-masses, that of a kept token is added to its logit: the log of how many tokens it stands for. Those of sealed tiles
+// are 0.
 #pragma once
 #include <cstdint>
 
@@ -65,6 +67,7 @@ struct KvsLayout {
   float scale;              // softmax scale
   int64_t page_bytes;
   KvsHalf key, value;       // both without stages: a page is tile_tokens dense slots
+  int64_t mass;             // offset in a coded page of its log-masses, float32 [tile_tokens]; 0: it has none
 };
 
 // One layer's view of the arena: the cell of (block b, kv head h) of layer i, of num_layers, starts at
@@ -131,12 +134,14 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
 void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t num_tokens, int32_t first, int32_t last,
               float* key, float* value);
 // What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h are the rows
-// [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated.
+// [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated, and of log_mass, float32
+// [total]; it is not written where pages have none.
 void kvs_read_kept(const KvsLayout*, const KvsArena*, const int32_t* kept_blocks, const KvsKept* kept,
-                   const int64_t* offsets, float* key, float* value);
-// The reverse; stores the headers too, in state_block.
+                   const int64_t* offsets, float* key, float* value, float* log_mass);
+// The reverse; stores the headers too, in state_block. log_mass null: 0 for every token.
 void kvs_write_kept(const KvsLayout*, const KvsArena*, int32_t state_block, const int32_t* kept_blocks,
-                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value);
+                    const KvsKept* kept, const int64_t* offsets, const float* key, const float* value,
+                    const float* log_mass);
 // The attention that the last `num_queries` of a request's `num_tokens` stored tokens pay to each token it holds: over
 // the query rows, the sum (maximum: the largest) of probability ** power (1 or 2), for every query head. Keys count as
 // they are stored now; a query sees the tokens up to its own. sums: float32 [num_heads][columns], written; of a KV head

@@ -155,17 +155,30 @@ class Sums {
         for (int v = 0; v < COLUMNS; v += PANEL * VL)
           strip<false>(strip_queries, l.head_dim, keys + v, COLUMNS, l.head_dim, logits_of(panel, row) + v, COLUMNS,
                        PANEL, nullptr);
+        if (l.mass && part.source == Source::KEPT) add_masses(part, panel, row);
       }
+  }
+
+  // The log-masses of a kept page to the logits of one panel, for a strip of rows.
+  void add_masses(const Part& part, size_t panel, int32_t row) const {
+    const float* masses = masses_of(l, page_of(part)) + (panel - part.panel) * COLUMNS;
+    for (int i = 0; i < MR; ++i) {
+      float* x = logits_of(panel, row + i);
+      for (int v = 0; v < COLUMNS; v += VL) storeu(x + v, loadu(x + v) + loadu(masses + v) * LOG2E);
+    }
+  }
+
+  const uint8_t* page_of(const Part& part) const {
+    return part.source == Source::KEPT ? kept_page(l, a, request.kept_blocks, part.index)
+                                       : tile_page(l, a, request, kv_head, part.index);
   }
 
   void load_keys(const Part& part, KeyScratch& s) const {
     if (all_dense(l)) return gather(part, s);
     if (part.source == Source::KEPT)
-      return decode_panels(key_tile(l, kv_head, ANYWHERE), kept_page(l, a, request.kept_blocks, part.index),
-                           s.panels.data());
+      return decode_panels(key_tile(l, kv_head, ANYWHERE), page_of(part), s.panels.data());
     if (part.source != Source::SEALED) return gather(part, s);
-    decode_panels(key_tile(l, kv_head, part.index * l.tile_tokens), tile_page(l, a, request, kv_head, part.index),
-                  s.panels.data());
+    decode_panels(key_tile(l, kv_head, part.index * l.tile_tokens), page_of(part), s.panels.data());
     for (int32_t t = 0; part.index == 0 && t < l.sink_tokens; ++t) {  // the page does not count them
       load_row(s.rows.data(), sink_slot(l, a, request.row, kv_head, t), l.head_dim, l.dense_dtype);
       float* column = s.panels.data() + int64_t(t / COLUMNS) * l.head_dim * COLUMNS + t % COLUMNS;

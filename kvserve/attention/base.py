@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from kvserve.codecs.layer_tables import LayerTables, check_tables
-from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, KeptTable
 from kvserve.pages.layout import MixedLayout, PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -222,14 +222,8 @@ class PagedAttention(ABC):
         """
 
     @abstractmethod
-    def read_kept(
-        self, cells: torch.Tensor, state_block: int, kept: Kept
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What an evicted request keeps in this layer.
-
-        Returns:
-            keys and values, per KV head, float32 [num_kept, head_dim] in ascending positions, as `read` gives them.
-        """
+    def read_kept(self, cells: torch.Tensor, state_block: int, kept: Kept) -> KeptRows:
+        """What an evicted request keeps in this layer; log-masses where its pages have them."""
 
     @abstractmethod
     def write_kept(
@@ -238,8 +232,7 @@ class PagedAttention(ABC):
         state_block: int,
         kept: Kept,
         first_pages: Sequence[int],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        rows: KeptRows,
     ) -> None:
         """Write what one evicted request keeps in this layer: its kept pages and headers.
 
@@ -247,10 +240,11 @@ class PagedAttention(ABC):
             state_block: id of the first block of the request's row.
             kept: where the request is cut, and the blocks to write.
             first_pages: per KV head, its first kept page.
-            keys, values: per KV head, float32 [num_kept, head_dim] in ascending positions, as `read` gives them.
+            rows: as `read` and `read_kept` give them. Without log-masses every token stands for itself.
 
         Raises:
-            ValueError: the pages do not fit into the kept blocks, or the shapes do not fit the layer.
+            ValueError: the pages do not fit into the kept blocks, the shapes do not fit the layer, or its pages have no
+                log-masses.
         """
 
     @abstractmethod
@@ -325,19 +319,30 @@ class PagedAttention(ABC):
         if power not in get_args(Power) or reduce not in get_args(Reduction):
             raise ValueError(f"power must be 1 or 2 and reduce sum or max, got {power} and {reduce}")
 
-    def check_kept_rows(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[int]:
+    def check_kept_rows(self, rows: KeptRows) -> list[int]:
         """Kept tokens of each KV head; rejects what is not float32 [num_kept, head_dim]."""
-        if len(keys) != self.spec.num_kv_heads or len(values) != self.spec.num_kv_heads:
-            raise ValueError(f"need rows of {self.spec.num_kv_heads} KV heads, got {len(keys)} and {len(values)}")
-        for rows in (*keys, *values):
-            if rows.dtype != torch.float32 or rows.dim() != 2 or rows.shape[1] != self.layout.head_dim:
+        heads = self.spec.num_kv_heads
+        for part in (rows.keys, rows.values, *([] if rows.log_mass is None else [rows.log_mass])):
+            if len(part) != heads:
+                raise ValueError(f"need rows of {heads} KV heads, got {len(rows.keys)} and {len(part)}")
+        for row in (*rows.keys, *rows.values):
+            if row.dtype != torch.float32 or row.dim() != 2 or row.shape[1] != self.layout.head_dim:
                 raise ValueError(
-                    f"kept rows must be float32 [tokens, {self.layout.head_dim}], got {rows.dtype} {list(rows.shape)}"
+                    f"kept rows must be float32 [tokens, {self.layout.head_dim}], got {row.dtype} {list(row.shape)}"
                 )
-        counts = [len(rows) for rows in keys]
-        if counts != [len(rows) for rows in values]:
-            raise ValueError(f"keys and values differ in tokens: {counts} and {[len(rows) for rows in values]}")
+        counts = [len(row) for row in rows.keys]
+        if counts != [len(row) for row in rows.values]:
+            raise ValueError(f"keys and values differ in tokens: {counts} and {[len(row) for row in rows.values]}")
+        if rows.log_mass is not None:
+            self._check_masses(rows.log_mass, counts)
         return counts
+
+    def _check_masses(self, log_mass: Sequence[torch.Tensor], counts: list[int]) -> None:
+        if self.layout.tile_format is None or self.layout.tile_format.mass is None:
+            raise ValueError("these pages have no log-masses; choose a retention that has them, for example compensate")
+        for mass, count in zip(log_mass, counts, strict=True):
+            if mass.dtype != torch.float32 or mass.shape != (count,):
+                raise ValueError(f"log-masses must be float32 [{count}], got {mass.dtype} {list(mass.shape)}")
 
 
 def check_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> None:

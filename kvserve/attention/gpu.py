@@ -31,6 +31,14 @@ class Format(NamedTuple):
 CUDA_IS_FASTER: frozenset[Format] = frozenset()
 
 
+def uncovered_by_gpu(layout: PageLayout) -> str | None:
+    """What of a layout neither the Triton nor the CUDA kernels cover, in words; None: they cover it."""
+    if not layout.policy.has_mass:
+        return None
+    assert layout.policy.eviction is not None
+    return f"the retention {layout.policy.eviction.retention.name}"
+
+
 def uncovered_by_cuda(layout: PageLayout) -> str | None:
     """What of a layout the CUDA kernels do not cover, in words; None: they cover it."""
     if layout.head_dim not in CUDA_HEAD_DIMS:

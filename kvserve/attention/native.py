@@ -46,6 +46,7 @@ from kvserve.pages.kept import (
     NOT_KEPT,
     Header,
     Kept,
+    KeptRows,
     held_tokens,
     make_headers,
     read_headers,
@@ -170,17 +171,16 @@ class NativeAttention(PagedAttention):
         self._library.kvs_read(self._layout, self._arena(cells), row, stored, first, last, *pointers)
         return key, value
 
-    def read_kept(
-        self, cells: torch.Tensor, state_block: int, kept: Kept
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def read_kept(self, cells: torch.Tensor, state_block: int, kept: Kept) -> KeptRows:
         headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
         blocks, table, offsets = _kept_arguments(kept, headers)
         key = torch.empty(sum(counts), self.layout.head_dim)
-        value = torch.empty_like(key)
-        pointers = (key.data_ptr(), value.data_ptr())
+        value, mass = torch.empty_like(key), torch.empty(sum(counts)) if self._layout.mass else None
+        pointers = (key.data_ptr(), value.data_ptr(), None if mass is None else mass.data_ptr())
         self._library.kvs_read_kept(self._layout, self._arena(cells), blocks, table, offsets, *pointers)
-        return list(key.split(counts)), list(value.split(counts))
+        masses = None if mass is None else list(mass.split(counts))
+        return KeptRows(list(key.split(counts)), list(value.split(counts)), masses)
 
     def write_kept(
         self,
@@ -188,16 +188,16 @@ class NativeAttention(PagedAttention):
         state_block: int,
         kept: Kept,
         first_pages: Sequence[int],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        rows: KeptRows,
     ) -> None:
         if self._positions:
             raise ValueError("codecs of keys before-rope read positions, which kept pages do not have; do not evict")
-        arena, counts = self._arena(cells), self.check_kept_rows(keys, values)
+        arena, counts = self._arena(cells), self.check_kept_rows(rows)
         headers = make_headers(self.layout, cells, kept, first_pages, counts)
         blocks, table, offsets = _kept_arguments(kept, headers)
-        key, value = torch.cat(list(keys)), torch.cat(list(values))
-        pointers = (key.data_ptr(), value.data_ptr())
+        key, value = torch.cat(list(rows.keys)), torch.cat(list(rows.values))
+        mass = None if rows.log_mass is None else torch.cat(list(rows.log_mass))
+        pointers = (key.data_ptr(), value.data_ptr(), None if mass is None else mass.data_ptr())
         self._library.kvs_write_kept(self._layout, arena, state_block, blocks, table, offsets, *pointers)
 
     def attention_sums(
@@ -319,8 +319,8 @@ def load_library(isa: str) -> ctypes.CDLL:
         "kvs_attend": [layout, batch, arena, _pointer, rows, rows, _pointer, received],
         "kvs_store_tail": [layout, batch, arena, _pointer],
         "kvs_read": [layout, arena, _pointer, _int32, _int32, _int32, _pointer, _pointer],
-        "kvs_read_kept": [layout, arena, _pointer, _pointer, _pointer, _pointer, _pointer],
-        "kvs_write_kept": [layout, arena, _int32, _pointer, _pointer, _pointer, _pointer, _pointer],
+        "kvs_read_kept": [layout, arena, *[_pointer] * 6],
+        "kvs_write_kept": [layout, arena, _int32, *[_pointer] * 6],
         "kvs_attention_sums": [
             *(layout, arena, _pointer, _int32, _pointer, _int32, rows),
             *(_int32, _int32, _int32, _pointer, _int64),

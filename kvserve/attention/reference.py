@@ -23,14 +23,15 @@ from kvserve.codecs.layer_tables import tables_of_head
 from kvserve.codecs.tile import Tables
 from kvserve.pages.kept import (
     NOT_KEPT,
+    Header,
     Kept,
+    KeptPages,
+    KeptRows,
     arena_of,
     make_headers,
     read_header,
     read_headers,
-    read_pages,
     write_header,
-    write_pages,
 )
 from kvserve.pages.reference import beyond_range, decode_page, encode_page, hadamard
 
@@ -49,6 +50,7 @@ class _History(NamedTuple):
     dense: torch.Tensor  # [seq_len, 2, head_dim]
     sealed: torch.Tensor  # [seq_len, 2, head_dim]
     kept: torch.Tensor  # [num_kept, 2, head_dim]
+    kept_mass: torch.Tensor  # [num_kept]
     end: int  # tokens before it are sinks, kept or gone
 
 
@@ -142,12 +144,14 @@ class ReferenceAttention(PagedAttention):
             is_sealed = (t < tile_start) & (t >= sinks)
         seen = torch.cat([history.kept, torch.where(is_sealed[:, None, None], history.sealed[t], history.dense[t])])
         scores = query @ seen[:, 0].T * self.spec.scale
+        scores[:, : len(history.kept)] += history.kept_mass
         return self._rotate(scores.softmax(-1) @ seen[:, 1]), scores.logsumexp(-1)
 
     def _history(self, cells: torch.Tensor, request: _Request, head: int, staged: torch.Tensor) -> _History:
         dense = torch.zeros(request.seq_len, 2, self.layout.head_dim)
         sealed = torch.zeros_like(dense)
-        history = _History(dense, sealed, self._kept_rows(cells, request, head), request.kept.end)
+        kept = (self._kept_rows(cells, request, head), self._kept_mass(cells, request, head))
+        history = _History(dense, sealed, *kept, request.kept.end)
         if self.layout.tile_format is None:
             for t in range(request.seq_len):
                 dense[t] = self._slot(cells, request, head, t).float()
@@ -166,10 +170,19 @@ class ReferenceAttention(PagedAttention):
         """What an evicted request keeps for one KV head, float32 [num_kept, 2, head_dim]; V stays rotated."""
         if not request.kept.end:
             return torch.zeros(0, 2, self.layout.head_dim)
-        arena = arena_of(cells, self.layout)
-        header = read_header(arena, request.blocks[0], head)
+        return self._kept_pages(cells, request, head).read()
+
+    def _kept_mass(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
+        """The log-masses of those rows, float32 [num_kept]."""
+        return self._kept_pages(cells, request, head).log_mass() if request.kept.end else torch.zeros(0)
+
+    def _kept_pages(self, cells: torch.Tensor, request: _Request, head: int) -> KeptPages:
+        header = read_header(arena_of(cells, self.layout), request.blocks[0], head)
         assert header.end == request.kept.end
-        return read_pages(arena, self.layout, request.kept, header, self._tables(head))
+        return self._pages_of(cells, request.kept, header, head)
+
+    def _pages_of(self, cells: torch.Tensor, kept: Kept, header: Header, head: int) -> KeptPages:
+        return KeptPages(arena_of(cells, self.layout), self.layout, kept, header, self._tables(head))
 
     def read(
         self,
@@ -204,14 +217,14 @@ class ReferenceAttention(PagedAttention):
                     pages[tile] = self._unsealed(cells, request, head, tile)
                 row[:] = pages[tile][index]
 
-    def read_kept(
-        self, cells: torch.Tensor, state_block: int, kept: Kept
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def read_kept(self, cells: torch.Tensor, state_block: int, kept: Kept) -> KeptRows:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        arena = arena_of(cells, self.layout)
         headers = read_headers(cells, self.layout, state_block)
-        rows = [read_pages(arena, self.layout, kept, header, self._tables(h)) for h, header in enumerate(headers)]
-        return [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
+        pages = [self._pages_of(cells, kept, header, head) for head, header in enumerate(headers)]
+        rows = [of_head.read() for of_head in pages]
+        has_mass = self.layout.tile_format is not None and self.layout.tile_format.mass is not None
+        masses = [of_head.log_mass() for of_head in pages] if has_mass else None
+        return KeptRows([r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows], masses)
 
     def write_kept(
         self,
@@ -219,16 +232,15 @@ class ReferenceAttention(PagedAttention):
         state_block: int,
         kept: Kept,
         first_pages: Sequence[int],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        rows: KeptRows,
     ) -> None:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(keys, values))
-        arena = arena_of(cells, self.layout)
+        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(rows))
         for head, header in enumerate(headers):
-            rows = torch.stack([keys[head], self._rotate(values[head])], 1)
-            write_pages(arena, self.layout, kept, header, rows, self._tables(head))
-            write_header(arena, state_block, head, header)
+            both = torch.stack([rows.keys[head], self._rotate(rows.values[head])], 1)
+            mass = None if rows.log_mass is None else rows.log_mass[head]
+            self._pages_of(cells, kept, header, head).write(both, mass)
+            write_header(arena_of(cells, self.layout), state_block, head, header)
 
     def attention_sums(
         self,
@@ -248,7 +260,10 @@ class ReferenceAttention(PagedAttention):
             rows = query[:, kv_head * group : (kv_head + 1) * group].float().transpose(0, 1)
             keys = self._held_keys(cells, request, kv_head)
             seen = torch.ones(len(query), len(keys)).tril(len(keys) - len(query)) > 0
-            logits = (rows @ keys.T * self.spec.scale).masked_fill(~seen, -torch.inf)
+            logits = rows @ keys.T * self.spec.scale
+            masses, sinks = self._kept_mass(cells, request, kv_head), self.layout.policy.sink_tokens
+            logits[..., sinks : sinks + len(masses)] += masses
+            logits.masked_fill_(~seen, -torch.inf)
             powers = logits.softmax(-1) ** power
             sums.append(powers.amax(1) if reduce == "max" else powers.sum(1))
         columns = max(part.shape[1] for part in sums)

@@ -43,6 +43,7 @@ class KvsLayout(ctypes.Structure):
         ("page_bytes", int64),
         ("key", KvsHalf),
         ("value", KvsHalf),
+        ("mass", int64),
     ]
 
 
@@ -101,6 +102,7 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
     if tile_format.dense_dtype is not None:
         return struct
     struct.key, struct.value = (kvs_half(tile_format, half, tables or {}) for half in Half)
+    struct.mass = tile_format.mass or 0
     struct.value_rotated = tile_format.half(Half.VALUE)[0].rotates
     return struct
 

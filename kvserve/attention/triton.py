@@ -18,12 +18,13 @@ from kvserve.attention.base import (
     check_lse,
     check_rows,
 )
+from kvserve.attention.gpu import uncovered_by_gpu
 from kvserve.attention.saturation import rows_beyond_range
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, check_device, codec_tables_of, geometry_of
-from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, make_headers, num_layers_of, read_headers
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, make_headers, num_layers_of, read_headers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 
@@ -46,6 +47,8 @@ class TritonAttention(PagedAttention):
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None):
         super().__init__(layout, spec, {name: table.contiguous() for name, table in (tables or {}).items()})
+        if uncovered := uncovered_by_gpu(layout):
+            raise ValueError(f"the GPU kernels do not cover {uncovered}")
         self.geometry = geometry_of(layout, spec)
         self.codec_tables = codec_tables_of(layout, self.tables)
 
@@ -118,14 +121,12 @@ class TritonAttention(PagedAttention):
         key, value = kept_pages.read(self.geometry, cells, *asked, self.codec_tables)
         return key, None if value is None else self._rotate(value)
 
-    def read_kept(
-        self, cells: torch.Tensor, state_block: int, kept: Kept
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def read_kept(self, cells: torch.Tensor, state_block: int, kept: Kept) -> KeptRows:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
         key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers, self.codec_tables)
-        return list(key.split(counts)), list(self._rotate(value).split(counts))
+        return KeptRows(list(key.split(counts)), list(self._rotate(value).split(counts)))
 
     def write_kept(
         self,
@@ -133,12 +134,11 @@ class TritonAttention(PagedAttention):
         state_block: int,
         kept: Kept,
         first_pages: Sequence[int],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        rows: KeptRows,
     ) -> None:
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(keys, values))
-        key, value = torch.cat(list(keys)), self._rotate(torch.cat(list(values)))
+        headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(rows))
+        key, value = torch.cat(list(rows.keys)), self._rotate(torch.cat(list(rows.values)))
         place = (self.geometry, cells, state_block, kept.blocks, headers)
         kept_pages.write_kept(*place, key, value, self.codec_tables)
 

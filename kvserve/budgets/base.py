@@ -43,11 +43,24 @@ class Budget(BaseModel, ABC):
     Attributes:
         reads: what the division depends on. "shape": not on scores, zeros will do. "layer": each layer's pages depend
             on no other layer's scores. "sequence": all layers compete, so all their scores must exist together.
+        names_heads: whether parameters name layers or heads of a model by their number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     reads: ClassVar[Literal["shape", "layer", "sequence"]]
+    names_heads: ClassVar[bool] = False
+
+    def check(self, num_layers: int, num_kv_heads: int) -> None:
+        """Refuse a model that the parameters do not fit.
+
+        Raises:
+            ValueError: the message names the fix.
+        """
+
+    def part(self, layers: Sequence[int], kv_heads: range) -> Budget:
+        """This budget for scores of some `layers` and `kv_heads` of a model alone, in this order."""
+        return self
 
     def allocate(
         self, scores: torch.Tensor, page_tokens: int, total_pages: int, minimum_pages: int = 0
@@ -84,7 +97,8 @@ class Budget(BaseModel, ABC):
             pages = filled_pages(held, page_tokens)
             others = [layer for layer in range(len(scores)) if layer not in spared]
             left = total_pages - int(pages[list(spared)].sum())
-            pages[others] = self._within(scores[others], page_tokens, left, 1, held[others])
+            budget = self.part(others, range(scores.shape[1]))
+            pages[others] = budget._within(scores[others], page_tokens, left, 1, held[others])
         else:
             pages = self._within(scores, page_tokens, total_pages, 1, held)
         counts = (pages * page_tokens).minimum(held)

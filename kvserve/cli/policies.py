@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvserve.arguments.own_options import split_arguments
 from kvserve.arguments.parser import Parser, whole
+from kvserve.codecs.format import MASS_BYTES
 from kvserve.errors import UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -211,6 +212,8 @@ def _sections(layout: Any) -> list[tuple[str, str]]:
         (f"{half} {section.name.replace('_', ' ')}", f"{section.size_bytes} bytes at {offset}")
         for half, section, offset in places
     ]
+    if (mass := layout.tile_format.mass) is not None:
+        rows.append(("log-mass", f"{MASS_BYTES * layout.tile_tokens} bytes at {mass}"))
     return [*rows, page]
 
 

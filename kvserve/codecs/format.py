@@ -12,6 +12,7 @@ from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Section, Tables, Tile, TileShape
 
 SECTION_ALIGN_BYTES = 64
+MASS_BYTES = 4
 ROLES = ("codes", "scales", "index")
 
 
@@ -35,6 +36,8 @@ class TileFormat:
     Attributes:
         keys, values: the places of the codecs' sections, in the order of `Codec.sections`.
         tile_bytes: a whole number of bytes per token, so that vLLM can see a tile as that many equal states.
+        mass: offset of the tokens' log-masses, float32 [tokens], behind all sections; None: every token stands for
+            itself. A log-mass is added to its token's logit: the log of how many tokens it stands for.
     """
 
     tokens: int
@@ -45,10 +48,11 @@ class TileFormat:
     keys: tuple[Place, ...] = ()
     values: tuple[Place, ...] = ()
     dense_dtype: torch.dtype | None = None
+    mass: int | None = None
 
     @classmethod
-    def of(cls, key: Codec, value: Codec, tokens: int, head_dim: int) -> TileFormat:
-        """Lay out what two codecs write.
+    def of(cls, key: Codec, value: Codec, tokens: int, head_dim: int, has_mass: bool = False) -> TileFormat:
+        """Lay out what two codecs write, and log-masses if the tiles have them.
 
         Raises:
             ValueError: a codec cannot write such tiles; the message names the fix.
@@ -65,7 +69,9 @@ class TileFormat:
                         places[half, index] = Place(section, offset)
                         offset = align(offset + section.size_bytes)
         keys, values = (tuple(places[half, i] for i in range(len(sections[half]))) for half in codecs)
-        return cls(tokens, head_dim, ceil(offset / tokens) * tokens, key, value, keys, values)
+        end = align(offset + tokens * MASS_BYTES) if has_mass else offset
+        mass = offset if has_mass else None
+        return cls(tokens, head_dim, ceil(end / tokens) * tokens, key, value, keys, values, mass=mass)
 
     @classmethod
     def dense(cls, tokens: int, head_dim: int, dtype: torch.dtype) -> TileFormat:
@@ -81,8 +87,16 @@ class TileFormat:
         assert codec is not None, "a dense tile has no codecs"
         return codec, places
 
-    def encode_tile(self, key: Tile, value: Tile, tables: Tables | None = None) -> torch.Tensor:
-        """Write one tile of one KV head, uint8 [tile_bytes], padding 0; `tables` as `tables_of_head` gives them."""
+    def encode_tile(
+        self, key: Tile, value: Tile, tables: Tables | None = None, log_mass: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Write one tile of one KV head, uint8 [tile_bytes], padding 0.
+
+        Args:
+            tables: as `tables_of_head` gives them.
+            log_mass: float32 [at most tokens], of the first ones; the others, and all where it is None, have 0.
+        """
+        assert log_mass is None or self.mass is not None, "a tile without log-masses"
         if self.dense_dtype is not None:
             return torch.stack([key.rows, value.rows], 1).to(self.dense_dtype).view(torch.uint8).flatten()
         data = torch.zeros(self.tile_bytes, dtype=torch.uint8)
@@ -92,7 +106,14 @@ class TileFormat:
             for (section, offset), part in zip(places, parts, strict=True):
                 assert part.dtype == section.dtype and tuple(part.shape) == section.shape, f"{codec.name}: {section}"
                 data[offset : offset + section.size_bytes] = part.contiguous().view(torch.uint8).flatten()
+        if log_mass is not None:
+            self.log_mass(data)[: len(log_mass)] = log_mass
         return data
+
+    def log_mass(self, data: torch.Tensor) -> torch.Tensor:
+        """The log-masses of a tile that has them, a view of its bytes, float32 [tokens]."""
+        assert self.mass is not None, "a tile without log-masses"
+        return data[self.mass : self.mass + self.tokens * MASS_BYTES].view(torch.float32)
 
     def decode_tile(
         self, data: torch.Tensor, positions: torch.Tensor | None = None, tables: Tables | None = None

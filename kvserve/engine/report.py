@@ -147,6 +147,7 @@ class EngineReport:
             ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
             ("kept dense", describe_dense(layout)),
             ("evicts", describe_eviction(layout)),
+            ("what goes", describe_retention(layout)),
             ("bytes per token", f"{self.dense_bytes_per_token:,} in a 16-bit cache, "
              f"{self.effective_bytes_per_token:,.0f} in effect"),
             ("compression", f"{self.requested_ratio:.2f}x requested, {self.effective_ratio:.2f}x in effect "
@@ -201,6 +202,15 @@ def describe_eviction(layout: PageLayout) -> str:
         f"prompts {when}{later}, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
         + (f"; layers {spared} keep all" if spared else "")
     )
+
+
+def describe_retention(layout: PageLayout) -> str:
+    """What becomes of tokens that are not kept, in one line."""
+    eviction = layout.policy.eviction
+    if eviction is None:
+        return "nothing"
+    mass = layout.tile_format is not None and layout.tile_format.mass is not None
+    return f"{eviction.retention.name}{', with a log-mass beside each token of a page' if mass else ''}"
 
 
 def describe_switched_off(layout: PageLayout) -> str:

@@ -24,12 +24,12 @@ from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.errors import UnsupportedError
 from kvserve.pages.layout import PageLayout
-from kvserve.policies.base import Policy
+from kvserve.policies.base import Eviction, Policy
 from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import policy_from_config
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 
 CONFIG_KEY = "kvserve"
 # What a policy that evicts needs in the scheduler (engine/connector.py, engine/scheduler.py).
@@ -89,6 +89,8 @@ class EngineSettings:
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
+        if policy.eviction:
+            check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
         return settings.with_gpu_kernels(model.get_head_size()) if device_type() == "cuda" else settings
 
@@ -110,10 +112,16 @@ class EngineSettings:
         """With what was measured fastest, where nobody named the kernels.
 
         Raises:
-            UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype or a layer.
+            UnsupportedError: no GPU kernels cover the policy, or the CUDA kernels were named, and cannot serve the
+                model's dtype or a layer.
         """
-        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels, uncovered_by_cuda
+        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels, uncovered_by_cuda, uncovered_by_gpu
 
+        if uncovered := uncovered_by_gpu(self.layout(head_dim)):
+            raise UnsupportedError(
+                f"the GPU kernels do not cover {uncovered}; use --policy-set eviction.retention=evict, or serve on "
+                "a CPU"
+            )
         if self.kernels == "cuda" and self.model_dtype not in CUDA_DTYPES:
             raise UnsupportedError(
                 f"--kernels cuda needs a model in float16 or bfloat16, this one is {self.model_dtype}; set --dtype, or "
@@ -148,6 +156,18 @@ class EngineSettings:
             return None
         check_window(window, self.policy, self.max_model_len or window + 1)
         return window
+
+
+def check_heads(eviction: Eviction, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a budget that names heads which the model does not have.
+
+    Raises:
+        UnsupportedError: naming those that it has.
+    """
+    try:
+        eviction.budget.check(model.get_num_layers(parallel), model.get_total_num_kv_heads())
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
 
 
 def check_model_config(model: ModelConfig, policy: Policy, name: str = "this model") -> None:

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from kvserve.engine.own_requests import is_own
 from kvserve.engine.request_report import request_report
-from kvserve.eviction.observer import EvictionObserver
+from kvserve.eviction.observer import EvictionObserver, Selection
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -76,9 +76,9 @@ class WorkerLog(EvictionObserver):
         self.requests: dict[str, Evicted] = {}
         self.recorder: EvictionObserver | None = None
 
-    def selected(self, request_id: str, layer: int, first: int, ends: list[int], chosen: list[torch.Tensor]) -> None:
+    def selected(self, request_id: str, layer: int, selection: Selection) -> None:
         if self.recorder:
-            self.recorder.selected(request_id, layer, first, ends, chosen)
+            self.recorder.selected(request_id, layer, selection)
 
     def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
         self.requests[request_id] = Evicted(num_tokens, int(evicted.sum()), kept.tolist())

@@ -1,25 +1,27 @@
 """Cutting requests in the worker: score every layer as it runs, and pack what stays once the last layer has.
 
 The parts decide: the policy's scorer how much each token matters, its budget how many pages each KV head of each layer
-keeps. What has to be remembered from one step to the next lies in the request's own state blocks.
+keeps, its retention which rows fill them. What has to be remembered from one step to the next lies in the request's own
+state blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 
 from kvserve.accounting.plan import RowStep, kept_elsewhere
 from kvserve.attention.base import Batch, PagedAttention, Received
 from kvserve.eviction.collector import Collector
-from kvserve.eviction.observer import EvictionObserver
+from kvserve.eviction.observer import EvictionObserver, Selection
 from kvserve.eviction.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.eviction.query_window import PagedWindow
-from kvserve.pages.kept import NOT_KEPT, Kept, held_tokens, num_layers_of
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, num_layers_of
 from kvserve.policies.base import Eviction
+from kvserve.retention.base import HeldTokens
+from kvserve.retention.base import Rows as PackedRows
 from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import LayerView
 
@@ -156,7 +158,7 @@ class StepEvictor:
         return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
 
     def _views_of_heads(
-        self, whole: LayerView, request: _Request, counts: list[int], rows: HeldRows | None
+        self, whole: LayerView, request: _Request, counts: list[int], rows: KeptRows | None
     ) -> Iterator[LayerView]:
         assert isinstance(whole.query_window, PagedWindow)
         attention, sums, statistics = whole.query_window.kernels, whole.accumulated, whole.query_statistics
@@ -171,7 +173,7 @@ class StepEvictor:
                 query_statistics=statistics and statistics.of_heads(slice(head * group, (head + 1) * group)),
                 first_head=whole.first_head + head,
             )
-            yield _with_rows(view, rows and HeldRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
+            yield _with_rows(view, rows and KeptRows(rows.keys[head : head + 1], rows.values[head : head + 1]))
 
     def _window(self, layer: _Layer, request: _Request, query: torch.Tensor) -> PagedWindow:
         """The last queries of a request that stand behind its last cut."""
@@ -192,20 +194,25 @@ class StepEvictor:
         layout = layers[0].attention.layout
         pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
         total_pages = len(request.cut.blocks) * pages_per_block
-        pages, counts, tokens = self.eviction.budget.choose(scores, layout.tile_tokens, total_pages, self.spared)
+        spec = layers[0].attention.spec
+        heads = range(spec.first_head, spec.first_head + spec.num_kv_heads)
+        budget = self.eviction.budget.part(range(self.num_layers), heads)
+        pages, counts, tokens = budget.choose(scores, layout.tile_tokens, total_pages, self.spared)
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         held = torch.tensor([[len(head) for head in layer.scores[number]] for layer in layers])
-        for i, layer in enumerate(layers):
-            self._pack(i, layer, request, first_page[i], tokens[i], held[i])
+        sources = [
+            self._pack(i, layer, request, first_page[i].tolist(), (tokens[i], layer.scores[number]))
+            for i, layer in enumerate(layers)
+        ]
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
         if request.step.collects and self.eviction.schedule.repeats:
-            self._keep_collected(request, tokens, held, layout.policy.sink_tokens)
+            self._keep_collected(request, sources, held, layout.policy.sink_tokens)
         self.observer.evicted(request.step.request_id, request.num_tokens, held - counts, counts + always)
 
     def _keep_collected(
-        self, request: _Request, tokens: list[list[torch.Tensor]], candidates: torch.Tensor, sinks: int
+        self, request: _Request, sources: list[list[torch.Tensor]], candidates: torch.Tensor, sinks: int
     ) -> None:
-        """What was collected of evicted tokens goes with them."""
+        """What was collected of evicted tokens goes with them; a row has what its source had."""
         later = request.num_tokens - request.cut.end
         for i, index in enumerate(sorted(self.layers)):
             if index in self.spared:
@@ -213,49 +220,76 @@ class StepEvictor:
             first_later = (candidates[i] + sinks).tolist()
             self.collector.of(request.step.request_id, index).keep([
                 torch.cat([
-                    torch.arange(sinks, device=chosen.device), chosen + sinks,
-                    torch.arange(first, first + later, device=chosen.device),
+                    torch.arange(sinks, device=head.device), head + sinks,
+                    torch.arange(first, first + later, device=head.device),
                 ])
-                for chosen, first in zip(tokens[i], first_later, strict=True)
+                for head, first in zip(sources[i], first_later, strict=True)
             ])  # fmt: skip
 
     def _pack(
-        self, index: int, layer: _Layer, request: _Request, first_page: torch.Tensor, chosen: list[torch.Tensor],
-        candidates: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Read the tokens of a layer again and write those that stay."""
-        sinks = layer.attention.layout.policy.sink_tokens
-        self.observer.selected(request.step.request_id, index, sinks, (candidates + sinks).tolist(), chosen)
-        keys, values = (
-            [rows[tokens + sinks] for rows, tokens in zip(kind, chosen, strict=True)]
-            for kind in held_rows(layer, request)
-        )
-        layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page.tolist(), keys, values)
+        self, index: int, layer: _Layer, request: _Request, first_page: list[int],
+        choice: tuple[list[torch.Tensor], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Read the tokens of a layer again and write what stays of them.
+
+        Args:
+            choice: per KV head, which candidates are chosen, and the scores of all.
+
+        Returns:
+            per KV head, the candidate that each row is, or began as.
+        """
+        sinks, held = layer.attention.layout.policy.sink_tokens, held_rows(layer, request)
+        packed = [
+            self.eviction.retention.keep(_candidates(held, head, sinks, scores), chosen)
+            for head, (chosen, scores) in enumerate(zip(*choice, strict=True))
+        ]
+        chosen, scores = choice
+        sources, ends = [rows.sources for rows in packed], [sinks + len(head) for head in scores]
+        self.observer.selected(request.step.request_id, index, Selection(sinks, ends, chosen, scores, sources))
+        rows = _rows_of(packed, layer.attention.layout.policy.has_mass)
+        layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page, rows)
+        return sources
 
 
-class HeldRows(NamedTuple):
-    """All tokens that each KV head holds, per head float32 [n, head_dim], in ascending positions."""
+def _candidates(held: KeptRows, head: int, sinks: int, scores: torch.Tensor) -> HeldTokens:
+    """What a cut chooses from, of one KV head: the tokens that have `scores`, which follow the sinks."""
+    span = slice(sinks, sinks + len(scores))
+    mass = torch.zeros_like(scores) if held.log_mass is None else held.log_mass[head][span]
+    return HeldTokens(held.keys[head][span], held.values[head][span], scores, mass)
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]  # may be empty where nobody asked for them
+
+def _rows_of(packed: list[PackedRows], has_mass: bool) -> KeptRows:
+    """The rows of all KV heads; where pages have log-masses, heads without have zeros."""
+    masses = [torch.zeros_like(rows.keys[:, 0]) if rows.log_mass is None else rows.log_mass for rows in packed]
+    return KeptRows([rows.keys for rows in packed], [rows.values for rows in packed], masses if has_mass else None)
 
 
-def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> HeldRows:
+def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> KeptRows:
+    """All tokens that each KV head holds, per head float32 [n, head_dim], in ascending positions.
+
+    Their values may be empty where nobody asked for them. Log-masses are there once a cut has stored some.
+    """
     attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
     if not kept.end:
         keys, values = attention.read(cells, request.row, 0, stored, with_values=with_values)
-        return HeldRows(list(keys), [] if values is None else list(values))
+        return KeptRows(list(keys), [] if values is None else list(values))
     sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
     between = attention.read_kept(cells, request.state_block, kept)
     later = attention.read(cells, request.row, kept.end, stored)
-    parts = zip(sinks, between, later, strict=True)
-    return HeldRows(*([torch.cat(rows) for rows in zip(*kind, strict=True)] for kind in parts))
+    assert sinks[1] is not None and later[1] is not None
+    keys = [torch.cat(rows) for rows in zip(sinks[0], between.keys, later[0], strict=True)]
+    values = [torch.cat(rows) for rows in zip(sinks[1], between.values, later[1], strict=True)]
+    if between.log_mass is None:
+        return KeptRows(keys, values)
+    before, after = (torch.zeros_like(rows[0][0, :, 0]) for rows in (sinks, later))
+    return KeptRows(keys, values, [torch.cat([before, head, after]) for head in between.log_mass])
 
 
-def _with_rows(view: LayerView, rows: HeldRows | None) -> LayerView:
+def _with_rows(view: LayerView, rows: KeptRows | None) -> LayerView:
     if rows is None:
         return view
-    return replace(view, keys=torch.stack(rows.keys), values=torch.stack(rows.values) if rows.values else None)
+    values = torch.stack(list(rows.values)) if rows.values else None
+    return replace(view, keys=torch.stack(list(rows.keys)), values=values)
 
 
 def held_positions(count: int, num_tokens: int, sinks: int, device: torch.device) -> torch.Tensor:

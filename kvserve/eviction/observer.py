@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class Selection(NamedTuple):
+    """What a cut makes of the tokens that the KV heads of one layer hold; indices count what a head holds, in order.
+
+    Attributes:
+        first, ends: head h chose among its tokens [first, ends[h]); those before (sinks) and behind them all stay.
+        chosen: per KV head, int64 [kept], ascending; index i is the head's token first + i.
+        scores: per KV head, float32 [ends[h] - first].
+        sources: per KV head, int64 [kept], in the order of its kept pages: the token that each row is, or began as.
+    """
+
+    first: int
+    ends: list[int]
+    chosen: list[torch.Tensor]
+    scores: list[torch.Tensor]
+    sources: list[torch.Tensor]
 
 
 class EvictionObserver:
     """Hears of evictions; this one does nothing with them. Layers and KV heads are those of one worker."""
 
-    def selected(self, request_id: str, layer: int, first: int, ends: list[int], chosen: list[torch.Tensor]) -> None:
-        """Which of the tokens that its KV heads held a layer keeps; indices count what the head held, in order.
-
-        Args:
-            layer: index among this worker's attention layers.
-            first, ends: head h chose among its tokens [first, ends[h]); those before (sinks) and behind them all stay.
-            chosen: per KV head, int64 [kept], ascending; index i is the head's token first + i.
-        """
+    def selected(self, request_id: str, layer: int, selection: Selection) -> None:
+        """What a layer keeps; `layer` is its index among this worker's attention layers."""
 
     def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
         """A request was evicted in all layers.

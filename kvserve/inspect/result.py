@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvserve.eviction.observer import EvictionObserver
+from kvserve.eviction.observer import EvictionObserver, Selection
 
 
 class KeptTokens(EvictionObserver):
@@ -18,23 +18,26 @@ class KeptTokens(EvictionObserver):
 
     Attributes:
         num_tokens: of the request when it was evicted last; 0: it never was.
-        positions: [layer][kv_head], ascending.
     """
 
     def __init__(self) -> None:
         self.num_tokens = 0
-        self.positions: list[list[list[int]]] = []
+        self._held: list[list[list[int]]] = []  # [layer][kv_head], positions in the order of the head's rows
         self._chosen: list[list[Callable[[list[int]], list[int]]]] = []
 
-    def selected(self, request_id: str, layer: int, first: int, ends: list[int], chosen: list[torch.Tensor]) -> None:
-        self._chosen.append(
-            [partial(_stay, first, end, index.tolist()) for end, index in zip(ends, chosen, strict=True)]
-        )
+    @property
+    def positions(self) -> list[list[list[int]]]:
+        """[layer][kv_head], ascending; a row that stands for several tokens counts as the one that it began as."""
+        return [[sorted(head) for head in layer] for layer in self._held]
+
+    def selected(self, request_id: str, layer: int, selection: Selection) -> None:
+        heads = zip(selection.ends, selection.sources, strict=True)
+        self._chosen.append([partial(_stay, selection.first, end, index.tolist()) for end, index in heads])
 
     def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
         later = [*range(self.num_tokens, num_tokens)]
-        before = self.positions or [[[] for _ in layer] for layer in self._chosen]
-        self.positions = [
+        before = self._held or [[[] for _ in layer] for layer in self._chosen]
+        self._held = [
             [stay(head + later) for stay, head in zip(layer, heads, strict=True)]
             for layer, heads in zip(self._chosen, before, strict=True)
         ]

@@ -1,8 +1,8 @@
 """What an evicted request keeps: where it lies, and the PyTorch reference that reads and writes it.
 
 Eviction at `end` leaves a request's sinks and its tokens from `end` on where they are. Of the tokens between, every
-layer and KV head keeps its own subset, re-packed in ascending order into *kept pages*: sealed pages of tile_tokens
-columns, the last one of a head partly filled.
+layer and KV head keeps its own subset, or rows that stand for several of them, packed into *kept pages*: sealed pages
+of tile_tokens columns, the last one of a head partly filled.
 
 Kept pages are numbered over the whole request. They fill its kept blocks, which are not part of its row, in the order
 [layer][kv_head][page of the cell], whichever layer and head they belong to: a page lies in any layer's cell. A (layer,
@@ -12,7 +12,7 @@ first of the request's row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
@@ -59,6 +59,20 @@ class KeptTable(NamedTuple):
 
 
 NOT_KEPT = Kept()
+
+
+class KeptRows(NamedTuple):
+    """What the KV heads of one layer keep, each in the order of its kept pages.
+
+    Attributes:
+        keys, values: per KV head, float32 [num_kept, head_dim]; keys after RoPE, values as the model made them.
+        log_mass: per KV head, float32 [num_kept], added to a token's logit: the log of how many tokens it stands for.
+            None where every token stands for itself.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    log_mass: Sequence[torch.Tensor] | None = None
 
 
 class Header(NamedTuple):
@@ -165,26 +179,46 @@ def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_t
     return [others + header.num_tokens for header in read_headers(cells, layout, state_block)]
 
 
-def write_pages(
-    arena: Arena, layout: PageLayout, kept: Kept, header: Header, rows: torch.Tensor, tables: Tables | None = None
-) -> None:
-    """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the layout rotates.
+class KeptPages(NamedTuple):
+    """The kept pages of one (layer, KV head), which its header names.
 
-    Args:
+    Attributes:
         tables: what the KV head has of the layer's tables.
     """
-    tile_tokens = layout.tile_tokens
-    for page in range(header.num_pages):
-        tile = rows[page * tile_tokens : (page + 1) * tile_tokens]
-        filled = torch.cat([tile, tile[-1:].expand(tile_tokens - len(tile), -1, -1)])
-        encoded = encode_page(filled[:, 0], filled[:, 1], layout, tables=tables)
-        kept_page(arena, layout, kept, header.first_page + page)[:] = encoded
 
+    arena: Arena
+    layout: PageLayout
+    kept: Kept
+    header: Header
+    tables: Tables | None = None
 
-def read_pages(
-    arena: Arena, layout: PageLayout, kept: Kept, header: Header, tables: Tables | None = None
-) -> torch.Tensor:
-    """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
-    pages = (kept_page(arena, layout, kept, header.first_page + page) for page in range(header.num_pages))
-    decoded = [torch.stack(decode_page(page, layout, tables=tables), 1) for page in pages]
-    return torch.cat([torch.zeros(0, 2, layout.head_dim), *decoded])[: header.num_tokens]
+    def write(self, rows: torch.Tensor, log_mass: torch.Tensor | None = None) -> None:
+        """Encode kept tokens, float32 [num_tokens, 2 (K, V), head_dim], V rotated where the layout rotates.
+
+        Args:
+            log_mass: float32 [num_tokens], for pages that have it; None: 0 for every token.
+        """
+        size = self.layout.tile_tokens
+        for index, page in enumerate(self._pages()):
+            tokens = slice(index * size, (index + 1) * size)
+            tile, masses = rows[tokens], None if log_mass is None else log_mass[tokens]
+            filled = torch.cat([tile, tile[-1:].expand(size - len(tile), -1, -1)])
+            page[:] = encode_page(filled[:, 0], filled[:, 1], self.layout, tables=self.tables, log_mass=masses)
+
+    def read(self) -> torch.Tensor:
+        """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
+        decoded = [torch.stack(decode_page(page, self.layout, tables=self.tables), 1) for page in self._pages()]
+        return torch.cat([torch.zeros(0, 2, self.layout.head_dim), *decoded])[: self.header.num_tokens]
+
+    def log_mass(self) -> torch.Tensor:
+        """Of the kept tokens, float32 [num_tokens]; zeros where pages have none."""
+        tile_format = self.layout.tile_format
+        assert tile_format is not None
+        if tile_format.mass is None:
+            return torch.zeros(self.header.num_tokens)
+        masses = [tile_format.log_mass(page) for page in self._pages()]
+        return torch.cat([torch.zeros(0), *masses])[: self.header.num_tokens]
+
+    def _pages(self) -> Iterator[torch.Tensor]:
+        for page in range(self.header.num_pages):
+            yield kept_page(self.arena, self.layout, self.kept, self.header.first_page + page)

@@ -275,4 +275,4 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int 
 def _tile_format(policy: Policy, head_dim: int, dense_dtype: torch.dtype) -> TileFormat:
     if policy.key is None or policy.value is None:
         return TileFormat.dense(policy.tile_tokens, head_dim, dense_dtype)
-    return TileFormat.of(policy.key, policy.value, policy.tile_tokens, head_dim)
+    return TileFormat.of(policy.key, policy.value, policy.tile_tokens, head_dim, policy.has_mass)

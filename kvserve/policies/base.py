@@ -66,7 +66,9 @@ class LayerCodec(_Part):
 
 
 class Eviction(_Part):
-    """Which tokens stay, how many, and when: a scorer, a budget and a schedule, each by its name and parameters.
+    """Which tokens stay, how many, what becomes of the others, and when.
+
+    A scorer, a budget, a retention and a schedule, each by its name and parameters.
 
     `rate` keeps one of `rate` tokens, `max_tokens` that many, per KV head on average; give one of the two. The first
     `sink_tokens` of the policy and the tokens of the unfinished tile always stay. Without a `schedule`, a rate is for
@@ -78,12 +80,13 @@ class Eviction(_Part):
 
     scorer: Any
     budget: Any
+    retention: Annotated[Any, Field(validate_default=True)] = "evict"
     rate: Annotated[float | None, Field(ge=1, le=MAX_RATE)] = None
     max_tokens: Annotated[int | None, Field(ge=64, le=LONGEST)] = None
     spare_layers: tuple[Annotated[int, Field(strict=True)], ...] = ()
     schedule: Annotated[Any, Field(validate_default=True)] = None
 
-    @field_validator("scorer", "budget", "schedule", mode="before")
+    @field_validator("scorer", "budget", "retention", "schedule", mode="before")
     @classmethod
     def _make_part(cls, content: Any, info: ValidationInfo) -> Any:
         # Imported here: the parts need torch, which a policy without eviction does not.
@@ -93,7 +96,7 @@ class Eviction(_Part):
             content = "over-budget" if info.data.get("max_tokens") else "end-of-prefill"
         return make_part(str(info.field_name), content)
 
-    @field_serializer("scorer", "budget", "schedule")
+    @field_serializer("scorer", "budget", "retention", "schedule")
     def _part_content(self, part: Any) -> dict[str, Any]:
         return {"name": part.name} | part.model_dump(mode="json", exclude_defaults=True)
 
@@ -191,6 +194,12 @@ class Policy(_Part):
             return self
         if self.key and self.dense_pages:
             raise ValueError("dense_pages keeps keys and values as they are: leave out key and value, or dense_pages")
+        if self.has_mass and not self.key:
+            assert self.eviction is not None
+            raise ValueError(
+                f"the retention {self.eviction.retention.name} stores a weight beside each token, and dense pages have "
+                "no room for it; use a codec that compresses, for example codec: int8"
+            )
         for half, codec in self.codecs:
             self._check_codec(half, codec)
         if self.sink_tokens >= self.tile_tokens:
@@ -217,6 +226,11 @@ class Policy(_Part):
         return self.dense_pages or self.key is not None
 
     @property
+    def has_mass(self) -> bool:
+        """Whether kept tokens may stand for several, so that pages hold a log-mass for each."""
+        return self.eviction is not None and self.eviction.retention.has_mass
+
+    @property
     def codecs(self) -> list[tuple[Half, Codec]]:
         """What its pages are written with, of single layers too."""
         pairs = [(Half.KEY, self.key), (Half.VALUE, self.value)]
@@ -234,7 +248,8 @@ class Policy(_Part):
     @property
     def names_layers(self) -> bool:
         """Whether layers are treated differently, by their number."""
-        return bool(self.layers) or (self.eviction is not None and bool(self.eviction.spare_layers))
+        eviction = self.eviction
+        return bool(self.layers or (eviction and (eviction.spare_layers or eviction.budget.names_heads)))
 
     @property
     def turns_queries(self) -> bool:

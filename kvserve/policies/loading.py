@@ -31,7 +31,7 @@ from kvserve.text_files import UnreadableError, read_text
 MAX_FILE_BYTES = 64 * 2**10  # the longest shipped policy has one of them
 
 _DESCRIPTIVE = ("name", "summary", "paper")  # what overrides may not touch
-_PARTS = ("scorer", "budget", "schedule")
+_PARTS = ("scorer", "budget", "retention", "schedule")
 _HALVES = ("key", "value")
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # types of errors
 # What `codec: NAME` takes from another policy.
@@ -183,7 +183,7 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
             raise PolicyError(_unknown_key(dotted, _settable_keys()))
         nested = _nested_model(model.model_fields[key])
         if nested is None and key in (*_PARTS, *_HALVES, "layers"):
-            break  # a codec, scorer, budget or schedule checks its own keys; those of layers are numbers
+            break  # a codec or a part checks its own keys; those of layers are numbers
         if depth + 1 < len(keys):
             if nested is None:
                 raise PolicyError(_unknown_key(dotted, _settable_keys()))

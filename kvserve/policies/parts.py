@@ -8,14 +8,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvserve.budgets.registry import make_budget
+from kvserve.retention.registry import make_retention
 from kvserve.schedules.registry import make_schedule
 from kvserve.scorers.registry import make_scorer
 
-_MAKERS = {"scorer": make_scorer, "budget": make_budget, "schedule": make_schedule}
+_MAKERS = {"scorer": make_scorer, "budget": make_budget, "retention": make_retention, "schedule": make_schedule}
 
 
 def make_part(kind: str, content: Any) -> Any:
-    """The scorer, budget or schedule that `content` names; a bare name stands for its defaults.
+    """The scorer, budget, retention or schedule that `content` names; a bare name stands for its defaults.
 
     Raises:
         ValueError: unknown name or parameter, or a value out of range.

@@ -6,8 +6,6 @@ arrival. So whatever goes wrong between these rows and the layer's output shows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,8 +13,10 @@ from kvserve.attention.base import LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.layer_tables import LayerTables, tables_of_head
 from kvserve.codecs.tile import Tables
+from kvserve.eviction.observer import Selection
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
+from kvserve.retention.base import HeldTokens, Rows
 
 
 class LayerHistory:
@@ -28,7 +28,9 @@ class LayerHistory:
         sealed: finished tiles as their pages decode, V rotated; float32 [kv_heads, tiles * tile_tokens, 2, head_dim].
         end: tokens between the sinks and it are kept in part; 0: the request was not cut.
         kept: per KV head, what it keeps of them as kept pages decode, float32 [num_kept, 2, head_dim], V rotated.
-        kept_positions: per KV head, where those come from, int64 [num_kept], ascending.
+        kept_exact: per KV head, what it would keep of rows as they came; the same shape, V not rotated.
+        log_mass, exact_mass: per KV head, their log-masses, float32 [num_kept].
+        kept_positions: per KV head, where those come from, int64 [num_kept].
     """
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None) -> None:
@@ -37,8 +39,6 @@ class LayerHistory:
         self.exact = torch.zeros(spec.num_kv_heads, 0, 2, layout.head_dim)
         self.staged, self.sealed = self.exact, self.exact
         self.end = 0
-        self.kept: list[torch.Tensor] = []
-        self.kept_positions: list[torch.Tensor] = []
         self._forget_cuts()
 
     @property
@@ -79,31 +79,68 @@ class LayerHistory:
 
     # -- cuts ------------------------------------------------------------------------------------------------------
 
-    def cut(self, first: int, ends: Sequence[int], chosen: Sequence[torch.Tensor]) -> None:
-        """Keep what an eviction chose: arguments as of `EvictionObserver.selected`."""
-        held = [self._held(head) for head in range(self.spec.num_kv_heads)]
-        (end,) = {self.num_tokens - len(positions) + last for (_, positions), last in zip(held, ends, strict=True)}
-        for head, (rows, positions) in enumerate(held):
-            index = chosen[head].cpu() + first
-            self.kept[head] = self._coded_again(rows[index], self._tables(head))
-            self.kept_positions[head] = positions[index]
+    def cut(self, selection: Selection) -> None:
+        """Keep what an eviction keeps, by the policy's own retention of this request's rows."""
+        held, exact = (
+            [rows(head) for head in range(self.spec.num_kv_heads)] for rows in (self._held, self._held_exact)
+        )
+        positions = [self._held_positions(head) for head in range(self.spec.num_kv_heads)]
+        (end,) = {self.num_tokens - len(tokens) + last for tokens, last in zip(positions, selection.ends, strict=True)}
+        for head, tokens in enumerate(positions):
+            kept, as_came = self._retained(held[head], head, selection), self._retained(exact[head], head, selection)
+            rows = torch.stack([kept.keys, self._rotate(kept.values)], 1)
+            self.kept[head], self.log_mass[head] = self._coded_again(rows, self._tables(head)), _masses(kept)
+            self.kept_exact[head] = torch.stack([as_came.keys, as_came.values], 1)
+            self.exact_mass[head] = _masses(as_came)
+            self.kept_positions[head] = tokens[kept.sources + selection.first]
         self.end = end
 
+    def _retained(self, held: tuple[torch.Tensor, torch.Tensor], head: int, selection: Selection) -> Rows:
+        """What the retention makes of the rows and log-masses that a KV head holds, V not rotated."""
+        eviction, span = self.layout.policy.eviction, slice(selection.first, selection.ends[head])
+        assert eviction is not None
+        (keys, values), mass = held[0][span].unbind(1), held[1][span]
+        kept: Rows = eviction.retention.keep(
+            HeldTokens(keys, values, selection.scores[head].cpu(), mass), selection.chosen[head].cpu()
+        )
+        return kept
+
     def _held(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a KV head holds as it is read, and its positions: sinks, kept tokens, tokens from `end` on."""
+        """What a KV head holds as it is read, V turned back, and log-masses.
+
+        Sinks, kept tokens, tokens from `end` on.
+        """
         sinks = min(self.layout.policy.sink_tokens, self.num_tokens)
         sealed = self.sealed.shape[1]
         later = torch.cat([self.sealed[head, self.end :], self.staged[head, max(sealed, self.end) :]])
         if not self.end:
             later[:sinks] = self.staged[head, :sinks]
-            return later, torch.arange(self.num_tokens)
-        rows = torch.cat([self.staged[head, :sinks], self.kept[head], later])
-        positions = [torch.arange(sinks), self.kept_positions[head], torch.arange(self.end, self.num_tokens)]
-        return rows, torch.cat(positions)
+            rows = later
+        else:
+            rows = torch.cat([self.staged[head, :sinks], self.kept[head], later])
+        return torch.stack([rows[:, 0], self._rotate(rows[:, 1])], 1), self._held_masses(self.log_mass[head])
+
+    def _held_exact(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of rows as they came."""
+        rows = self.exact[head]
+        if self.end:
+            rows = torch.cat([rows[: self.layout.policy.sink_tokens], self.kept_exact[head], rows[self.end :]])
+        return rows, self._held_masses(self.exact_mass[head])
+
+    def _held_masses(self, kept: torch.Tensor) -> torch.Tensor:
+        """Log-masses of all tokens that a head holds; `kept`: of those that it keeps."""
+        if not self.end:
+            return torch.zeros(self.num_tokens)
+        return torch.cat([torch.zeros(self.layout.policy.sink_tokens), kept, torch.zeros(self.num_tokens - self.end)])
+
+    def _held_positions(self, head: int) -> torch.Tensor:
+        tokens = torch.arange(self.num_tokens)
+        if not self.end:
+            return tokens
+        return torch.cat([tokens[: self.layout.policy.sink_tokens], self.kept_positions[head], tokens[self.end :]])
 
     def _coded_again(self, rows: torch.Tensor, tables: Tables) -> torch.Tensor:
         """Rows as they come back from kept pages: tiles in order, the last one filled up with its last token."""
-        rows = torch.stack([rows[:, 0], self._rotate(self._rotate(rows[:, 1]))], 1)  # read unrotated, written rotated
         parts = [rows[:0]]
         for tile in rows.split(self.layout.tile_tokens) if len(rows) else ():
             missing = self.layout.tile_tokens - len(tile)
@@ -116,6 +153,9 @@ class LayerHistory:
         heads = range(self.spec.num_kv_heads)
         self.end = 0
         self.kept = [torch.zeros(0, 2, self.layout.head_dim) for _ in heads]
+        self.kept_exact = list(self.kept)
+        self.log_mass = [torch.zeros(0) for _ in heads]
+        self.exact_mass = list(self.log_mass)
         self.kept_positions = [torch.zeros(0, dtype=torch.int64) for _ in heads]
 
     # -- answers ---------------------------------------------------------------------------------------------------
@@ -137,14 +177,13 @@ class LayerHistory:
         sealed = self.sealed.shape[1]
         rows = torch.cat([self._padded(self.kept), self.sealed, self.staged], 1)
         masks = [self._kept_mask(len(query)), (is_seen & is_sealed)[:, :sealed], is_seen & ~is_sealed]
-        return self._rotate(self._attend(query, rows, masks))
+        return self._rotate(self._attend(query, rows, masks, self._padded(self.log_mass)))
 
     def uncoded(self, query: torch.Tensor) -> torch.Tensor:
-        """The answer from the tokens that the policy holds, each as it came."""
+        """The answer from the tokens that the policy holds, each as it came, or as it came to be from such tokens."""
         is_seen, _ = self._seen_since_cut(len(query))
-        kept = self._padded([rows[at] for rows, at in zip(self.exact, self.kept_positions, strict=True)])
-        masks = [self._kept_mask(len(query)), is_seen]
-        return self._attend(query, torch.cat([kept, self.exact], 1), masks)
+        rows, masks = torch.cat([self._padded(self.kept_exact), self.exact], 1), [self._kept_mask(len(query)), is_seen]
+        return self._attend(query, rows, masks, self._padded(self.exact_mass))
 
     def dense(self, query: torch.Tensor) -> torch.Tensor:
         """The answer of a cache that keeps every token as it came."""
@@ -175,12 +214,20 @@ class LayerHistory:
         has = torch.arange(int(counts.max())) < counts[:, None]
         return has[:, None].expand(-1, rows, -1)
 
-    def _attend(self, query: torch.Tensor, rows: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
-        """Softmax attention to rows [kv_heads, n, 2, head_dim] where the masks, put together, allow it."""
+    def _attend(
+        self, query: torch.Tensor, rows: torch.Tensor, masks: list[torch.Tensor], log_mass: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Softmax attention to rows [kv_heads, n, 2, head_dim] where the masks, put together, allow it.
+
+        Args:
+            log_mass: float32 [kv_heads, at most n], of the first rows; the others, or all, have none.
+        """
         heads = self.spec.num_kv_heads
         mask = torch.cat([m.expand(heads, *m.shape[-2:]) for m in masks], -1)[:, None]
         grouped = query.detach().cpu().float().unflatten(1, (heads, self.spec.group)).permute(1, 2, 0, 3)
         scores = grouped @ rows[:, None, :, 0].transpose(-1, -2) * self.spec.scale
+        if log_mass is not None:
+            scores[..., : log_mass.shape[1]] += log_mass[:, None, None]
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         return (weights @ rows[:, None, :, 1]).permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -191,3 +238,7 @@ class LayerHistory:
         """What a KV head has of the layer's tables."""
         tile_format, tables = self.layout.tile_format, self._reference.tables
         return tables_of_head(tables, tile_format, head) if tables and tile_format else {}
+
+
+def _masses(rows: Rows) -> torch.Tensor:
+    return torch.zeros(len(rows.keys)) if rows.log_mass is None else rows.log_mass

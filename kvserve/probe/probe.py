@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from kvserve.attention.base import Batch, PagedAttention
-from kvserve.eviction.observer import EvictionObserver
+from kvserve.eviction.observer import EvictionObserver, Selection
 from kvserve.pages.kept import num_layers_of
 from kvserve.probe.distances import LayerDistances, LayerReport, ProbeReport, codec_limit
 from kvserve.probe.history import LayerHistory
@@ -90,10 +90,10 @@ class Probe(EvictionObserver):
         for layer in self.layers:
             layer.begin()
 
-    def selected(self, request_id: str, layer: int, first: int, ends: list[int], chosen: list[torch.Tensor]) -> None:
+    def selected(self, request_id: str, layer: int, selection: Selection) -> None:
         for probe in self.layers:
             if probe.place == layer:
-                probe.history.cut(first, ends, chosen)
+                probe.history.cut(selection)
 
     def report(self) -> ProbeReport:
         """Everything since the probe was made."""

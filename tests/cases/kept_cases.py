@@ -11,10 +11,10 @@ import torch
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention, Received
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.pages.kept import Kept, KeptTable, pages_per_block
+from kvserve.pages.kept import Kept, KeptRows, KeptTable, pages_per_block
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
-from kvserve.policies.base import Policy
+from kvserve.policies.base import Eviction, Policy
 from tests.cases.attention_cases import POISON, make_batch
 
 NUM_LAYERS = 3
@@ -47,7 +47,7 @@ class KeptCase:
     value: dict[int, list[torch.Tensor]]
     query: dict[int, list[torch.Tensor]]  # [new, heads, head_dim]
     chosen: dict[tuple[int, int], list[torch.Tensor]]  # by (layer, request), per kv_head: positions kept
-    kept_rows: dict[tuple[int, int], tuple[list[torch.Tensor], list[torch.Tensor]]]  # keys and values, per kv_head
+    kept_rows: dict[tuple[int, int], KeptRows]  # by (layer, request)
     first_pages: dict[tuple[int, int], list[int]]
 
     def run(
@@ -108,10 +108,11 @@ class KeptCase:
         sinks, size = layout.policy.sink_tokens, layout.tile_tokens
         reference = ReferenceAttention(layout, self.spec)
         rows = reference.stage(self.key[layer][r], self.value[layer][r])[:, kv_head]
-        before = []
+        before, mass = [], torch.zeros((), dtype=torch.float64)
         if ask.end:
-            keys, values = self.kept_rows[layer, r]
+            keys, values, masses = self.kept_rows[layer, r]
             before.append(coded(torch.stack([keys[kv_head], reference._rotate(values[kv_head])], 1), layout))
+            mass = mass if masses is None else masses[kv_head].double()
         tiles = []
         for start in range(ask.end, len(rows) // size * size, size):
             tile, skipped = rows[start : start + size], 0 if start else sinks
@@ -124,6 +125,8 @@ class KeptCase:
             key, value = torch.cat([dense[0], *before, *tiles[: full - ask.end // size], dense[1]]).double().unbind(1)
             query = self.query[layer][r][p - ask.computed, kv_head * group : (kv_head + 1) * group].double()
             scores = query @ key.T * self.spec.scale
+            if before:
+                scores[:, len(dense[0]) : len(dense[0]) + len(before[0])] += mass
             outputs.append(scores.softmax(-1) @ value)
             sums.append(scores.logsumexp(-1))
         output = torch.stack(outputs)
@@ -172,13 +175,16 @@ def build_kept_case(
     exact: bool = False,
     evict: bool = True,
     poison: int = POISON,
+    mass: float | None = None,
 ) -> KeptCase:
     """A step whose past, evictions included, the reference stored. The same arguments give the same rows.
 
     Args:
         exact: rows that the codec represents exactly.
         evict: False: every request keeps its tokens as they are.
+        mass: pages have log-masses, those of kept tokens up to so much; None: pages have none.
     """
+    policy = policy if mass is None else with_masses(policy)
     generator = torch.Generator().manual_seed(1)
     layout = PageLayout.build(policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1)
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5)
@@ -197,8 +203,14 @@ def build_kept_case(
         value = {i: [v @ hadamard(head_dim) for v in per_layer] for i, per_layer in value.items()}
     asks = asks if evict else [ask._replace(end=0) for ask in asks]
     case = KeptCase(layout, spec, asks, *_empty(layout, num_kv_heads, asks, poison), key, value, query, {}, {}, {})
-    _store_past(case, poison)
+    _store_past(case, poison, mass)
     return case
+
+
+def with_masses(policy: Policy) -> Policy:
+    """A policy whose pages have log-masses."""
+    eviction = Eviction(scorer="random", budget="uniform", retention="merge", rate=2)
+    return policy.model_copy(update={"eviction": eviction})
 
 
 def _counts(ask: Ask, num_kv_heads: int, sinks: int) -> list[int]:
@@ -236,7 +248,7 @@ def _empty(
     return torch.full(shape, poison, dtype=torch.uint8), batch, full[:, :-3]
 
 
-def _store_past(case: KeptCase, poison: int) -> None:
+def _store_past(case: KeptCase, poison: int, mass: float | None) -> None:
     """Tokens before `end`, the eviction, and then the tokens up to `computed`."""
     reference, asks = ReferenceAttention(case.layout, case.spec), case.asks
     first = [ask.end or ask.computed for ask in asks]
@@ -254,6 +266,8 @@ def _store_past(case: KeptCase, poison: int) -> None:
     for r, ask in enumerate(asks):
         if ask.end:
             _choose(case, reference, r)
+            if mass is not None:
+                _weigh(case, r, mass)
     stale = case.full_table[(case.batch.block_table == ABSURD) & (case.full_table != ABSURD)]
     case.arena[stale.long()] = poison
     for layer in LAYERS:
@@ -283,7 +297,17 @@ def _choose(case: KeptCase, reference: ReferenceAttention, r: int) -> None:
             sinks + torch.randperm(ask.end - sinks, generator=generator)[:count].sort().values for count in counts[mine]
         ]
         case.chosen[layer, r], case.first_pages[layer, r] = chosen, first_pages[mine]
-        case.kept_rows[layer, r] = tuple([rows[h][index] for h, index in enumerate(chosen)] for rows in (key, value))
+        case.kept_rows[layer, r] = KeptRows(
+            *([rows[h][index] for h, index in enumerate(chosen)] for rows in (key, value))
+        )
+
+
+def _weigh(case: KeptCase, r: int, mass: float) -> None:
+    generator = torch.Generator().manual_seed(20 + r)
+    for layer in LAYERS:
+        rows = case.kept_rows[layer, r]
+        masses = [mass * torch.rand(len(head), generator=generator) for head in rows.keys]
+        case.kept_rows[layer, r] = rows._replace(log_mass=masses)
 
 
 def write_kept(case: KeptCase, attention: PagedAttention, layer: int, r: int, arena: torch.Tensor) -> None:
@@ -293,5 +317,5 @@ def write_kept(case: KeptCase, attention: PagedAttention, layer: int, r: int, ar
         int(case.batch.block_table[r, 0]),
         case.kept_of(r),
         case.first_pages[layer, r],
-        *case.kept_rows[layer, r],
+        case.kept_rows[layer, r],
     )

@@ -17,7 +17,7 @@ import triton
 from benchmarks.gpu_compile import SHARED_BYTES, compile_only, use_target
 from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
-from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptTable, arena_of, write_header
+from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, arena_of, write_header
 from tests.cases.attention_cases import Case, build_case, make_policy
 
 ROW = torch.arange(9, dtype=torch.int32)
@@ -51,7 +51,7 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     case.run(attention)
     attention.read(cells, ROW, 0, 100)
     rows = [torch.zeros(3, head_dim)] * 2
-    attention.write_kept(cells, 0, kept, [0, 1], rows, rows)
+    attention.write_kept(cells, 0, kept, [0, 1], KeptRows(rows, rows))
     for head in range(2):
         write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
     attention.read_kept(cells, 0, kept)

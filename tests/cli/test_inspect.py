@@ -13,6 +13,7 @@ from rich.console import Console
 
 from kvserve.cli import main
 from kvserve.default_model import prepare_default_model
+from kvserve.eviction.observer import Selection
 from kvserve.inspect import terminal
 from kvserve.inspect.result import Inspection, KeptTokens
 from kvserve.policies.loading import load_policy
@@ -30,7 +31,9 @@ def recorded() -> tuple[KeptTokens, list[list[list[int]]]]:
     for layer in range(LAYERS):
         sizes = [5 + layer, 20]
         chosen = [torch.randperm(END - SINKS, generator=generator)[:size].sort().values for size in sizes]
-        recorder.selected("a", layer, SINKS, [END] * len(chosen), chosen)
+        scores = [torch.zeros(END - SINKS)] * len(chosen)
+        sources = [head.flip(0) for head in chosen]  # rows are in any order
+        recorder.selected("a", layer, Selection(SINKS, [END] * len(chosen), chosen, scores, sources))
         stays = [{*range(SINKS), *range(END, NUM_TOKENS), *(head + SINKS).tolist()} for head in chosen]
         expected.append([sorted(positions) for positions in stays])
         counts.append([size + SINKS + NUM_TOKENS - END for size in sizes])

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kvserve.engine.report import EngineReport, describe_codecs, describe_eviction, describe_switched_off
+from kvserve.engine.settings import EngineSettings
+from kvserve.errors import UnsupportedError
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 
@@ -22,6 +24,36 @@ def test_the_startup_table_names_the_layers_that_stay_whole():
 def report(policy: str, dtype: torch.dtype, *overrides: str) -> EngineReport:
     layout = PageLayout.build(load_policy(policy, overrides), 64, 64, dtype)
     return EngineReport(layout, num_layers=2, num_kv_heads=3, num_blocks=100, max_model_len=4096)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "line"),
+    [
+        ("int8", [], "nothing"),
+        ("snapkv", [], "evict"),
+        ("snapkv", ["eviction.retention=compensate"], "compensate, with a log-mass beside each token of a page"),
+        ("snapkv", ["eviction.retention=merge"], "merge, with a log-mass beside each token of a page"),
+    ],
+)
+def test_the_startup_table_says_what_becomes_of_the_others(policy: str, changes: list[str], line: str):
+    (row,) = [row for row in report(policy, torch.float32, *changes).table().splitlines() if "what goes" in row]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["what goes", line]
+
+
+def test_log_masses_are_among_the_bits_of_an_element():
+    plain, weighed = (report("snapkv", torch.float32, *more) for more in ([], ["eviction.retention=merge"]))
+    bits = [found.layout.bits_per_element() for found in (plain, weighed)]
+    assert bits[1] - bits[0] == 32 / (2 * 64)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_gpu_kernels_refuse_a_retention_with_log_masses_before_anything_is_loaded(kernels: str):
+    policy = load_policy("snapkv", ["eviction.retention=compensate"])
+    settings = EngineSettings(policy, 64, torch.bfloat16, kernels_asked=kernels, kernels=kernels)
+    with pytest.raises(
+        UnsupportedError, match="do not cover the retention compensate; use --policy-set eviction.retention=evict"
+    ):
+        settings.with_gpu_kernels(64)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])

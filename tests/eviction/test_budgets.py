@@ -19,6 +19,7 @@ from kvserve.budgets.base import (
     spread,
 )
 from kvserve.budgets.global_pages import GlobalPages
+from kvserve.budgets.head_classes import HeadClasses
 from kvserve.budgets.heads_in_layer import HeadsInLayer
 from kvserve.budgets.pyramid import Pyramid
 from kvserve.budgets.registry import BUDGETS, budget_class, make_budget
@@ -34,6 +35,8 @@ VARIANTS = [
     HeadsInLayer(floor=1),
     GlobalPages(),
     GlobalPages(metric="mean"),
+    HeadClasses(),
+    HeadClasses(whole=((0, 0),)),
 ]
 
 
@@ -200,6 +203,48 @@ def test_a_pyramid_of_beta_one_is_uniform():
         by_layer = pages.sum(1)
         assert int(by_layer.max() - by_layer.min()) <= 1
     assert torch.equal(Pyramid(beta=1).allocate(scores, 4, 120), Uniform().allocate(scores, 4, 120))
+
+
+@given(case=cases(), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_named_heads_keep_everything_and_the_others_share_the_rest_evenly(case, data):
+    scores, page_tokens, total, minimum = case
+    places = list(itertools.product(*map(range, scores.shape[:2])))
+    whole = data.draw(st.lists(st.sampled_from(places), unique=True))
+    pages = HeadClasses(whole=tuple(whole)).allocate(scores, page_tokens, total, minimum)
+    high = filled_pages(held_counts(scores), page_tokens)
+    low = high.clamp(max=minimum)
+    named = torch.zeros(high.shape, dtype=torch.bool)
+    for place in whole:
+        named[place] = True
+    if total >= int(high[named].sum() + low[~named].sum()):
+        assert torch.equal(pages[named], high[named])
+        free = (~named) & (pages > low) & (pages < high)
+        assert not free.any() or int(pages[free].max() - pages[free].min()) <= 1
+    else:
+        assert torch.equal(pages[~named], low[~named])
+
+
+def test_head_classes_without_names_are_uniform():
+    scores = distinct_scores(3, 2, 64)
+    assert torch.equal(HeadClasses().allocate(scores, 4, 50, 1), Uniform().allocate(scores, 4, 50, 1))
+
+
+def test_named_heads_are_found_in_a_part_of_the_model():
+    budget = HeadClasses(whole=((0, 0), (2, 3), (3, 2)))
+    assert budget.part([0, 2, 3], range(2, 4)).whole == ((1, 1), (2, 0))
+    scores = distinct_scores(4, 4, 64)
+    pages = budget.choose(scores, 4, 7 * 16 + 9 * 2, spared=[1]).pages  # the spared layer is whole
+    everything = {*budget.whole, *((1, head) for head in range(4))}
+    for place in itertools.product(range(4), range(4)):
+        assert int(pages[place]) == (16 if place in everything else 2)
+
+
+def test_heads_that_a_model_lacks_are_refused():
+    HeadClasses(whole=((3, 1),)).check(4, 2)
+    for place in ((4, 0), (0, 2)):
+        with pytest.raises(ValueError, match="the model has the layers 0 to 3 with the KV heads 0 to 1; leave it out"):
+            HeadClasses(whole=(place,)).check(4, 2)
 
 
 def won_tokens(layer: list[list[float]], budget: int) -> list[int]:
@@ -397,6 +442,8 @@ def test_budgets_are_made_by_name():
         {"name": "heads-in-layer", "floor": 1.1},
         {"name": "global-pages", "metric": "sum"},
         {"name": "uniform", "beta": 1},
+        {"name": "head-classes", "whole": [[0, -1]]},
+        {"name": "head-classes", "whole": [[0]]},
     ],
 )
 def test_parameters_out_of_range_are_refused(content):

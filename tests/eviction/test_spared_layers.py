@@ -213,7 +213,7 @@ class Worker:
     def check(self) -> None:
         for layer in range(self.num_layers) if self.kept.end else ():
             cells = self.arena[:, :, layer]
-            keys, values = self.kernels.read_kept(cells, 0, self.kept)
+            keys, values, _ = self.kernels.read_kept(cells, 0, self.kept)
             for head, tokens in enumerate(self.stays[layer]):
                 assert torch.equal(keys[head], self.key[layer, tokens, head])
                 assert torch.equal(values[head], self.value[layer, tokens, head])
@@ -242,7 +242,7 @@ def test_nothing_is_collected_in_spared_layers() -> None:
         worker.step()
         assert worker.collector.requests["a"].keys() == {1, 2}
         for layer in (0, 3) if worker.kept.end else ():
-            keys, _ = worker.kernels.read_kept(worker.arena[:, :, layer], 0, worker.kept)
+            keys = worker.kernels.read_kept(worker.arena[:, :, layer], 0, worker.kept).keys
             assert all(torch.equal(keys[h], worker.key[layer, 4 : worker.kept.end, h]) for h in (0, 1))
 
 

@@ -14,7 +14,7 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.budgets.base import held_counts, select
 from kvserve.eviction.collector import Collected, Collector
 from kvserve.eviction.evictor import StepEvictor
-from kvserve.pages.kept import Kept, KeptTable
+from kvserve.pages.kept import Kept, KeptRows, KeptTable
 from kvserve.policies.base import Eviction, Policy
 from kvserve.scorers.base import LayerView, Scorer
 from kvserve.scorers.query_window import PlainWindow
@@ -80,7 +80,7 @@ def test_each_head_keeps_what_the_scorer_chooses_on_plain_tensors(scorer: dict):
     kernels = NativeAttention(case.layout, case.spec)
     keys, values = kernels.read(cells, row, policy.sink_tokens, 256, PROMPT)
     rows = [[part[index] for part, index in zip(of, chosen, strict=True)] for of in (keys, values)]
-    kernels.write_kept(expected, int(row[0]), kept, [0, 2], *rows)
+    kernels.write_kept(expected, int(row[0]), kept, [0, 2], KeptRows(*rows))
     evict(case, policy, cells, RowStep("a", Kept(), kept))
     print("DIFF", (cells != expected).nonzero()[:5], (cells != expected).sum(), (cells != case.cells).sum())
     assert torch.equal(cells, expected) and not torch.equal(cells, case.cells)
@@ -107,10 +107,11 @@ def test_a_second_cut_chooses_among_what_the_first_one_kept_and_what_came_later(
     before = kernels.read(cells, row, 0, 192, PROMPT)
     state, earlier, later = int(row[0]), Kept(192, first.blocks[:1]), kernels.read(cells, row, 192, PROMPT)
     survivors = [torch.arange(sinks, 192)[h::3][:60] for h in (0, 1)]
-    kernels.write_kept(cells, state, earlier, [0, 1], *[[rows[h][survivors[h]] for h in (0, 1)] for rows in before])
+    packed = KeptRows(*([rows[h][survivors[h]] for h in (0, 1)] for rows in before))
+    kernels.write_kept(cells, state, earlier, [0, 1], packed)
     held = kernels.read_kept(cells, state, earlier)
     evict(case, policy, cells, RowStep("a", earlier, Kept(256, first.blocks[1:])))
-    keys, values = kernels.read_kept(cells, state, Kept(256, first.blocks[1:]))
+    keys, values, _ = kernels.read_kept(cells, state, Kept(256, first.blocks[1:]))
     for h in (0, 1):
         pool = [torch.cat([before[i][h][:sinks], held[i][h], later[i][h]]) for i in (0, 1)]
         norms = pool[0].norm(dim=-1)
@@ -139,7 +140,7 @@ def test_a_ranks_heads_are_scored_by_their_place_in_the_whole_model(cut_before: 
             kernels, row = NativeAttention(case.layout, case.spec), case.batch.block_table[0]
             earlier, sinks = Kept(192, first.blocks[:1]), policy.sink_tokens
             stored = kernels.read(cells, row, sinks, sinks + 64, PROMPT)
-            kernels.write_kept(cells, int(row[0]), earlier, [0, 1], *[list(rows) for rows in stored])
+            kernels.write_kept(cells, int(row[0]), earlier, [0, 1], KeptRows(*map(list, stored)))
             step = RowStep("a", earlier, Kept(256, first.blocks[1:]))
         evict(case, policy, cells, step, replace(case.spec, first_head=2 * rank))
         chosen.append(
@@ -267,7 +268,7 @@ def test_attention_received_while_generating_counts_at_the_next_cut():
     step(0, PROMPT, Kept(), first)
     for computed in range(PROMPT, PROMPT + NEW):
         step(computed, 1, first, second if computed == PROMPT + NEW - 1 else None)
-    keys, _ = kernels.read_kept(case.cells, int(row[0]), second)
+    keys = kernels.read_kept(case.cells, int(row[0]), second).keys
     for head in range(heads):
         tokens, sums = torch.arange(PROMPT), torch.zeros(PROMPT)
         pay(sums, head, tokens, range(PROMPT))
@@ -306,7 +307,7 @@ def test_on_another_device_the_same_tokens_stay(budget: str, scorer: str, again:
     for arena in (cells, expected) if again else ():
         rows = kernels.read(arena, row, 4, 192, PROMPT)
         survivors = [[part[h][h::3][:60] for h in (0, 1)] for part in rows]
-        kernels.write_kept(arena, int(row[0]), earlier, [0, 1], *survivors)
+        kernels.write_kept(arena, int(row[0]), earlier, [0, 1], KeptRows(*survivors))
     window_start = PROMPT - eviction.window if eviction.remembers_queries else None
     step = RowStep("a", earlier, kept, window_start, eviction.scorer.collects)
     rotary = Rotary(1.0 / 10000 ** (torch.arange(0, 64, 2) / 64))

@@ -12,7 +12,7 @@ from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.affine_family import affine_family
 from kvserve.codecs.packing import pack_codes, unpack_codes
-from kvserve.pages.kept import Header, Kept, arena_of, kept_page, read_header
+from kvserve.pages.kept import Header, Kept, KeptRows, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from tests.cases.attention_cases import POISON, build_case, make_batch, make_policy
@@ -267,7 +267,7 @@ def test_a_kept_page_is_where_the_numbering_says():
     arena = torch.full((9, 2, NUM_LAYERS, layout.cell_bytes), POISON, dtype=torch.uint8)
     size = layout.tile_format.tile_bytes
     keys = [torch.randn(130, 64), torch.randn(1, 64)]
-    attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], keys, keys)
+    attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], KeptRows(keys, keys))
     # 12 pages a block: [layer][kv_head][page of the cell]; head 0 has pages 11, 12, 13 and head 1 page 7.
     places = [(5, 1, 2, 1), (6, 0, 0, 0), (6, 0, 0, 1), (5, 1, 1, 1)]
     tiles = [keys[0][:64], keys[0][64:128], keys[0][128:], keys[1]]
@@ -362,7 +362,7 @@ def test_what_each_head_keeps_is_read_back_as_its_codec_left_it(family: str, isa
     for (layer, r), written in case.kept_rows.items():
         for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)):
             state_block = int(case.batch.block_table[r, 0])
-            keys, values = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
+            keys, values, _ = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
             for h in range(case.spec.num_kv_heads):
                 turned = attention_rows(case, written, h)
                 expected = coded(turned, case.layout)
@@ -371,10 +371,10 @@ def test_what_each_head_keeps_is_read_back_as_its_codec_left_it(family: str, isa
                 torch.testing.assert_close(values[h], expected[:, 1] @ back, rtol=1e-6, atol=2e-6)
 
 
-def attention_rows(case: KeptCase, written: tuple[list[torch.Tensor], list[torch.Tensor]], head: int) -> torch.Tensor:
+def attention_rows(case: KeptCase, written: KeptRows, head: int) -> torch.Tensor:
     """One head's kept K and V as they go into the codec, [tokens, 2, head_dim]."""
     turn = hadamard(case.layout.head_dim) if rotated(case.layout.policy) else torch.eye(case.layout.head_dim)
-    return torch.stack([written[0][head], written[1][head] @ turn], 1)
+    return torch.stack([written.keys[head], written.values[head] @ turn], 1)
 
 
 def test_wrong_arguments_are_refused_by_name():
@@ -384,11 +384,11 @@ def test_wrong_arguments_are_refused_by_name():
     rows = [torch.zeros(70, 64), torch.zeros(1, 64)]
     for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec)):
         with pytest.raises(ValueError, match="do not fit in"):
-            attention.write_kept(cells, state, kept, [0, 6 * len(kept.blocks)], rows, rows)
+            attention.write_kept(cells, state, kept, [0, 6 * len(kept.blocks)], KeptRows(rows, rows))
         with pytest.raises(ValueError, match="positive multiple of 64"):
-            attention.write_kept(cells, state, kept._replace(end=100), [0, 2], rows, rows)
+            attention.write_kept(cells, state, kept._replace(end=100), [0, 2], KeptRows(rows, rows))
         with pytest.raises(ValueError, match="keys and values differ"):
-            attention.write_kept(cells, state, kept, [0, 2], rows, rows[::-1])
+            attention.write_kept(cells, state, kept, [0, 2], KeptRows(rows, rows[::-1]))
         with pytest.raises(ValueError, match="not among the 64 stored"):
             attention.read(cells, row, 0, 65, 64)
         with pytest.raises(TypeError, match="block_table_row must be contiguous int32"):

@@ -12,6 +12,8 @@ import torch
 
 from kvserve.budgets.registry import BUDGETS
 from kvserve.policies.loading import PolicyError, load_policy, policy_content, policy_from_config
+from kvserve.retention.evict import Evict
+from kvserve.retention.registry import RETENTIONS
 from kvserve.schedules.registry import SCHEDULES
 from kvserve.scorers.base import LayerView
 from kvserve.scorers.registry import SCORERS
@@ -23,11 +25,11 @@ EXAMPLE = Path(__file__).parents[1] / "cases" / "example_package"
 def _installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(EXAMPLE)
     importlib.invalidate_caches()
-    for registry in (SCORERS, BUDGETS, SCHEDULES):
+    for registry in (SCORERS, BUDGETS, RETENTIONS, SCHEDULES):
         registry.__dict__.pop("brought", None)
     sys.modules.pop("example_parts", None)
     yield
-    for registry in (SCORERS, BUDGETS, SCHEDULES):
+    for registry in (SCORERS, BUDGETS, RETENTIONS, SCHEDULES):
         registry.__dict__.pop("brought", None)
 
 
@@ -35,12 +37,14 @@ def test_a_policy_may_name_parts_of_another_package() -> None:
     parts = [
         "eviction.scorer={name: every-other, period: 3}",
         "eviction.budget=example-budget",
+        "eviction.retention=example-retention",
         "eviction.schedule={name: example-schedule, interval: 128}",
     ]
     policy = load_policy("snapkv", parts)
     assert policy.eviction is not None
     scores = policy.eviction.scorer.score(LayerView(kv_heads=2, positions=torch.arange(6), scale=1.0))
     assert scores.tolist() == [[1, 0, 0, 1, 0, 0]] * 2
+    assert isinstance(policy.eviction.retention, Evict)
     assert policy_from_config({"policy": policy_content(policy)}) == policy
 
 

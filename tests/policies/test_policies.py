@@ -11,6 +11,9 @@ from kvserve.errors import PolicyError, UnsupportedError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy, policy_content, policy_from_config
 from kvserve.policies.registry import configs_dir, policy_names, shipped_path
+from kvserve.retention.compensate import Compensate
+from kvserve.retention.evict import Evict
+from kvserve.retention.merge import Merge
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -329,6 +332,30 @@ def test_parts_are_named_alone_or_with_parameters():
     eviction = load_policy("snapkv", ["eviction.scorer.window=16"]).eviction
     assert eviction.scorer.name == "window-attention" and eviction.scorer.window == 16
     assert eviction.budget.name == "uniform" and eviction.schedule.name == "end-of-prefill"
+
+
+def test_what_is_not_kept_is_gone_unless_a_retention_says_otherwise():
+    assert load_policy("snapkv").eviction.retention == Evict() and not load_policy("snapkv").has_mass
+    policy = load_policy("snapkv", ["eviction.retention=compensate"])
+    assert policy.eviction.retention == Compensate() and policy.has_mass
+    policy = load_policy("snapkv", ["eviction.retention=merge", "eviction.retention.threshold=0.5"])
+    assert policy.eviction.retention == Merge(threshold=0.5)
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+
+
+@pytest.mark.parametrize("name", ["compensate", "merge"])
+def test_a_retention_with_weights_needs_coded_pages(name):
+    message = error_of("snapkv", f"eviction.retention={name}", "codec=dense")
+    assert f"the retention {name} stores a weight beside each token" in message
+    assert message.endswith("for example codec: int8")
+    assert load_policy("snapkv", ["eviction.retention=evict", "codec=dense"]).dense_pages
+
+
+def test_retentions_and_their_parameters_are_checked():
+    assert "there is no retention 'forget'; the retentions are compensate, evict, merge" in error_of(
+        "snapkv", "eviction.retention=forget"
+    )
+    assert "eviction.retention.threshold" in error_of("snapkv", "eviction.retention={name: merge, threshold: 2}")
 
 
 @pytest.mark.parametrize("name", ["kv-compress-2bit", "snapkv", "pyramidkv", "knorm", "streaming-llm", "random"])

@@ -65,6 +65,7 @@ def bomb(levels: int) -> str:
         (EVICTS + "  scorer: [1]\n", "eviction.scorer is [1], it must be the name of a scorer"),
         (EVICTS + "  scorer: 5\n", "eviction.scorer is 5, it must be the name of a scorer"),
         (EVICTS + "  scorer: window-attention\n  schedule: [1]\n", "eviction.schedule is [1]"),
+        (EVICTS + "  scorer: random\n  retention: 3\n", "eviction.retention is 3, it must be the name of a retention"),
         (HEAD + "2024-99-99: 1\n", "unknown key"),
         (HEAD + "1: 1\n", "unknown key"),
         (HEAD + "null: 1\n", "unknown key"),
@@ -144,7 +145,9 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 TOP = st.dictionaries(KEYS, VALUES, max_size=6)
-PARTS = st.fixed_dictionaries({"scorer": VALUES, "budget": VALUES}, optional={"rate": VALUES, "schedule": VALUES})
+PARTS = st.fixed_dictionaries(
+    {"scorer": VALUES, "budget": VALUES}, optional={"rate": VALUES, "retention": VALUES, "schedule": VALUES}
+)
 FILES = st.one_of(
     TOP.map(lambda content: {"name": "mine", "summary": "s", **content}),
     st.builds(lambda parts: {"name": "mine", "summary": "s", "codec": "int8", "eviction": parts}, PARTS),

@@ -9,6 +9,7 @@ import torch
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.native import available_isas
+from kvserve.pages.kept import arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
@@ -17,7 +18,7 @@ from kvserve.probe.history import LayerHistory
 from kvserve.probe.request import plan_test, prompt_tokens
 from tests.cases.attention_cases import make_batch
 from tests.cases.damages import DAMAGES
-from tests.cases.doctor_cases import DAMAGED_LAYER, Damage, Machine, Step
+from tests.cases.doctor_cases import DAMAGED_LAYER, Damage, Machine, Request, Step
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="no kernel library is built")
 
@@ -119,6 +120,46 @@ def test_layers_that_keep_all_their_tokens_raise_no_alarm() -> None:
     assert machine.complaints() == []
     cut, spared = (layer.history for layer in machine.probe.layers)
     assert all(len(kept) > len(few) for kept, few in zip(spared.kept, cut.kept, strict=True))
+
+
+RETENTIONS = [
+    ("snapkv", ["eviction.retention=compensate"]),
+    ("snapkv", ["eviction.retention={name: merge, threshold: 0.2}"]),
+    ("kv-compress-2bit", ["eviction.retention=compensate"]),
+    ("h2o", ["eviction.retention=compensate", "eviction.schedule={name: every-n, interval: 64}", "eviction.rate=2"]),
+    ("snapkv", ["eviction.retention={name: merge, threshold: 0.2}", "eviction.spare_layers=[0]", "eviction.rate=1.5"]),
+    (
+        "kv-compress-live",
+        ["eviction.retention={name: merge, threshold: 0.2}", "eviction.schedule={name: every-n, interval: 64}"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "changes"), RETENTIONS)
+def test_rows_that_stand_for_several_tokens_raise_no_alarm(policy: str, changes: list[str]) -> None:
+    machine = Machine(load_policy(policy, changes))
+    assert machine.complaints() == []
+    history = machine.probe.layers[DAMAGED_LAYER].history
+    assert all((mass > 0).any() for mass in history.log_mass)
+
+
+class _ForgetsMasses(Damage):
+    """Kept rows count once, whatever they stand for."""
+
+    def stored(self, machine: Machine, request: Request) -> None:
+        if request.kept.end:
+            arena = arena_of(machine.arena[:, :, DAMAGED_LAYER], machine.layout)
+            for head in range(machine.spec.num_kv_heads):
+                header = read_header(arena, request.row[0], head)
+                for page in range(header.first_page, header.first_page + header.num_pages):
+                    machine.layout.tile_format.log_mass(kept_page(arena, machine.layout, request.kept, page)).zero_()
+
+
+@pytest.mark.parametrize("retention", ["compensate", "{name: merge, threshold: 0.2}"])
+def test_forgotten_log_masses_are_found(retention: str) -> None:
+    machine = Machine(load_policy("snapkv", [f"eviction.retention={retention}"]), damage=_ForgetsMasses())
+    (found,) = machine.complaints()
+    assert found.startswith(f"layer {DAMAGED_LAYER} of 2: ") and "should hold" in found
 
 
 def test_a_maximum_of_tokens_is_lowered_so_that_a_short_prompt_is_cut() -> None:
