@@ -50,9 +50,7 @@ def test_log_masses_are_among_the_bits_of_an_element():
 def test_gpu_kernels_refuse_a_retention_with_log_masses_before_anything_is_loaded(kernels: str):
     policy = load_policy("snapkv", ["eviction.retention=compensate"])
     settings = EngineSettings(policy, 64, torch.bfloat16, kernels_asked=kernels, kernels=kernels)
-    with pytest.raises(
-        UnsupportedError, match="do not cover the retention compensate; use --policy-set eviction.retention=evict"
-    ):
+    with pytest.raises(UnsupportedError, match=r"cover the retention compensate; use .* eviction\.retention=evict"):
         settings.with_gpu_kernels(64)
 
 
