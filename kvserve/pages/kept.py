@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvserve.codecs.tile import Tables
+from kvserve.codecs.tile import Tables, Tile
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.reference import decode_page, encode_page
+from kvserve.pages.reference import decode_page
 
 HEADER_BYTES = 16
 
@@ -198,12 +198,14 @@ class KeptPages(NamedTuple):
         Args:
             log_mass: float32 [num_tokens], for pages that have it; None: 0 for every token.
         """
-        size = self.layout.tile_tokens
+        size, tile_format = self.layout.tile_tokens, self.layout.tile_format
+        assert tile_format is not None
         for index, page in enumerate(self._pages()):
             tokens = slice(index * size, (index + 1) * size)
             tile, masses = rows[tokens], None if log_mass is None else log_mass[tokens]
             filled = torch.cat([tile, tile[-1:].expand(size - len(tile), -1, -1)])
-            page[:] = encode_page(filled[:, 0], filled[:, 1], self.layout, tables=self.tables, log_mass=masses)
+            keys, values = Tile.of(filled[:, 0]), Tile.of(filled[:, 1])
+            page[:] = tile_format.encode_tile(keys, values, self.tables, masses)
 
     def read(self) -> torch.Tensor:
         """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""

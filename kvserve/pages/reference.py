@@ -38,7 +38,7 @@ def hadamard(head_dim: int) -> torch.Tensor:
 
 def encode_page(
     key: torch.Tensor, value: torch.Tensor, layout: PageLayout, first_counted: int = 0, first_position: int = 0,
-    tables: Tables | None = None, log_mass: torch.Tensor | None = None,
+    tables: Tables | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Seal one tile of one KV head.
 
@@ -47,14 +47,13 @@ def encode_page(
         first_counted: tokens before it (dense sinks) do not define ranges that tokens share.
         first_position: of the first token, in its sequence.
         tables: what the KV head has of the layer's tables (codecs.layer_tables.tables_of_head).
-        log_mass: float32 [<= tile_tokens], of the first tokens; the others have 0.
 
     Returns:
         uint8 [layout.tile_format.tile_bytes]; padding is zero.
     """
     assert layout.tile_format is not None
     keys, values = (Tile.of(rows, first_counted, first_position) for rows in (key, value))
-    return layout.tile_format.encode_tile(keys, values, tables, log_mass)
+    return layout.tile_format.encode_tile(keys, values, tables)
 
 
 def decode_page(
