@@ -108,6 +108,11 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     )
     if tile_format.key is None:
         return paged
+    if layout.state_blocks and tile_format.key.needs_positions:
+        raise ValueError(
+            f"keys of {tile_format.key.name} are read with their positions, which the pages of evicted requests do not "
+            "keep; leave out eviction, or choose another codec"
+        )
     key, value = (HalfFormat.of(tile_format, half) for half in Half)
     gaps, rotated = gaps_of(tile_format), tile_format.half(Half.VALUE)[0].rotates
     integer = key.integer and value.integer

@@ -10,9 +10,11 @@ import torch
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.affine import Affine
+from kvserve.codecs.layer_tables import LayerTables
 from kvserve.codecs.symmetric import Symmetric
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
+from tests.cases.codec_cases import random_layer_tables
 
 NUM_LAYERS = 2  # cells of another layer lie between this layer's, as in vLLM's BHLNC layout
 POISON = 0xFF  # a NaN in every dtype
@@ -46,6 +48,11 @@ class Case:
     value: torch.Tensor
     past_key: list[torch.Tensor]  # per request, [computed, num_kv_heads, head_dim]
     past_value: list[torch.Tensor]
+    tables: LayerTables  # of the codecs, random
+
+    @property
+    def reference(self) -> ReferenceAttention:
+        return ReferenceAttention(self.layout, self.spec, self.tables)
 
     def run(self, attention: PagedAttention, cells: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and lse of `attention` on a copy of the arena (or on `cells`, in place)."""
@@ -112,6 +119,7 @@ def build_case(
         policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group
     )
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
+    tables = random_layer_tables(layout.tile_format, num_kv_heads) if layout.tile_format else {}
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]
     table, num_blocks = make_table(layout, lengths, generator)
     cells = poisoned_cells(layout, num_blocks, num_kv_heads)
@@ -127,7 +135,7 @@ def build_case(
     past_key, past_value = [keys(c) for c in computed], [rows(c, num_kv_heads).to(model_dtype) for c in computed]
     if sum(computed):
         past = make_batch(layout, [0] * len(computed), computed, table)
-        ReferenceAttention(layout, spec).store(torch.cat(past_key), torch.cat(past_value), cells, past)
+        ReferenceAttention(layout, spec, tables).store(torch.cat(past_key), torch.cat(past_value), cells, past)
     total = sum(new_tokens)
     return Case(
         layout=layout,
@@ -139,4 +147,5 @@ def build_case(
         value=rows(total, num_kv_heads).to(model_dtype),
         past_key=past_key,
         past_value=past_value,
+        tables=tables,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvserve.codecs.base import Codec
+from kvserve.codecs.format import TileFormat
 from kvserve.codecs.registry import make_codec
 from kvserve.codecs.tile import Half, Tables, Tile, TileShape
 
@@ -86,6 +87,19 @@ def random_tables(codec: Codec, shape: TileShape, rows: torch.Tensor, seed: int 
         )
         for name, spec in specs.items()
     }
+
+
+def random_layer_tables(tile_format: TileFormat, num_kv_heads: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    """What a layer would have calibrated for rows of `random_rows`, by "half.codec name.table name"."""
+    tables = {}
+    for half in Half if tile_format.key is not None else ():
+        shape = tile_format.shape(half)
+        codec, _ = tile_format.half(half)
+        heads = [random_tables(codec, shape, random_rows(shape, seed + h), seed + h) for h in range(num_kv_heads)]
+        for name, spec in codec.tables(shape).items():
+            own = "kv_heads" in spec.axes
+            tables[f"{half}.{name}"] = torch.stack([head[name] for head in heads]) if own else heads[0][name]
+    return tables
 
 
 def packed_code(data: list[int], bits: int, rows: int, columns: int, row: int, column: int) -> int:

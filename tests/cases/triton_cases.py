@@ -50,10 +50,14 @@ def run(
     return output.cpu(), lse.cpu(), cells_on(torch.device("cpu"), arena)
 
 
+def attention_of(case: Case) -> TritonAttention:
+    """The kernels for a case of attention_cases.py, with its tables on their device."""
+    return TritonAttention(case.layout, case.spec, {name: table.to(DEVICE) for name, table in case.tables.items()})
+
+
 def run_case(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`run` of a case of attention_cases.py."""
-    attention = TritonAttention(case.layout, case.spec)
-    return run(attention, case.query, case.key, case.value, case.cells, case.batch)
+    return run(attention_of(case), case.query, case.key, case.value, case.cells, case.batch)
 
 
 def with_wide_lengths(batch: Batch, max_query_len: int) -> Batch:
