@@ -12,20 +12,28 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.codecs.symmetric import Symmetric
+from kvserve.codecs.tile import Half
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
-from tests.cases.codec_cases import random_layer_tables
+from tests.cases.codec_cases import codec_of, random_layer_tables
 
 NUM_LAYERS = 2  # cells of another layer lie between this layer's, as in vLLM's BHLNC layout
 POISON = 0xFF  # a NaN in every dtype
 
 
 def make_policy(family: str, tile_tokens: int = 64, sink_tokens: int = 4) -> Policy:
-    """One policy of each codec family: int8, kivi-4, kivi-2, boosted, dense-pages; dense is the one without pages."""
+    """One policy of each codec family: int8, kivi-4, kivi-2, boosted, dense-pages; dense is the one without pages.
+
+    "key+value" names two codecs of codec_cases.py.
+    """
     if family == "dense":
         return Policy(name="dense", summary="dense", tile_tokens=tile_tokens)
     if family == "dense-pages":
         return Policy(name=family, summary="", tile_tokens=tile_tokens, sink_tokens=sink_tokens, dense_pages=True)
+    if "+" in family:
+        names = dict(zip(Half, family.split("+"), strict=True))
+        codecs = {str(half): codec_of(half, name) for half, name in names.items()}
+        return Policy(name="pair", summary=family, tile_tokens=tile_tokens, sink_tokens=sink_tokens, **codecs)
     key, value = {
         "int8": (Affine(bits=8, group_size=64), Affine(bits=8)),
         "kivi-4": (Affine(bits=4, group_size=64), Affine(bits=4, group_size=64)),

@@ -42,13 +42,36 @@ VALUES: dict[str, dict[str, Any]] = {
     "outliers-symmetric": {"name": "outliers", "fraction": 0.03, "inner": {"name": "symmetric", "bits": 2}},
     "low-rank": {"name": "low-rank", "rank": 4, "inner": {"name": "symmetric", "bits": 2}},
 }
+# Wrappers around wrappers: more keys.
+CHAINS: dict[str, dict[str, Any]] = {
+    "outlier-table-before-rope": {
+        "name": "before-rope",
+        "inner": {"name": "outliers", "fraction": 0.01, "inner": {"name": "table", "bits": 3}},
+    },
+    "vector-before-rope": {"name": "before-rope", "inner": {"name": "vector", "couple": 4}},
+    "rank-of-outliers": {
+        "name": "low-rank",
+        "rank": 2,
+        "inner": {"name": "outliers", "fraction": 0.01, "inner": {"bits": 2, "group_size": 32}},
+    },
+    "outliers-of-rank": {
+        "name": "outliers",
+        "fraction": 0.01,
+        "inner": {"name": "low-rank", "rank": 2, "inner": {"bits": 2, "group_size": 32}},
+    },
+    "rank-of-turned-table": {
+        "name": "low-rank",
+        "rank": 1,
+        "inner": {"name": "before-rope", "inner": {"name": "table", "bits": 4}},
+    },
+}
 CASES = [(Half.KEY, name) for name in KEYS] + [(Half.VALUE, name) for name in VALUES]
 Rows = list[list[float]]  # [tokens][head_dim]
 LONGEST = 512  # positions of the rotary tables
 
 
 def codec_of(half: Half, name: str) -> Codec:
-    return make_codec((KEYS if half is Half.KEY else VALUES)[name])
+    return make_codec((KEYS | CHAINS if half is Half.KEY else VALUES)[name])
 
 
 def random_rows(shape: TileShape, seed: int = 0) -> torch.Tensor:

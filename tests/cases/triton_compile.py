@@ -30,10 +30,11 @@ def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:
 
 def launch_plain(case: Case) -> None:
     """The kernels of one layer without evicted requests."""
-    attention = TritonAttention(case.layout, case.spec)
+    attention = TritonAttention(case.layout, case.spec, case.tables)
     case.run(attention)
     attention.attention_sums(case.query[:9], case.cells, ROW, 80, NOT_KEPT, 2)
     if case.layout.tile_format:
+        attention.read(torch.zeros_like(case.cells), ROW, 0, 100)
         launch_received(attention, case)
 
 
@@ -45,7 +46,7 @@ def launch_received(attention: TritonAttention, case: Case) -> None:
 def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     """Every kernel of one layer, with evicted requests: those that attend do all they do without, and more."""
     layout = type(case.layout).build(case.layout.policy, head_dim, 64, dtype, state_blocks=1)
-    attention = TritonAttention(layout, case.spec)
+    attention = TritonAttention(layout, case.spec, case.tables)
     kept, cells = Kept(64, (4,)), torch.zeros_like(case.cells)
     case.batch.kept = KeptTable.of([kept, kept])
     case.run(attention)
@@ -66,9 +67,11 @@ def main(arguments: list[str]) -> None:
         architecture, dtype = int(number), getattr(torch, dtype_name)
         use_target(architecture)
         case = build(family, int(head_dim), int(group), dtype)
-        if family == "dense" or not once:
+        key = case.layout.policy.key
+        can_evict = family != "dense" and not (key and key.needs_positions)
+        if not (once and can_evict):
             launch_plain(case)
-        if family != "dense":
+        if can_evict:
             launch_evicted(case, int(head_dim), dtype)
         for kernel in compiled:
             about = kernel.metadata

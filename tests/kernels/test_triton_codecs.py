@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from tests.cases.attention_cases import Case, build_case, copy_cells
+from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
 
 pytest.importorskip("triton")
 from kvserve.attention import gpu
 from kvserve.attention.base import LayerSpec, Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
-from kvserve.codecs.base import Codec
-from kvserve.codecs.registry import CODECS, make_codec
-from kvserve.codecs.tile import Half
+from kvserve.codecs.registry import CODECS
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
-from tests.cases.codec_cases import KEYS, VALUES, codec_of
+from tests.cases.codec_cases import CHAINS, KEYS, VALUES
 from tests.cases.kept_cases import Ask, build_kept_case, write_kept
 from tests.cases.triton_cases import DEVICE, attention_of, batch_on, cells_on, run, run_case
 
 slow = pytest.mark.slow
 SMALL = {"num_kv_heads": 2, "group": 2}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-TABLE_3, AFFINE_2 = {"name": "table", "bits": 3}, {"bits": 2, "group_size": 32}
-CHAINS: dict[str, dict[str, Any]] = {
-    "outlier-table-before-rope": {
-        "name": "before-rope",
-        "inner": {"name": "outliers", "fraction": 0.01, "inner": TABLE_3},
-    },
-    "vector-before-rope": {"name": "before-rope", "inner": {"name": "vector", "couple": 4}},
-    "rank-of-outliers": {
-        "name": "low-rank",
-        "rank": 2,
-        "inner": {"name": "outliers", "fraction": 0.01, "inner": AFFINE_2},
-    },
-    "outliers-of-rank": {
-        "name": "outliers",
-        "fraction": 0.01,
-        "inner": {"name": "low-rank", "rank": 2, "inner": AFFINE_2},
-    },
-    "rank-of-turned-table": {
-        "name": "low-rank",
-        "rank": 1,
-        "inner": {"name": "before-rope", "inner": {"name": "table", "bits": 4}},
-    },
-}
 # Keys and values of one page: each kind of codec, and each way to nest them.
 FAST = [
     *(("outlier-table-before-rope", "outliers-symmetric"), ("vector-before-rope", "table-3")),
@@ -56,15 +29,6 @@ FAST = [
 ]
 REST = [(key, "affine") for key in (*KEYS, *CHAINS)] + [("affine", value) for value in VALUES]
 PAIRS = [*FAST, *(pytest.param(*pair, marks=slow) for pair in REST)]
-
-
-def key_codec(name: str) -> Codec:
-    return make_codec(CHAINS[name]) if name in CHAINS else codec_of(Half.KEY, name)
-
-
-def policy_of(key: str, value: str, tile_tokens: int = 64, sink_tokens: int = 4) -> Policy:
-    codecs = {"key": key_codec(key), "value": codec_of(Half.VALUE, value)}
-    return Policy(name="pair", summary="", tile_tokens=tile_tokens, sink_tokens=sink_tokens, **codecs)
 
 
 def kinds(policy: Policy) -> set[str]:
@@ -99,12 +63,12 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize(("key", "value"), PAIRS)
 def test_a_step_matches_the_reference(key: str, value: str):
     """Two tiles are sealed and attended to by several rows, and one request decodes."""
-    check(build_case(policy_of(key, value), computed=[63, 140], new_tokens=[66, 1], **SMALL))
+    check(build_case(make_policy(f"{key}+{value}"), computed=[63, 140], new_tokens=[66, 1], **SMALL))
 
 
 def test_the_pairs_cover_every_codec():
     """Codecs that the registry gains need a pair here."""
-    assert set().union(*(kinds(policy_of(*pair)) for pair in FAST)) == set(CODECS)
+    assert set().union(*(kinds(make_policy("+".join(pair))) for pair in FAST)) == set(CODECS)
     assert {key for key, _ in REST} >= set(KEYS) and {value for _, value in REST} >= set(VALUES)
 
 
@@ -123,7 +87,7 @@ def test_other_geometries_match_the_reference(
     key: str, value: str, head_dim: int, tile_tokens: int, tiles_per_block: int
 ):
     computed, new_tokens = [2 * tile_tokens - 1, 0], [1, tile_tokens + 3]
-    policy = policy_of(key, value, tile_tokens, 0 if tiles_per_block > 1 else 4)
+    policy = make_policy(f"{key}+{value}", tile_tokens, 0 if tiles_per_block > 1 else 4)
     check(build_case(policy, computed=computed, new_tokens=new_tokens, head_dim=head_dim,
                      tiles_per_block=tiles_per_block, **SMALL))  # fmt: skip
 
@@ -140,12 +104,12 @@ def test_other_geometries_match_the_reference(
     ],
 )  # fmt: skip
 def test_16_bit_models_match_the_reference(key: str, value: str, dtype: torch.dtype):
-    check(build_case(policy_of(key, value), computed=[70, 127], new_tokens=[20, 1], model_dtype=dtype, **SMALL))
+    check(build_case(make_policy(f"{key}+{value}"), computed=[70, 127], new_tokens=[20, 1], model_dtype=dtype, **SMALL))
 
 
 @pytest.mark.parametrize(("key", "value"), [FAST[0], FAST[3], *(pytest.param(*pair, marks=slow) for pair in FAST[1:])])
 def test_tokens_are_read_as_the_reference_reads_them(key: str, value: str):
-    case = build_case(policy_of(key, value), computed=[150, 40], new_tokens=[1, 1], **SMALL)
+    case = build_case(make_policy(f"{key}+{value}"), computed=[150, 40], new_tokens=[1, 1], **SMALL)
     cells, table = cells_on(DEVICE, case.cells), case.batch.block_table.to(DEVICE)
     for first, last in ((0, 150), (62, 66), (5, 5)):
         expected = case.reference.read(case.cells, case.batch.block_table[0], first, last, 150)
@@ -158,7 +122,7 @@ def test_tokens_are_read_as_the_reference_reads_them(key: str, value: str):
 @pytest.mark.parametrize("key", ["vector-before-rope", *(pytest.param(key, marks=slow) for key in CHAINS)])
 def test_attention_that_tokens_get_is_the_references(key: str):
     """Of several rows over stored keys, and of one in its own step."""
-    case = build_case(policy_of(key, "affine"), computed=[150], new_tokens=[1], **SMALL)
+    case = build_case(make_policy(f"{key}+affine"), computed=[150], new_tokens=[1], **SMALL)
     row, query = case.batch.block_table[0], torch.randn(9, 4, 64, generator=torch.Generator().manual_seed(3))
     expected = case.reference.attention_sums(query, case.cells, row, 150)
     sums = attention_of(case).attention_sums(query.to(DEVICE), cells_on(DEVICE, case.cells), row.to(DEVICE), 150)
@@ -178,7 +142,7 @@ def test_attention_that_tokens_get_is_the_references(key: str):
 )
 def test_kept_pages_of_an_evicted_request_match_the_reference(key: str, value: str):
     """Codecs without tables: how the pages are placed does not depend on them."""
-    case = build_kept_case(policy_of(key, value), [Ask(128, 200, 1, (70, 3, 0, 124)), Ask(0, 70, 1)], group=2)
+    case = build_kept_case(make_policy(f"{key}+{value}"), [Ask(128, 200, 1, (70, 3, 0, 124)), Ask(0, 70, 1)], group=2)
     reference, attention = ReferenceAttention(case.layout, case.spec), TritonAttention(case.layout, case.spec)
     query, layer, kept = torch.cat(case.query[2]), 2, case.kept_of(0)
     new = [case.new_rows(rows) for rows in (case.key[layer], case.value[layer])]
@@ -196,7 +160,7 @@ def test_kept_pages_of_an_evicted_request_match_the_reference(key: str, value: s
 
 
 def test_outliers_among_equals_are_the_first_elements():
-    case = build_case(policy_of("outliers", "affine", sink_tokens=0), computed=[0], new_tokens=[64], **SMALL)
+    case = build_case(make_policy("outliers+affine", sink_tokens=0), computed=[0], new_tokens=[64], **SMALL)
     case.key[:] = 1.0
     cells, layout = run_case(case)[2], case.layout
     place = next(place for place in layout.tile_format.keys if place.section.name == "index")
@@ -208,7 +172,7 @@ def test_outliers_among_equals_are_the_first_elements():
 
 @pytest.mark.parametrize("key", ["rank-of-outliers", "outlier-table-before-rope", pytest.param("vector", marks=slow)])
 def test_keys_that_are_no_numbers_stay_in_their_page(key: str):
-    case = build_case(policy_of(key, "affine", sink_tokens=0), computed=[0], new_tokens=[64], **SMALL)
+    case = build_case(make_policy(f"{key}+affine", sink_tokens=0), computed=[0], new_tokens=[64], **SMALL)
     case.key[:, :, ::3] = torch.nan
     _, _, cells = run_case(case)
     others = torch.arange(len(cells)) != case.batch.block_table[0, case.layout.tile_row(0)]
@@ -216,7 +180,7 @@ def test_keys_that_are_no_numbers_stay_in_their_page(key: str):
 
 
 def test_tables_that_are_missing_or_of_another_shape_are_refused_by_name():
-    case = build_case(policy_of("table-3", "vector"), computed=[0], new_tokens=[1], **SMALL)
+    case = build_case(make_policy("table-3+vector"), computed=[0], new_tokens=[1], **SMALL)
     without = {name: table for name, table in case.tables.items() if name != "key.table.levels"}
     with pytest.raises(ValueError, match=r"need a table key\.table\.levels"):
         TritonAttention(case.layout, case.spec, without)
@@ -226,7 +190,7 @@ def test_tables_that_are_missing_or_of_another_shape_are_refused_by_name():
 
 
 def test_tables_on_another_device_are_refused_by_name():
-    case = build_case(policy_of("table-3", "affine"), computed=[0], new_tokens=[1], **SMALL)
+    case = build_case(make_policy("table-3+affine"), computed=[0], new_tokens=[1], **SMALL)
     attention = attention_of(case)
     attention.tables["key.table.levels"] = attention.tables["key.table.levels"].to("meta")
     with pytest.raises(ValueError, match=r"key\.table\.levels is on meta, but cells on"):
@@ -236,13 +200,13 @@ def test_tables_on_another_device_are_refused_by_name():
 
 
 def test_keys_before_the_rotary_embedding_are_refused_where_requests_can_be_evicted():
-    layout = PageLayout.build(policy_of("before-rope", "affine"), 64, 64, torch.float32, state_blocks=1)
+    layout = PageLayout.build(make_policy("before-rope+affine"), 64, 64, torch.float32, state_blocks=1)
     with pytest.raises(ValueError, match=r"before-rope.* leave out eviction"):
         TritonAttention(layout, LayerSpec(4, 2, 0.1), build_case(layout.policy, computed=[0], new_tokens=[1]).tables)
 
 
 def test_cuda_kernels_leave_these_codecs_to_triton():
     for key, value, words in (("table-3", "affine", "keys of table"), ("affine", "low-rank", "values of low-rank")):
-        layout = PageLayout.build(policy_of(key, value), 64, 64, torch.float16)
+        layout = PageLayout.build(make_policy(f"{key}+{value}"), 64, 64, torch.float16)
         assert gpu.uncovered_by_cuda(layout) == f"policy pair ({words})"
         assert gpu.measured_kernels(layout, torch.float16, (9, 0)) == "triton"
