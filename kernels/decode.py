@@ -27,6 +27,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SEALED_STAGES: tl.constexpr = tl.constexpr(3)  # chunks of a sealed page in flight
 MAX_SPLITS = 64
 DECODE_WARPS = 4
+ROWS_WARPS = 8  # where pages are decoded to rows that are wide
 PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 
 
@@ -178,6 +179,11 @@ def num_splits(geometry: Geometry, num_reqs: int, max_blocks: int, processors: i
     return min(1 << int(log2(max(wanted, 1))), triton.next_power_of_2(chunks), MAX_SPLITS)
 
 
+def warps_of(geometry: Geometry) -> int:
+    """Warps of a program that attends to pages."""
+    return DECODE_WARPS if geometry.integer or geometry.block_dim < 128 else ROWS_WARPS
+
+
 def decode(
     geometry: Geometry,
     tables: Tables,
@@ -187,7 +193,7 @@ def decode(
     lse: torch.Tensor | None,
     scale: float,
     splits: int | None = None,
-    warps: int = DECODE_WARPS,
+    warps: int | None = None,
 ) -> None:
     """Attention of the requests that bring exactly one token; rows of the others are not written.
 
@@ -197,10 +203,11 @@ def decode(
         staged: float32 [num_tokens, num_kv_heads, 2, head_dim], contiguous (PagedAttention.stage).
         lse: float32 [num_tokens, num_heads], contiguous, or None.
         scale: softmax scale.
-        splits: programs that share a sequence; None: by the shapes. warps: of each program.
+        splits: programs that share a sequence; None: by the shapes. warps: of each program; None: likewise.
     """
     batch = tables.batch
     check_device(cells=tables.cells, query=query, staged=staged, output=output, lse=lse, block_table=batch.block_table)
+    warps = warps or warps_of(geometry)
     splits = splits or num_splits(geometry, batch.num_reqs, batch.block_table.shape[1], processors(query.device))
     shape = (batch.num_reqs, geometry.num_kv_heads, splits, geometry.group_rows)
     partial = torch.empty(*shape, geometry.block_dim, dtype=torch.float32, device=query.device)

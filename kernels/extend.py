@@ -125,7 +125,8 @@ def extend(
     """
     batch = tables.batch
     check_device(cells=tables.cells, query=query, staged=staged, output=output, lse=lse, block_table=batch.block_table)
-    rows = max(EXTEND_ROWS, geometry.group_rows)
+    wide = not geometry.integer and geometry.block_dim > 128  # decoded pages need the room of some rows
+    rows = max(EXTEND_ROWS // 2 if wide else EXTEND_ROWS, geometry.group_rows)
     row_tiles = triton.cdiv(tables.max_query_len, rows // geometry.group)
     extend_kernel[(row_tiles, batch.num_reqs, geometry.num_kv_heads)](
         *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, output,

@@ -23,6 +23,8 @@ from kvserve.kernels.pages import dense_row, kept_page_at, slot_of, tile_page_at
 from kvserve.kernels.sealed import sealed_rows
 from kvserve.pages.kept import Header
 
+READ_WARPS = 8
+
 
 @triton.jit
 def read_kernel(
@@ -132,7 +134,7 @@ def read(
         chunks = triton.cdiv(last, CHUNK_TOKENS) - first // CHUNK_TOKENS
         read_kernel[(chunks, geometry.num_kv_heads)](
             cells, cells.stride(0), cells.stride(1), table, codec_tables, stored, first, last, key, value, CHUNK_TOKENS,
-            storage_geometry(geometry),
+            storage_geometry(geometry), num_warps=READ_WARPS,
         )  # fmt: skip
     return key, value
 
@@ -152,7 +154,7 @@ def read_kept(
     if max(counts):
         read_kept_kernel[(triton.cdiv(max(counts), CHUNK_TOKENS), geometry.num_kv_heads)](
             *_kept_arguments(geometry, cells, blocks, headers), codec_tables, key, value, CHUNK_TOKENS,
-            storage_geometry(geometry),
+            storage_geometry(geometry), num_warps=READ_WARPS,
         )  # fmt: skip
     return key, value
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.kernels.decode import LOG2_E
+from kvserve.kernels.decode import LOG2_E, warps_of
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
 from kvserve.kernels.pages import (
     dense_row,
@@ -125,5 +125,5 @@ def add_received(
     received_kernel[(chunks, len(sums), geometry.num_kv_heads)](
         *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, lse,
         query.shape[1], scale * LOG2_E, wanted.to(query.device, non_blocking=True), received.power, CHUNK_TOKENS,
-        geometry, num_warps=4,
+        geometry, num_warps=warps_of(geometry),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
-from kvserve.kernels.decode import LOG2_E
+from kvserve.kernels.decode import LOG2_E, warps_of
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device
 from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, slot_of
 from kvserve.kernels.sealed import sealed_scores
@@ -161,7 +161,7 @@ def attention_sums(
         scores_kernel[(chunks, num_heads)](
             cells, cells.stride(0), cells.stride(1), layers[1], layers[0], table, codec_tables, block_ids, end, stored,
             query, query.stride(0), query.stride(1), rows, scale * LOG2_E, denominators, partial, sums, columns, power,
-            take_max, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=4,
+            take_max, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=warps_of(geometry),
         )  # fmt: skip
 
     launch(None)

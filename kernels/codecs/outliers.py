@@ -21,6 +21,7 @@ _MIN_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(FLOAT16_MAX)
 _NAN_KEY: tl.constexpr = tl.constexpr(0x7FFFFFFE)
 MIN_DOT_COLUMNS = 16  # least K of tl.dot
+DOT_ENTRIES = 64  # outliers that go through a dot at once, for want of shared memory
 
 
 class OutliersStage(NamedTuple):
@@ -28,7 +29,7 @@ class OutliersStage(NamedTuple):
 
     kind: int
     entries: int
-    block_entries: int  # entries, rounded up to what a dot takes
+    block_entries: int  # that go through a dot at once
     fixed: bool  # the inner codec has a calibrated range
     per_channel: bool
     group: int
@@ -40,7 +41,7 @@ class OutliersStage(NamedTuple):
         """`at`: offsets of the codec's own sections, by name."""
         assert isinstance(codec, Outliers)
         (entries,), grouping = codec.params(shape), codec.inner.grouping(shape)
-        block_entries = max(MIN_DOT_COLUMNS, triton.next_power_of_2(entries))
+        block_entries = min(max(MIN_DOT_COLUMNS, triton.next_power_of_2(entries)), DOT_ENTRIES)
         ones = {
             name: torch.ones([1 if isinstance(axis, str) else axis for axis in spec.axes if axis != KV_HEADS])
             for name, spec in codec.inner.tables(shape).items()
@@ -54,19 +55,23 @@ class OutliersStage(NamedTuple):
 def outlier_rows(inner, page, column0, CHUNK: tl.constexpr, S: tl.constexpr, G: tl.constexpr):
     """What the inner codec has of a chunk, float32 [CHUNK, block_dim], with the outliers in their places.
 
-    Two dots put them there: of the matrix that says which token an outlier belongs to with the one that says which
-    channel, and of the former with the latter's values. Each sum has one term that is not 0, so both are exact.
+    Dots put them there: of the matrix that says which token an outlier belongs to with the one that says which channel,
+    and of the former with the latter's values. Each sum has one term that is not 0, so both are exact.
     """
-    i, token, d = tl.arange(0, S.block_entries), column0 + tl.arange(0, CHUNK), tl.arange(0, G.block_dim)
-    exist = i < S.entries
-    at = tl.load((page + S.at_index).to(tl.pointer_type(tl.uint16)) + i, mask=exist, other=0).to(tl.int32)
-    values = tl.load((page + S.at_values).to(tl.pointer_type(tl.float16)) + i, mask=exist, other=0.0)
-    of_token = ((at // G.head_dim)[None, :] == token[:, None]) & exist[None, :]
-    of_channel = (at % G.head_dim)[:, None] == d[None, :]
-    zero, one = values * 0.0, values * 0.0 + 1.0
-    of_token = tl.where(of_token, one[None, :], zero[None, :])
-    is_outlier = dot(of_token, tl.where(of_channel, one[:, None], zero[:, None])) > 0.0
-    return tl.where(is_outlier, dot(of_token, tl.where(of_channel, values[:, None], zero[:, None])), inner)
+    token, d = column0 + tl.arange(0, CHUNK), tl.arange(0, G.block_dim)
+    is_outlier, exact = tl.zeros_like(inner), tl.zeros_like(inner)
+    for first in range(0, S.entries, S.block_entries):
+        i = first + tl.arange(0, S.block_entries)
+        exist = i < S.entries
+        at = tl.load((page + S.at_index).to(tl.pointer_type(tl.uint16)) + i, mask=exist, other=0).to(tl.int32)
+        values = tl.load((page + S.at_values).to(tl.pointer_type(tl.float16)) + i, mask=exist, other=0.0)
+        one, zero = tl.full(values.shape, 1.0, tl.float16), tl.zeros_like(values)
+        of_token = ((at // G.head_dim)[None, :] == token[:, None]) & exist[None, :]
+        of_token = tl.where(of_token, one[None, :], zero[None, :])
+        of_channel = (at % G.head_dim)[:, None] == d[None, :]
+        is_outlier += dot(of_token, tl.where(of_channel, one[:, None], zero[:, None]))
+        exact += dot(of_token, tl.where(of_channel, values[:, None], zero[:, None]))
+    return tl.where(is_outlier > 0.0, exact, inner)
 
 
 @triton.jit

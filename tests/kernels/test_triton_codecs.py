@@ -206,7 +206,10 @@ def test_keys_before_the_rotary_embedding_are_refused_where_requests_can_be_evic
 
 
 def test_cuda_kernels_leave_these_codecs_to_triton():
-    for key, value, words in (("table-3", "affine", "keys of table"), ("affine", "low-rank", "values of low-rank")):
+    for key, value, words in (
+        ("table-3", "affine", "table keys, affine values"),
+        ("affine", "low-rank", "affine keys, low-rank values"),
+    ):
         layout = PageLayout.build(make_policy(f"{key}+{value}"), 64, 64, torch.float16)
         assert gpu.uncovered_by_cuda(layout) == f"policy pair ({words})"
         assert gpu.measured_kernels(layout, torch.float16, (9, 0)) == "triton"
