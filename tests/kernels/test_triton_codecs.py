@@ -8,7 +8,6 @@ import torch
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
 
 pytest.importorskip("triton")
-from kvserve.attention import gpu
 from kvserve.attention.base import LayerSpec, Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
@@ -43,17 +42,20 @@ def stored_rows(case: Case, cells: torch.Tensor, request: int) -> list[torch.Ten
 def check(case: Case) -> None:
     """Output, lse and the arena are the reference's.
 
-    Some codecs sum in another order than it does, and so does a GPU, which fuses products and sums: then rare bytes
-    differ, and stand for nearly the same rows.
+    Some codecs sum in another order than it does, and a GPU fuses products and sums: then rare bytes differ, and stand
+    for nearly the same rows.
     """
     inexact = kinds(case.layout.policy) & {"low-rank", "symmetric", "vector"}
     tolerance = max(TOLERANCE[case.query.dtype], 1e-4 if inexact else 0)
+    allowed = 1e-2 if DEVICE.type == "cuda" else 1e-3 if inexact else 0
+    if DEVICE.type == "cpu" and case.layout.dense_dtype == torch.bfloat16 and case.layout.rotates:
+        allowed = 2e-2  # the interpreter truncates to bfloat16 where a GPU rounds
     reference = copy_cells(case.cells)
     expected, expected_lse = case.run(case.reference, reference)
     output, lse, cells = run_case(case)
     torch.testing.assert_close(output.float(), expected.float(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, expected_lse, rtol=tolerance, atol=tolerance)
-    assert (cells != reference).float().mean() <= (1e-2 if inexact else 1e-3 if DEVICE.type == "cuda" else 0)
+    assert (cells != reference).float().mean() <= allowed
     for request in range(case.batch.num_reqs):
         both = (stored_rows(case, arena, request) for arena in (cells, reference))
         for found, rows in zip(*both, strict=True):
@@ -203,13 +205,3 @@ def test_keys_before_the_rotary_embedding_are_refused_where_requests_can_be_evic
     layout = PageLayout.build(make_policy("before-rope+affine"), 64, 64, torch.float32, state_blocks=1)
     with pytest.raises(ValueError, match=r"before-rope.* leave out eviction"):
         TritonAttention(layout, LayerSpec(4, 2, 0.1), build_case(layout.policy, computed=[0], new_tokens=[1]).tables)
-
-
-def test_cuda_kernels_leave_these_codecs_to_triton():
-    for key, value, words in (
-        ("table-3", "affine", "table keys, affine values"),
-        ("affine", "low-rank", "affine keys, low-rank values"),
-    ):
-        layout = PageLayout.build(make_policy(f"{key}+{value}"), 64, 64, torch.float16)
-        assert gpu.uncovered_by_cuda(layout) == f"policy pair ({words})"
-        assert gpu.measured_kernels(layout, torch.float16, (9, 0)) == "triton"
