@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ pytest.importorskip("triton")
 from kvserve.attention.base import LayerSpec, Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
+from kvserve.codecs.affine import Affine
 from kvserve.codecs.registry import CODECS
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
@@ -159,6 +162,15 @@ def test_kept_pages_of_an_evicted_request_match_the_reference(key: str, value: s
     for found_side, side in zip(*both, strict=True):
         for found_rows, rows in zip(found_side, side, strict=True):
             assert (found_rows.cpu() - rows).norm() <= 5e-3 * rows.norm()
+
+
+def test_far_outliers_are_replaced_by_the_mean_of_the_others():
+    """With 8 bits, whatever else they are replaced by has another code."""
+    policy = make_policy("outliers+affine")
+    policy = policy.model_copy(update={"key": replace(policy.key, inner=Affine(bits=8, group_size=64))})
+    case = build_case(policy, computed=[0], new_tokens=[64], **SMALL)
+    case.key[5, :, 3], case.key[40:42, :, 11] = 300.0, -250.0
+    check(case)
 
 
 def test_outliers_among_equals_are_the_first_elements():
