@@ -50,7 +50,7 @@ def check(case: Case) -> None:
     """
     inexact = kinds(case.layout.policy) & {"low-rank", "symmetric", "vector"}
     tolerance = max(TOLERANCE[case.query.dtype], 1e-4 if inexact else 0)
-    allowed = 1e-2 if DEVICE.type == "cuda" else 1e-3 if inexact else 0
+    allowed = 1e-2 if DEVICE.type == "cuda" else 3e-3 if inexact else 0
     if DEVICE.type == "cpu" and case.layout.dense_dtype == torch.bfloat16 and case.layout.rotates:
         allowed = 2e-2  # the interpreter truncates to bfloat16 where a GPU rounds
     reference = copy_cells(case.cells)
@@ -162,6 +162,16 @@ def test_kept_pages_of_an_evicted_request_match_the_reference(key: str, value: s
     for found_side, side in zip(*both, strict=True):
         for found_rows, rows in zip(found_side, side, strict=True):
             assert (found_rows.cpu() - rows).norm() <= 5e-3 * rows.norm()
+
+
+def test_what_lies_between_the_sections_of_a_page_is_zero():
+    case = build_case(make_policy("rank-of-outliers+outliers"), computed=[0], new_tokens=[64], **SMALL)
+    tile_format, cells = case.layout.tile_format, run_case(case)[2]
+    unused = torch.ones(tile_format.tile_bytes, dtype=torch.bool)
+    for section, offset in (*tile_format.keys, *tile_format.values):
+        unused[offset : offset + section.size_bytes] = False
+    page = cells[case.batch.block_table[0, case.layout.tile_row(0)], 0]
+    assert unused.any() and not page[unused].any() and page[~unused].any()
 
 
 def test_far_outliers_are_replaced_by_the_mean_of_the_others():
