@@ -16,12 +16,11 @@ import torch
 from kvserve.calibrate.engine import HOST as ENGINE_HOST
 from kvserve.calibrate.gradients import HOST as GRADIENT_HOST
 from kvserve.calibration.artefact import Cache, CalibrationError
-from kvserve.calibration.rows import Rows, bytes_needed
+from kvserve.calibration.rows import Rows, bytes_needed, read_rotary
 from kvserve.calibration.store import store_dir
 from kvserve.measuring.children import Child
 from kvserve.measuring.engines import ENVIRONMENT, Engine, EngineConfig
 from kvserve.measuring.shape import ModelShape
-from kvserve.scorers.rotary import Rotary
 
 Importance = Literal["gradient", "none"]
 _PREFIX = ".rows-"  # and the process id
@@ -70,15 +69,16 @@ def collected(reading: Reading, on_part: Callable[[], None]) -> Iterator[Rows]:
             for part in reading.parts:
                 reader.call("read", tokens=part)
                 on_part()
-            found = reader.call("finish")
+            segment = len(reading.parts[0])
+            found = reader.call("finish", folder=str(folder), segment=segment)
         if found["seen"] != [reading.num_tokens]:
             raise CalibrationError(
                 f"layers have seen {', '.join(map(str, found['seen']))} of {reading.num_tokens} tokens, so not all of "
                 "them keep what they are given; this model cannot be calibrated"
             )
-        frequencies = found["rotary"]
-        rotary = Rotary(torch.tensor(frequencies[0]), frequencies[1]) if frequencies else None
-        yield Rows(folder, reading.cache, reading.num_tokens, len(reading.parts[0]), rotary, found["no_rotary"])
+        yield Rows(
+            folder, reading.cache, reading.num_tokens, segment, read_rotary(folder), no_rotary=found["no_rotary"]
+        )  # fmt: skip
 
 
 def _reader(reading: Reading) -> Child:

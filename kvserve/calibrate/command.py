@@ -22,8 +22,8 @@ from kvserve.compat import check_vllm_version
 from kvserve.default_model import default_model_path, prepare_default_model
 from kvserve.engine.environment import cpu_has_bfloat16
 from kvserve.errors import ChildError, TextError, UsageError
-from kvserve.evals.source import load_tokenizer, start_of
 from kvserve.measuring.shape import ModelShape
+from kvserve.measuring.tokenizer import load_tokenizer, start_of
 from kvserve.policies.loading import load_policy
 
 DESCRIPTION = """\

@@ -34,7 +34,7 @@ class RowHost(EngineHost):
         prompt: Any = {"prompt_token_ids": tokens}
         self.llm.generate([prompt], self._params(1, ignore_eos=True, reuse_prefixes=False), use_tqdm=False)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, folder: str, segment: int) -> dict[str, Any]:
         """What the worker with the first heads says about the rows and the rotary embedding."""
-        found: dict[str, Any] = self.llm.collective_rpc("kvserve_rows_finish")[0]
+        found: dict[str, Any] = self.llm.collective_rpc("kvserve_rows_finish", args=(folder, segment))[0]
         return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvserve.calibration.rows import RowWriter, gradient_kind
+from kvserve.calibration.rows import RowWriter, gradient_kind, write_rotary
 from kvserve.codecs.tile import Half
 
 HOST = "kvserve.calibrate.gradients:GradientHost"
@@ -35,8 +35,9 @@ class GradientHost:
 
         AttentionInterface.register(_ATTENTION, self._attention)
         AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        self.dtype = getattr(torch, dtype)
         self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION, local_files_only=True
+            model, dtype=self.dtype, attn_implementation=_ATTENTION, local_files_only=True
         )
         self.model.eval().requires_grad_(False)
         # Gradients of activations alone: they begin where the tokens become numbers.
@@ -61,16 +62,16 @@ class GradientHost:
         loss.backward()
         self.num_tokens += len(tokens)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, folder: str, segment: int) -> dict[str, Any]:
         """As `RowHost.finish`."""
-        from kvserve.engine.rotary import NoRotaryError, transformers_rotary
+        from kvserve.engine.rotary import NoRotaryError, transformers_table
 
-        found: dict[str, Any] = {"seen": [self.num_tokens], "rotary": None, "no_rotary": ""}
+        seen = [self.num_tokens]
         try:
-            rotary = transformers_rotary(self.model.config.get_text_config())
+            write_rotary(Path(folder), transformers_table(self.model.config.get_text_config(), segment, self.dtype))
         except NoRotaryError as error:
-            return found | {"no_rotary": error.reason}
-        return found | {"rotary": [rotary.inverse_frequencies.tolist(), rotary.interleaved]}
+            return {"seen": seen, "no_rotary": error.reason}
+        return {"seen": seen, "no_rotary": ""}
 
     def _attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         """transformers' own, and its keys and values [1, kv_heads, tokens, head_dim] noted."""

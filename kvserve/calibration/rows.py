@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvserve.calibration.artefact import Cache
 from kvserve.calibration.methods.base import HalfRows
 from kvserve.codecs.tile import Half
-from kvserve.scorers.rotary import Rotary
+from kvserve.scorers.rotary import RotaryTable
 
+_ROTARY = "rotary.safetensors"
 _GRADIENT = "-gradient"  # what kinds of gradients end in
 
 
@@ -62,14 +64,14 @@ class Rows:
 
     Attributes:
         segment: the text came in parts of so many tokens, each at the positions from 0 on.
-        rotary: of all layers; None: keys cannot be turned back, for the reason `no_rotary`.
+        rotary: of all layers, for the positions of a part; None: keys cannot be turned back, because of `no_rotary`.
     """
 
     folder: Path
     cache: Cache
     num_tokens: int
     segment: int
-    rotary: Rotary | None
+    rotary: RotaryTable | None
     no_rotary: str = ""
 
     def half(self, layer: int, half: Half, before_rope: bool, sinks: int) -> HalfRows:
@@ -83,21 +85,17 @@ class Rows:
         """
         positions = torch.arange(self.num_tokens) % self.segment
         is_counted = positions >= sinks
-        found = []
-        for kind in (half, gradient_kind(half)):
-            rows = self._read(layer, kind)
-            if rows is not None:
-                rows = rows[:, is_counted].float()
-                if half is Half.KEY and before_rope:
-                    assert self.rotary is not None, "the caller has refused keys that cannot be turned back"
-                    # Rotations keep lengths, so a gradient is turned back as its row is.
-                    rows = self.rotary.rotate(rows, -positions[is_counted])
-                if not rows.isfinite().all():
-                    raise RowsError(f"layer {layer} has {half} rows that are not finite")
-            found.append(rows)
-        rows, gradients = found
+        rows, gradients = (self._read(layer, kind) for kind in (half, gradient_kind(half)))
         if rows is None:
             raise RowsError(f"the model showed no {half} rows of layer {layer}")
+        rows, gradients = (part if part is None else part[:, is_counted].float() for part in (rows, gradients))
+        if half is Half.KEY and before_rope:
+            assert self.rotary is not None, "the caller has refused keys that cannot be turned back"
+            rows = self.rotary.turn_back(rows, positions[is_counted])
+            if gradients is not None:
+                gradients = self.rotary.gradient_before(gradients, positions[is_counted])
+        if not all(part.isfinite().all() for part in (rows, gradients) if part is not None):
+            raise RowsError(f"layer {layer} has {half} rows that are not finite")
         return HalfRows(rows, None if gradients is None else gradients.square_())
 
     def _read(self, layer: int, kind: str) -> torch.Tensor | None:
@@ -113,6 +111,19 @@ class Rows:
         if len(rows) != self.cache.num_kv_heads:
             raise RowsError(f"layer {layer} showed {len(rows)} KV heads, the model has {self.cache.num_kv_heads}")
         return rows
+
+
+def write_rotary(folder: Path, table: RotaryTable) -> None:
+    """Keep the embedding with the rows."""
+    save_file({"interleaved" if table.interleaved else "halves": table.angles}, folder / _ROTARY)
+
+
+def read_rotary(folder: Path) -> RotaryTable | None:
+    """What `write_rotary` has kept; None: nothing."""
+    if not (folder / _ROTARY).exists():
+        return None
+    ((name, angles),) = load_file(folder / _ROTARY).items()
+    return RotaryTable(angles, interleaved=name == "interleaved")
 
 
 def bytes_needed(cache: Cache, num_tokens: int, element_bytes: int, with_gradients: bool) -> int:

@@ -25,10 +25,10 @@ from kvserve.doctor.examination import Examination, Examiner
 from kvserve.doctor.proposal import Proposal, propose, write_policy
 from kvserve.doctor.report import draw
 from kvserve.errors import ChildError, TextError, UsageError
-from kvserve.evals.source import load_tokenizer
 from kvserve.evals.text import Window, default_text, windows
 from kvserve.measuring.engines import Engine, EngineConfig
 from kvserve.measuring.shape import ModelShape
+from kvserve.measuring.tokenizer import load_tokenizer
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names

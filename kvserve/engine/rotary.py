@@ -19,7 +19,7 @@ from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNSc
 
 from kvserve.checks import ROTARY_KINDS
 from kvserve.errors import UnsupportedError
-from kvserve.scorers.rotary import Rotary
+from kvserve.scorers.rotary import Rotary, RotaryTable
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -81,6 +81,44 @@ def transformers_rotary(config: Any) -> Rotary:
     Raises:
         NoRotaryError: as `model_rotary`.
     """
+    rope, interleaved = _transformers_embedding(config)
+    return Rotary(rope.inv_freq.float(), interleaved)
+
+
+def rotary_table(model: ModelConfig, num_positions: int) -> RotaryTable:
+    """The embedding's own cosines and sines, as the layers of this worker apply them, on the CPU.
+
+    Args:
+        num_positions: that requests may have.
+
+    Raises:
+        NoRotaryError: as `model_rotary`, or the embedding has fewer positions.
+    """
+    if model.using_transformers_backend():
+        return transformers_table(model.hf_text_config, num_positions, model.dtype)
+    interleaved = model_rotary(model, torch.device("cpu")).interleaved
+    (rope,) = {id(rope): rope for rope in _ROPE_DICT.values()}.values()
+    angles = rope.cos_sin_cache[:num_positions].detach().cpu().float()
+    if len(angles) < num_positions:
+        raise NoRotaryError(f"that of this model has {len(angles)} positions and requests may have {num_positions}")
+    return RotaryTable(torch.stack(angles.chunk(2, 1)).mT.contiguous(), interleaved)
+
+
+def transformers_table(config: Any, num_positions: int, dtype: torch.dtype) -> RotaryTable:
+    """As `rotary_table`, of transformers' implementation, which rounds cosines and sines to the dtype of its rows.
+
+    Raises:
+        NoRotaryError: as `model_rotary`.
+    """
+    rope, interleaved = _transformers_embedding(config)
+    cosines, sines = rope(torch.zeros(1, dtype=dtype), torch.arange(num_positions)[None])
+    half = len(rope.inv_freq)
+    own = slice(0, 2 * half, 2) if interleaved else slice(0, half)  # each angle is there twice
+    return RotaryTable(torch.stack([part[0][:, own].T.float() for part in (cosines, sines)]), interleaved)
+
+
+def _transformers_embedding(config: Any) -> tuple[Any, bool]:
+    """The module of an embedding, and whether channels (2i, 2i + 1) turn together."""
     from transformers import AutoModel
 
     module: Any = inspect.getmodule(AutoModel._model_mapping.get(type(config), None))
@@ -96,4 +134,4 @@ def transformers_rotary(config: Any) -> Rotary:
     partners = turn(torch.arange(4.0)).abs().tolist()  # where each channel's other half comes from
     if partners not in ([2, 3, 0, 1], [1, 0, 3, 2]):
         raise NoRotaryError(f"{type(config).__name__} turns other pairs of channels")
-    return Rotary(rope.inv_freq.float(), interleaved=partners[0] == 1)
+    return rope, partners[0] == 1

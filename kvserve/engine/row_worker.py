@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvserve.attention.base import Batch
-from kvserve.calibration.rows import RowWriter
+from kvserve.calibration.rows import RowWriter, write_rotary
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.probe_worker import kvserve_layers
-from kvserve.engine.rotary import NoRotaryError, model_rotary
+from kvserve.engine.rotary import NoRotaryError, rotary_table
 from kvserve.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -58,16 +58,19 @@ class RowWorker:
             impl.probe = RowRecorder(writer)
         return None
 
-    def kvserve_rows_finish(self) -> dict[str, Any]:
-        """The tokens that every layer has seen, and the rotary embedding or why there is none."""
+    def kvserve_rows_finish(self, folder: str, segment: int) -> dict[str, Any]:
+        """The tokens that every layer has seen, and why there is no rotary embedding; one that is there is written.
+
+        Args:
+            segment: positions that were read.
+        """
         seen: set[int] = set()
         for _, impl in kvserve_layers(self.vllm_config):
             recorder, impl.probe = impl.probe, None
             assert isinstance(recorder, RowRecorder), "kvserve_rows_start comes first"
             seen.add(recorder.num_tokens)
-        found: dict[str, Any] = {"seen": sorted(seen), "rotary": None, "no_rotary": ""}
         try:
-            rotary = model_rotary(self.vllm_config.model_config, torch.device("cpu"))
+            write_rotary(Path(folder), rotary_table(self.vllm_config.model_config, segment))
         except NoRotaryError as error:
-            return found | {"no_rotary": error.reason}
-        return found | {"rotary": [rotary.inverse_frequencies.tolist(), rotary.interleaved]}
+            return {"seen": sorted(seen), "no_rotary": error.reason}
+        return {"seen": sorted(seen), "no_rotary": ""}

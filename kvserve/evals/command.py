@@ -26,7 +26,7 @@ from kvserve.evals.engine import HOST
 from kvserve.evals.items import BATCH, Item, TaskItem, TextItem
 from kvserve.evals.options import DENSE, TEXT, Options, parse
 from kvserve.evals.report import rows, verdicts
-from kvserve.evals.source import Source, load_tokenizer
+from kvserve.evals.source import Source
 from kvserve.evals.tables import print_tables
 from kvserve.evals.tasks.base import TaskError
 from kvserve.evals.text import default_text, windows
@@ -34,6 +34,7 @@ from kvserve.measuring.engines import Engine, EngineConfig
 from kvserve.measuring.machine import machine, versions
 from kvserve.measuring.results import SCHEMA_VERSION, write_json
 from kvserve.measuring.shape import ModelShape
+from kvserve.measuring.tokenizer import load_tokenizer
 from kvserve.policies.loading import policy_content
 
 MAX_BATCHED_TOKENS = 512  # so that prompts are filled in chunks, as those of a busy server

@@ -6,7 +6,7 @@ import random
 import re
 from typing import Any, NamedTuple
 
-from kvserve.errors import UsageError
+from kvserve.measuring.tokenizer import start_of
 from kvserve.prose import clean, shuffled_prose
 
 PACKAGED_SENTENCES = 2000
@@ -60,19 +60,3 @@ class Source:
         chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         head, _, tail = chat.partition(_MARKER)
         return Chat(head, tail)
-
-
-def load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"cannot load the tokenizer of {model}: {reason}") from None
-
-
-def start_of(tokenizer: Any) -> list[int]:
-    """The token that a tokenizer puts before every text, if it does."""
-    first = tokenizer("", verbose=False).input_ids[:1]
-    return list(first) if first == [getattr(tokenizer, "bos_token_id", None)] else []

@@ -45,6 +45,39 @@ class Rotary:
 
 
 @dataclass(frozen=True, eq=False)
+class RotaryTable:
+    """The same embedding as a model applies it: by tables of its own precision, with whatever factor it gives them.
+
+    Attributes:
+        angles: float32 [2 (cosines, sines), rotary_dim / 2, positions].
+        interleaved: as of `Rotary`.
+    """
+
+    angles: torch.Tensor
+    interleaved: bool = False
+
+    def turn_back(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What row i of rows [..., rows, head_dim] was before the embedding turned it to positions[i]; float32."""
+        return self._turned(rows, positions, exactly=True)
+
+    def gradient_before(self, gradients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Gradients with respect to rows before the embedding, from those behind it; shapes as of `turn_back`."""
+        return self._turned(gradients, positions, exactly=False)
+
+    def _turned(self, rows: torch.Tensor, positions: torch.Tensor, exactly: bool) -> torch.Tensor:
+        """The transposed map, or with `exactly` the inverse one: they differ where it stretches rows."""
+        cosine, sine = self.angles[:, :, positions].mT
+        half = self.angles.shape[1]
+        first = slice(0, 2 * half, 2) if self.interleaved else slice(0, half)
+        second = slice(1, 2 * half, 2) if self.interleaved else slice(half, 2 * half)
+        stretch = cosine.square() + sine.square() if exactly else torch.ones(())
+        turned = rows.float().clone()
+        turned[..., first] = (rows[..., first] * cosine + rows[..., second] * sine) / stretch
+        turned[..., second] = (rows[..., second] * cosine - rows[..., first] * sine) / stretch
+        return turned
+
+
+@dataclass(frozen=True, eq=False)
 class QueryStatistics:
     """Mean and covariance of a layer's query rows, with RoPE taken back.
 

@@ -12,12 +12,11 @@ from kvserve.calibrate.gradients import GradientHost
 from kvserve.calibration.artefact import Cache, CalibrationError, read
 from kvserve.calibration.corpus import default_corpus, segments
 from kvserve.calibration.methods.kvquant import Kvquant
-from kvserve.calibration.rows import Rows, RowsError, RowWriter
+from kvserve.calibration.rows import Rows, RowsError, RowWriter, read_rotary
 from kvserve.cli import main
 from kvserve.codecs.tile import Half
 from kvserve.engine.row_worker import EXTENSION_PATH
 from kvserve.errors import TextError
-from kvserve.scorers.rotary import Rotary
 from tests.cases.engine_cases import engine
 from tests.cases.tiny_models import VOCAB_SIZE, make_tiny_model
 
@@ -32,10 +31,8 @@ def parts() -> list[list[int]]:
 
 
 def found_rows(folder: Path, family: str, found: dict) -> Rows:
-    frequencies, interleaved = found["rotary"]
-    assert found["seen"] == [SEGMENT * PARTS]
-    rotary = Rotary(torch.tensor(frequencies), interleaved)
-    return Rows(folder, SHAPES[family], SEGMENT * PARTS, SEGMENT, rotary)
+    assert found == {"seen": [SEGMENT * PARTS], "no_rotary": ""}
+    return Rows(folder, SHAPES[family], SEGMENT * PARTS, SEGMENT, read_rotary(folder))
 
 
 def rows_of_engine(model: Path, family: str, folder: Path, parts: list[list[int]]) -> Rows:
@@ -47,7 +44,7 @@ def rows_of_engine(model: Path, family: str, folder: Path, parts: list[list[int]
         assert llm.collective_rpc("kvserve_rows_start", args=(str(folder), SEGMENT * PARTS)) == [None]
         for part in parts:
             llm.generate([{"prompt_token_ids": part}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
-        return found_rows(folder, family, llm.collective_rpc("kvserve_rows_finish")[0])
+        return found_rows(folder, family, llm.collective_rpc("kvserve_rows_finish", args=(str(folder), SEGMENT))[0])
 
 
 def rows_of_gradients(model: Path, family: str, folder: Path, parts: list[list[int]]) -> Rows:
@@ -55,7 +52,7 @@ def rows_of_gradients(model: Path, family: str, folder: Path, parts: list[list[i
     host.start(str(folder), SEGMENT * PARTS)
     for part in parts:
         host.read(part)
-    return found_rows(folder, family, host.finish())
+    return found_rows(folder, family, host.finish(str(folder), SEGMENT))
 
 
 def projected(model: Path, family: str, parts: list[list[int]]) -> list[dict[Half, torch.Tensor]]:

@@ -24,8 +24,9 @@ FLOORS = (
     ("calibration", "probe"),
     ("engine",),
     ("measuring",),
+    ("calibrate",),
     ("bench", "evals", "inspect"),
-    ("calibrate", "doctor"),
+    ("doctor",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
