@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvserve.codecs.tile import TileShape
 from kvserve.errors import UnsupportedError
 from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS, DENSE_HEAD_DIMS, check_compressed
@@ -171,19 +170,23 @@ def choose_kernels(asked: str, device_type: str) -> str:
     )
 
 
-def check_codecs(policy: Policy) -> None:
-    """Refuse a policy with codecs whose tables an engine does not have.
+def check_calibration(policy: Policy) -> None:
+    """Refuse a policy that reads tables which nothing names, or that names tables which nothing reads.
 
     Raises:
-        UnsupportedError: naming codecs that work.
+        UnsupportedError: naming the way out.
     """
-    for half, codec in policy.codecs:
-        shape = TileShape(half, policy.tile_tokens, COMPRESSED_HEAD_DIMS[0])
-        if tables := codec.tables(shape):
-            raise UnsupportedError(
-                f"policy {policy.name} writes {half}s with {codec.name}, which reads {', '.join(tables)}, and engines "
-                "have no tables yet; use codecs without, for example codec: kivi-2bit"
-            )
+    tables = policy.calibrated_tables(COMPRESSED_HEAD_DIMS[0])
+    if tables and policy.calibration is None:
+        raise UnsupportedError(
+            f"policy {policy.name} reads a table {next(iter(tables))}, which is fitted to a model, and names no "
+            "calibration; add, for example, calibration: kvquant-2bit (`kvserve calibrate --help` lists them)"
+        )
+    if policy.calibration is not None and not tables:
+        raise UnsupportedError(
+            f"nothing reads the calibration of policy {policy.name}; leave it out, or choose a codec or transform with "
+            "tables"
+        )
 
 
 def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this model") -> None:
@@ -196,6 +199,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
     Raises:
         UnsupportedError: naming the reason and what works instead.
     """
+    check_calibration(policy)
     text = text_config(hf_config)
     for reason, applies in _REFUSED:
         if applies(hf_config) or applies(text):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.codecs.layer_tables import LayerTables
 from kvserve.pages.layout import PageLayout
 
 
-def make_attention(kernels: str, layout: PageLayout, spec: LayerSpec) -> PagedAttention:
+def make_attention(
+    kernels: str, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None
+) -> PagedAttention:
     """One layer's attention by the kernels of this name; those of other names are not imported.
+
+    Args:
+        tables: of the layer, where its codecs read some, on the device of its cells.
 
     Raises:
         KeyError: there are no such kernels.
@@ -16,11 +22,11 @@ def make_attention(kernels: str, layout: PageLayout, spec: LayerSpec) -> PagedAt
     if kernels == "native":
         from kvserve.attention.native import NativeAttention
 
-        return NativeAttention(layout, spec)
+        return NativeAttention(layout, spec, tables=tables)
     if kernels == "triton":
         from kvserve.attention.triton import TritonAttention
 
-        return TritonAttention(layout, spec)
+        return TritonAttention(layout, spec, tables)
     if kernels == "cuda":
         from kvserve.attention.cuda import CudaAttention
 

@@ -87,6 +87,8 @@ class Calibration:
     Attributes:
         sha256: of the file.
         tensors: all tables by the name that they have in the file.
+
+    Two are equal where their files are.
     """
 
     path: Path
@@ -94,6 +96,16 @@ class Calibration:
     origin: Origin
     cache: Cache
     tensors: Mapping[str, torch.Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calibration) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def describe(self) -> str:
+        """In one line of the startup table."""
+        return f"{self.origin.describe()}; sha256 {self.sha256[:16]}"
 
     def layer_tables(self, layer: int, first_head: int, num_heads: int) -> dict[str, torch.Tensor]:
         """The tables of one layer by "half.codec.table"; of those with KV heads only the rank's own.

@@ -6,22 +6,10 @@ from typing import TYPE_CHECKING
 
 from kvserve.calibration.methods.base import Method
 from kvserve.codecs.layer_tables import POSITIONS
-from kvserve.codecs.tile import Half, TableSpec, TileShape
+from kvserve.codecs.tile import Half, TileShape
 
 if TYPE_CHECKING:
     from kvserve.policies.base import Policy
-
-
-def tables_read(policy: Policy, head_dim: int) -> dict[str, TableSpec]:
-    """The calibrated tables that a policy reads, by "half.codec.table"."""
-    found: dict[str, TableSpec] = {}
-    for half, codec in policy.codecs:
-        tables = codec.tables(TileShape(half, policy.tile_tokens, head_dim))
-        found |= {f"{half}.{name}": spec for name, spec in tables.items() if POSITIONS not in spec.axes}
-    for half in Half:
-        for transform in policy.transforms.of(half):
-            found |= {f"{half}.{name}": spec for name, spec in transform.tables(head_dim).items()}
-    return found
 
 
 def check_fits(policy: Policy, method: Method, head_dim: int) -> None:
@@ -31,7 +19,7 @@ def check_fits(policy: Policy, method: Method, head_dim: int) -> None:
         ValueError: naming what differs and the fix.
     """
     made = {f"{table.half}.{table.name}": table for table in method.tables(head_dim)}
-    for name, spec in tables_read(policy, head_dim).items():
+    for name, spec in policy.calibrated_tables(head_dim).items():
         table = made.get(name)
         if table is None or (table.axes, table.dtype) != (spec.axes, spec.dtype):
             found = "none" if table is None else f"one of {list(table.axes)}"
@@ -62,7 +50,7 @@ def _check_keys(policy: Policy, method: Method, head_dim: int) -> None:
 
 
 def _reads(policy: Policy, half: Half, head_dim: int) -> bool:
-    return any(name.startswith(f"{half}.") for name in tables_read(policy, head_dim))
+    return any(name.startswith(f"{half}.") for name in policy.calibrated_tables(head_dim))
 
 
 def _check_outliers(policy: Policy, method: Method) -> None:

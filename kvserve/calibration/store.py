@@ -6,6 +6,7 @@ Beside the default model, in the folder calibration/<the model's fingerprint, sh
 from __future__ import annotations
 
 import shlex
+from functools import lru_cache
 from pathlib import Path
 
 from kvserve.arguments.model_folder import downloaded_folder, path_of
@@ -75,14 +76,28 @@ def command_for(name: str, model: str) -> str:
     return shlex.join(words)
 
 
-def load(name: str, model: str, cache: Cache, sha256: str | None = None) -> Calibration:
-    """The calibration that `name` means for a model, checked.
+def load(
+    name: str, model: str, cache: Cache, sha256: str | None = None, named: str | None = None
+) -> Calibration:  # fmt: skip
+    """The calibration that `name` means for a model, checked; a file that has not changed is read once.
 
     Args:
         cache: of the whole model.
         sha256: of the file, where it was chosen before; None: anything that fits.
+        named: what the policy names, for the message; None: `name`.
 
     Raises:
         UnsupportedError: see `kvserve.calibration.artefact.read`.
     """
-    return read(locate(name, model), fingerprint(weights_of(model)), cache, command_for(name, model), sha256)
+    path, command = locate(name, model), command_for(named or name, model)
+    state = path.stat() if path.exists() else None
+    stamp = (state.st_mtime_ns, state.st_size, state.st_ino) if state else None
+    return _read(path, stamp, fingerprint(weights_of(model)), cache, command, sha256)
+
+
+@lru_cache(maxsize=2)
+def _read(
+    path: Path, _stamp: tuple[int, int, int] | None, model_fingerprint: str, cache: Cache, command: str,
+    sha256: str | None,
+) -> Calibration:  # fmt: skip
+    return read(path, model_fingerprint, cache, command, sha256)

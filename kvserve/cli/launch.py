@@ -16,7 +16,7 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from kvserve.checks import check_codecs, check_stages, choose_kernels
+from kvserve.checks import check_stages, choose_kernels
 from kvserve.cli.address import OPEN_HOSTS
 from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
@@ -63,8 +63,11 @@ def launch(
     from kvserve.engine.device import device_type
 
     choose_kernels(kernels, device_type())
-    check_codecs(policy)
     configure(args, policy, kernels, device_type(), self_test)
+    if policy.calibration:
+        from kvserve.calibrate.prepare import prepare
+
+        prepare([policy], str(args.model))
     check_resolved_model(args, policy)
 
     changed = f" with {', '.join(overrides)}" if overrides else ""
@@ -221,12 +224,15 @@ def configure(
 def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     """Check the model as vLLM will configure it, with overrides and what transformers fills in, before it is loaded.
 
+    The policy's calibration is chosen here, for every process.
+
     Raises:
-        UnsupportedError: see kvserve.checks.
+        UnsupportedError: see kvserve.checks, and kvserve/engine/layer_tables.py.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from kvserve.checks import ServeOptions, check_cache_dtype
+    from kvserve.engine.layer_tables import chosen_calibration
     from kvserve.engine.settings import check_model_config
 
     logging.disable(logging.CRITICAL)  # vLLM makes the same configuration again, and says then what it has to say
@@ -237,6 +243,7 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     finally:
         logging.disable(logging.NOTSET)
     check_model_config(model, policy, args.model)
+    chosen_calibration(args.additional_config[PLUGIN_NAME], policy, model)
     check_cache_dtype(ServeOptions(dtype=model.dtype, kv_cache_dtype=args.kv_cache_dtype), policy)
 
 

@@ -142,6 +142,10 @@ class Case:
             raise UsageError(str(error)) from None
         prompt = (tokens[first:] * (longest // len(tokens[first:]) + 1))[:longest]
         shape = ModelShape.from_hf(dict(text_config(config)))
+        if policy.calibration:
+            from kvserve.calibrate.prepare import prepare
+
+            prepare([policy], model)
         return cls(model, shape, args.dtype, args.seed, parts, prompt, longest)
 
     def examine(self, examiner: Examiner, policy: Policy, num_alone: int = 0) -> Examination:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -19,10 +20,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import LayerSpec, PagedAttention
 from kvserve.attention.registry import make_attention
+from kvserve.codecs.layer_tables import LayerTables
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
+from kvserve.engine.layer_tables import tables_of_layer
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
@@ -30,6 +33,7 @@ from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.errors import UnsupportedError
 from kvserve.pages.kept import num_layers_of
 from kvserve.pages.layout import MixedLayout
+from kvserve.transforms.layer import LayerTransforms
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -122,15 +126,23 @@ def backend_for(settings: EngineSettings) -> type[KvserveBackend]:
     )
 
 
+def _impl_of(layer: Any) -> Any:
+    return getattr(layer, "impl", None)
+
+
 class KvserveImpl(AttentionImpl[StepMetadata]):
     """One attention layer.
 
     Attributes:
+        attention: made when the layer is built, or where it reads tables when all layers are.
+        transforms: of keys, queries, values and answers; None: the policy has none.
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
             (kvserve/engine/row_worker.py).
     """
 
     settings: ClassVar[EngineSettings]
+    attention: PagedAttention
+    transforms: LayerTransforms | None = None
     probe: LayerProbe | RowRecorder | None = None
 
     def __init__(
@@ -156,12 +168,12 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         window = self.settings.applied_window(sliding_window)
-        layer = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
-        self.layout = self.settings.layout(head_size)
-        own = self.layout
+        self.spec = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
+        self.layout = self.own_layout = self.settings.layout(head_size)
         if isinstance(self.layout, MixedLayout):
-            own = self.layout.layers[self._count_layers_before()]
-        self.attention = make_attention(self.settings.kernels, own, layer)
+            self.own_layout = self.layout.layers[self._count_layers_before()]
+        if not self.settings.policy.reads_tables:
+            self._make_attention({})
 
     def _count_layers_before(self) -> int:
         """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
@@ -175,14 +187,26 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             )
         return self.index
 
+    def _make_attention(self, tables: LayerTables) -> None:
+        try:
+            self.attention = make_attention(self.settings.kernels, self.own_layout, self.spec, tables)
+            if self.settings.policy.transforms.of_layer:
+                transforms = self.settings.policy.transforms.of_layer
+                self.transforms = LayerTransforms(transforms, tables, self.num_kv_heads, self.head_size)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM calls it on every layer when all are built: whatever it knows of the cache follows from them."""
         context = self.vllm_config.compilation_config.static_forward_context
-        first = next(
-            impl for built in context.values() if isinstance(impl := getattr(built, "impl", None), KvserveImpl)
-        )
-        if first is self:
+        own = {name: impl for name, built in context.items() if isinstance(impl := _impl_of(built), KvserveImpl)}
+        if next(iter(own.values())) is self:
             check_own_layers(self.vllm_config, KvserveImpl)
+        if self.settings.policy.reads_tables:
+            index = next(extract_layer_index(name) for name, impl in own.items() if impl is self)
+            self._make_attention(
+                tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
+            )  # fmt: skip
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -199,22 +223,30 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if attn_metadata is None:  # vLLM's profiling run has no cache yet
             return output.fill_(0)
         n = attn_metadata.num_actual_tokens
-        shape = (-1, self.num_heads, self.head_size)
-        cells, batch, evictor = self._own_cells(kv_cache), attn_metadata.batch, attn_metadata.evictor
-        received = evictor.before_layer(self.attention, cells) if evictor else None
-        self.attention.forward(
-            query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
-            value[:n].view(-1, self.num_kv_heads, self.head_size), cells, batch, output[:n].view(shape),
-            received=received,
-        )  # fmt: skip
-        if self.probe:
-            self.probe.observe(
-                query[:n].view(shape), key[:n].view(-1, self.num_kv_heads, self.head_size),
-                value[:n].view(-1, self.num_kv_heads, self.head_size), output[:n].view(shape), cells, batch,
-            )  # fmt: skip
-        if evictor:
-            evictor.after_layer(self.attention, cells, query[:n].view(shape))
+        shape, kv_shape = (-1, self.num_heads, self.head_size), (-1, self.num_kv_heads, self.head_size)
+        queries, answers = query[:n].view(shape), output[:n].view(shape)
+        keys, values = key[:n].view(kv_shape), value[:n].view(kv_shape)
+        if self.transforms is None:
+            self._attend(queries, keys, values, answers, self._own_cells(kv_cache), attn_metadata)
+            return output
+        # Kernels, scorers and the probe see rows as the cache has them.
+        maps, inner = self.transforms, torch.empty_like(answers)
+        rows = maps.queries(queries), maps.keys(keys), maps.values(values)
+        self._attend(*rows, inner, self._own_cells(kv_cache), attn_metadata)
+        answers.copy_(maps.outputs(inner))
         return output
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, cells: torch.Tensor,
+        step: StepMetadata,
+    ) -> None:  # fmt: skip
+        batch, evictor = step.batch, step.evictor
+        received = evictor.before_layer(self.attention, cells) if evictor else None
+        self.attention.forward(query, key, value, cells, batch, output, received=received)
+        if self.probe:
+            self.probe.observe(query, key, value, output, cells, batch)
+        if evictor:
+            evictor.after_layer(self.attention, cells, query)
 
     def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""

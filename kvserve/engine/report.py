@@ -34,6 +34,7 @@ class EngineReport:
         num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
         kernels_asked, kernels: the attention kernels that were asked for, and those in effect.
         self_test: what was asked for and will be done, in words.
+        calibration: the one in effect, in words; empty: the policy has none.
     """
 
     layout: PageLayout
@@ -45,6 +46,7 @@ class EngineReport:
     kernels_asked: str = "auto"
     kernels: str = "native"
     self_test: str = "off"
+    calibration: str = ""
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
@@ -60,6 +62,7 @@ class EngineReport:
             kernels_asked=settings.kernels_asked,
             kernels=settings.kernels,
             self_test=describe_self_test(config),
+            calibration=settings.calibration.describe() if settings.calibration else "",
         )
 
     @property
@@ -146,6 +149,8 @@ class EngineReport:
              f"{describe_layers(layout)}"),
             ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
             ("kept dense", describe_dense(layout)),
+            *([("calibration", self.calibration)] if self.calibration else []),
+            *([("transforms", policy.transforms.describe())] if policy.transforms.of_layer else []),
             ("evicts", describe_eviction(layout)),
             ("what goes", describe_retention(layout)),
             ("bytes per token", f"{self.dense_bytes_per_token:,} in a 16-bit cache, "

@@ -12,7 +12,6 @@ from vllm.config import CompilationMode
 from kvserve.accounting.plan import check_limit
 from kvserve.checks import (
     ServeOptions,
-    check_codecs,
     check_model,
     check_options,
     check_stages,
@@ -22,6 +21,7 @@ from kvserve.checks import (
 )
 from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
+from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction, Policy
@@ -30,6 +30,8 @@ from kvserve.policies.loading import policy_from_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+
+    from kvserve.calibration.artefact import Calibration
 
 CONFIG_KEY = "kvserve"
 # What a policy that evicts needs in the scheduler (engine/connector.py, engine/scheduler.py).
@@ -53,6 +55,7 @@ class EngineSettings:
     kernels: str = "native"  # in effect
     num_layers: int | None = None  # of this pipeline stage
     max_model_len: int | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -69,7 +72,6 @@ class EngineSettings:
         check_vllm_version()
         policy, asked = policy_from_config(section), section.get("kernels", "auto")
         kernels = choose_kernels(asked, device_type())
-        check_codecs(policy)
         if device_type() == "cuda":
             check_gpu(vllm_config)
         # The model first: vLLM sets options itself where a model needs them, which nobody could drop.
@@ -85,7 +87,7 @@ class EngineSettings:
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         settings = cls(
             policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
-            model.get_num_layers(parallel), model.max_model_len,
+            model.get_num_layers(parallel), model.max_model_len, chosen_calibration(section, policy, model),
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")

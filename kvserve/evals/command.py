@@ -232,6 +232,10 @@ def _model(options: Options) -> tuple[str, dict[str, Any]]:
     longest, limit = options.sizes.longest, text_config(config).get("max_position_embeddings")
     if limit and longest >= limit:
         raise UsageError(f"the longest request has {longest} tokens and the model takes {limit}; lower --lengths")
+    if any(policy.calibration for policy in options.policies.values()):
+        from kvserve.calibrate.prepare import prepare
+
+        prepare(options.policies.values(), model)
     return model, config
 
 

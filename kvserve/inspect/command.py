@@ -49,11 +49,10 @@ def run(arguments: Sequence[str]) -> int:
     from kvserve.compat import check_vllm_version
 
     check_vllm_version()
-    from kvserve.default_model import prepare_default_model
     from kvserve.inspect.engine import inspect_prompt
     from kvserve.inspect.terminal import draw
 
-    inspection = inspect_prompt(policy, args.model or str(prepare_default_model()), text, args.dtype)
+    inspection = inspect_prompt(policy, _prepared(args.model, policy), text, args.dtype)
     if args.json:
         args.json.write_text(json.dumps(inspection.to_dict()) + "\n", encoding="utf-8")
     if args.png:
@@ -63,6 +62,18 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     draw(console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH), inspection)
     return 0
+
+
+def _prepared(name: str | None, policy: Policy) -> str:
+    """The model, with what the policy needs for it."""
+    from kvserve.default_model import prepare_default_model
+
+    model = name or str(prepare_default_model())
+    if policy.calibration:
+        from kvserve.calibrate.prepare import prepare
+
+        prepare([policy], model)
+    return model
 
 
 def _parser() -> argparse.ArgumentParser:

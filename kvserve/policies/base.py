@@ -22,9 +22,11 @@ from pydantic import (
 )
 
 from kvserve.codecs.base import Codec
+from kvserve.codecs.layer_tables import POSITIONS
 from kvserve.codecs.registry import codec_content, make_codec
-from kvserve.codecs.tile import Half, TileShape
+from kvserve.codecs.tile import Half, TableSpec, TileShape
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
+from kvserve.policies.transforms import PolicyTransforms
 
 MAX_RATE = 1024
 LONGEST = 2**31 - 1  # tokens of a sequence; vLLM counts positions in 32 bits
@@ -149,6 +151,9 @@ class Policy(_Part):
     every token keeps the model's dtype: in pages with `dense_pages`, so that tokens can be evicted, or else in vLLM's
     own blocks (the dense policy). `layers` gives some layers another codec: in YAML a mapping from the layer's index
     to a policy's name, to `dense`, or to key and value.
+
+    `transforms` maps keys and values of every layer in front of the cache. `calibration` names the tables that codecs
+    and transforms read: a recipe of `kvserve calibrate`, whose file is found by the model's weights, or a file.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -160,6 +165,8 @@ class Policy(_Part):
     value: HalfCodec = None
     dense_pages: bool = False
     layers: tuple[LayerCodec, ...] = ()
+    transforms: PolicyTransforms = PolicyTransforms()
+    calibration: Annotated[str | None, Field(min_length=1)] = None
     eviction: Eviction | None = None
 
     @field_validator("layers", mode="before")
@@ -175,6 +182,21 @@ class Policy(_Part):
             str(layer.index): layer.model_dump(mode="json", exclude={"index"}, exclude_defaults=True)
             for layer in layers
         }
+
+    @model_validator(mode="after")
+    def _transforms_fit(self) -> Policy:
+        if self.transforms.key and self.turns_queries and self.eviction:
+            raise ValueError(
+                f"{self.eviction.scorer.name} turns queries back, which transformed ones do not allow; leave out "
+                "transforms.key, or choose another scorer"
+            )
+        for half, codec in self.codecs:
+            if half is Half.KEY and self.transforms.key and codec.needs_positions:
+                raise ValueError(
+                    f"{codec.name} turns keys back, which transformed ones do not allow; leave out transforms.key, or "
+                    "choose another codec"
+                )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Policy:
@@ -237,6 +259,22 @@ class Policy(_Part):
         for layer in self.layers:
             pairs += [(Half.KEY, layer.key), (Half.VALUE, layer.value)]
         return [(half, codec) for half, codec in pairs if codec is not None]
+
+    def calibrated_tables(self, head_dim: int) -> dict[str, TableSpec]:
+        """The tables that calibrations must have, by "half.codec.table" or "half.transform.table"."""
+        found: dict[str, TableSpec] = {}
+        for half, codec in self.codecs:
+            tables = codec.tables(TileShape(half, self.tile_tokens, head_dim))
+            found |= {f"{half}.{name}": spec for name, spec in tables.items() if POSITIONS not in spec.axes}
+        for half in Half:
+            for transform in self.transforms.of(half):
+                found |= {f"{half}.{name}": spec for name, spec in transform.tables(head_dim).items()}
+        return found
+
+    @property
+    def reads_tables(self) -> bool:
+        """Whether a layer reads tables, calibrated ones or those of the rotary embedding."""
+        return bool(self.calibration) or any(codec.needs_positions for _, codec in self.codecs)
 
     @property
     def code_bits(self) -> float:

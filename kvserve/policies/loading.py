@@ -35,7 +35,7 @@ _PARTS = ("scorer", "budget", "retention", "schedule")
 _HALVES = ("key", "value")
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # types of errors
 # What `codec: NAME` takes from another policy.
-_CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages")
+_CODEC_KEYS = ("tile_tokens", "sink_tokens", "key", "value", "dense_pages", "transforms", "calibration")
 
 
 def load_policy(name_or_path: str, overrides: Sequence[str] = ()) -> Policy:
@@ -59,19 +59,20 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
     """The policy that vLLM's additional_config["kvserve"] asks for.
 
     Args:
-        config: `{"policy": <name, path or full content>, "set": {"dotted.key": value}}`; `set` may be absent. Two more
-            keys, `kernels` and `self_test`, are for the engine (kvserve/engine/settings.py, self_test.py).
+        config: `{"policy": <name, path or full content>, "set": {"dotted.key": value}}`; `set` may be absent. More keys
+            are for the engine: `kernels`, `self_test` and `calibration` (kvserve/engine/settings.py, self_test.py,
+            layer_tables.py).
 
     Raises:
-        PolicyError: as for `load_policy`, or a key other than these four.
+        PolicyError: as for `load_policy`, or a key other than these five.
     """
     if not isinstance(config, Mapping):
         raise PolicyError(f'additional_config["kvserve"] must be a JSON object, got {config!r}')
     for key in config:
-        if key not in ("policy", "set", "kernels", "self_test"):
+        if key not in ("policy", "set", "kernels", "self_test", "calibration"):
             raise PolicyError(
                 f'additional_config["kvserve"] has an unknown key, {key!r}; '
-                'it takes "policy", "set", "kernels" and "self_test"'
+                'it takes "policy", "set", "kernels", "self_test" and "calibration"'
             )
     source, changes = config.get("policy"), config.get("set") or {}
     if not isinstance(changes, Mapping):

@@ -21,7 +21,7 @@ class LayerProbe:
 
     Args:
         layer: index in the model.
-        attention: of the layer; only its layout and spec are used.
+        attention: of the layer; only its layout, spec and tables are used.
 
     Attributes:
         answers_densely: whether `observe` replaces the layer's answer by that of a dense cache.
@@ -30,7 +30,8 @@ class LayerProbe:
 
     def __init__(self, layer: int, attention: PagedAttention) -> None:
         self.layer = layer
-        self.history = LayerHistory(attention.layout, attention.spec)
+        tables = {name: table.cpu() for name, table in attention.tables.items()}
+        self.history = LayerHistory(attention.layout, attention.spec, tables)
         self.distances = LayerDistances(attention.spec.num_kv_heads)
         self.num_rows = 0
         self.answers_densely = False

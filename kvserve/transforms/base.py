@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Tables, TableSpec
 
 

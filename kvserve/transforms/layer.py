@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from kvserve.codecs.layer_tables import KV_HEADS, LayerTables, tables_of_half
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Half, Tables
 from kvserve.transforms.base import Transform
 
@@ -19,7 +18,11 @@ class Transforms:
     key: tuple[Transform, ...] = ()
     value: tuple[Transform, ...] = ()
 
+    def __bool__(self) -> bool:
+        return bool(self.key or self.value)
+
     def of(self, half: Half) -> tuple[Transform, ...]:
+        """Those of one half."""
         return self.key if half is Half.KEY else self.value
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Tables, TableSpec
 from kvserve.transforms.base import Transform
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import torch
-
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.tile import Tables, TableSpec
 from kvserve.transforms.base import Transform
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvserve.checks import check_codecs
+from kvserve.checks import check_calibration
 from kvserve.errors import PolicyError, UnsupportedError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy, policy_content, policy_from_config
@@ -22,7 +22,7 @@ def error_of(name: str, *overrides: str) -> str:
     with pytest.raises(PolicyError) as caught:
         load_policy(name, overrides)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 500
     return message
 
 
@@ -274,15 +274,50 @@ def test_evicted_pages_keep_no_positions(tmp_path):
     assert wrapped(tmp_path, eviction, "key={bits: 2, group_size: 64}").eviction
 
 
-def test_codecs_whose_tables_an_engine_lacks_are_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(UnsupportedError, match=r"with before-rope, which reads before-rope.rotary, table.levels"):
-        check_codecs(wrapped(tmp_path))
+def test_tables_without_a_calibration_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"policy wrapped reads a table key.table.levels, .* and names no"):
+        check_calibration(wrapped(tmp_path))
+    check_calibration(wrapped(tmp_path, "calibration=kvquant-3bit"))
     layers = {0: {"key": {"bits": 2}, "value": {"name": "vector", "couple": 4}}}
-    with pytest.raises(UnsupportedError, match="writes values with vector"):
-        check_codecs(policy_from_config({"policy": "kivi-2bit", "set": {"layers": layers}}))
-    check_codecs(load_policy("kivi-2bit", ["key.axis=token"]))
+    with pytest.raises(UnsupportedError, match=r"reads a table value.vector.codebook"):
+        check_calibration(policy_from_config({"policy": "kivi-2bit", "set": {"layers": layers}}))
+    with pytest.raises(UnsupportedError, match=r"reads a table key.permutation.order"):
+        check_calibration(load_policy("kivi-2bit", ["transforms.key=[permutation]"]))
+    with pytest.raises(UnsupportedError, match="nothing reads the calibration of policy int8"):
+        check_calibration(load_policy("int8", ["calibration=kvquant-2bit"]))
+    check_calibration(load_policy("kivi-2bit", ["transforms.key=[rotation]"]))
     for name in policy_names():
-        check_codecs(load_policy(name))
+        check_calibration(load_policy(name))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["transforms.key=rotation"], "transforms.key is 'rotation', it must be a list of transforms"),
+        (["transforms.key=[hadamard]"], "there is no transform {'name': 'hadamard'}"),
+        (["transforms.query=[rotation]"], "did you mean 'transforms.key'"),
+        (["transforms.value=[{name: rotation, angle: 3}]"], "angle"),
+        (["key={name: before-rope, inner: {bits: 2}}", "transforms.key=[rotation]"], "before-rope turns keys back"),
+        (
+            ["eviction={scorer: expected-attention, budget: uniform, rate: 4}", "transforms.key=[rotation]"],
+            "expected-attention turns queries back",
+        ),
+    ],
+)
+def test_transforms_that_cannot_be_are_refused_in_one_sentence(overrides, part):
+    with pytest.raises(PolicyError) as caught:
+        load_policy("int8", overrides)
+    assert part in str(caught.value)
+
+
+def test_transforms_are_lists_by_half(tmp_path):
+    policy = load_policy("int8", ["transforms.key=[rotation, {name: rotation, matrix: calibrated}]"])
+    assert [one.matrix for one in policy.transforms.key] == ["hadamard", "calibrated"] and not policy.transforms.value
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+    own = tmp_path / "own.yaml"
+    own.write_text("name: own\nsummary: s\ncodec: int8\ntransforms: {value: [scale]}\ncalibration: ./own.safetensors\n")
+    assert [one.name for one in load_policy(str(own)).transforms.value] == ["scale"]
+    assert "transforms" not in policy_content(load_policy("int8"))
 
 
 # Policies that evict
