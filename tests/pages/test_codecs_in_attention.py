@@ -8,7 +8,7 @@ import torch
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.tile import Half, Tile, TileShape
-from kvserve.pages.kept import Kept
+from kvserve.pages.kept import Kept, KeptRows
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 from kvserve.policies.base import Policy
@@ -98,8 +98,8 @@ def test_kept_pages_of_any_codec_hold_what_it_leaves_of_the_rows(half: Half, nam
     tables = layer_tables(policy, {Half.KEY: keys, Half.VALUE: turned})
     attention = ReferenceAttention(layout, SPEC, tables)
     cells, kept = poisoned_cells(layout, 6, HEADS), Kept(2 * TILE, (4, 5))
-    attention.write_kept(cells, 0, kept, [0, 1], list(keys.unbind(1)), list(values.unbind(1)))
-    found_keys, found_values = attention.read_kept(cells, 0, kept)
+    attention.write_kept(cells, 0, kept, [0, 1], KeptRows(keys.unbind(1), values.unbind(1)))
+    found_keys, found_values, _ = attention.read_kept(cells, 0, kept)
     policy = policy.model_copy(update={"sink_tokens": 0})
     for head in range(HEADS):
         key = stored(policy, Half.KEY, keys[:, head], head, tables)
