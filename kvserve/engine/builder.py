@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from kvserve.attention.base import Batch
 from kvserve.engine.connector import current_plans, drop_ended, follow_plans
-from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.kept_tables import KeptTables
 from kvserve.engine.range_watch import RangeWatch
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.stats import worker_log
@@ -58,8 +58,8 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
             self.collector = make_collector(self.eviction, vllm_config.model_config, device)
             drop_ended(self.collector)
             max_blocks = vllm_config.model_config.max_model_len // kv_cache_spec.block_size
-            self.kept_rows = KeptRows(vllm_config.scheduler_config.max_num_seqs, max_blocks, device)
-            follow_plans(self.kept_rows)
+            self.kept_tables = KeptTables(vllm_config.scheduler_config.max_num_seqs, max_blocks, device)
+            follow_plans(self.kept_tables)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -83,7 +83,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         if not self.eviction:
             return StepMetadata(common.num_actual_tokens, batch)
         kept = current_plans().kept
-        table = self.kept_rows.table(batch.block_table, kept)
+        table = self.kept_tables.table(batch.block_table, kept)
         if kept or self.has_graphs:  # a graph is captured without kept rows and replayed with them
             batch.kept = table
         return StepMetadata(common.num_actual_tokens, batch, self._plan)

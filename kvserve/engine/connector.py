@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvserve.accounting.admission import Admission
 from kvserve.accounting.plan import RowStep, check_limit
 from kvserve.engine.eviction_manager import EvictingPageManager
-from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.kept_tables import KeptTables
 from kvserve.engine.log import logger
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
@@ -58,7 +58,7 @@ class StepPlans(KVConnectorMetadata):
 
 
 _current = StepPlans()
-_followers: WeakSet[KeptRows] = WeakSet()
+_followers: WeakSet[KeptTables] = WeakSet()
 _collectors: WeakSet[Collector] = WeakSet()
 
 
@@ -67,7 +67,7 @@ def current_plans() -> StepPlans:
     return _current
 
 
-def follow_plans(rows: KeptRows) -> None:
+def follow_plans(rows: KeptTables) -> None:
     """Fill `rows` whenever plans arrive.
 
     With Model Runner V2 that is after the attention metadata was built and before the model, or its graph, runs.

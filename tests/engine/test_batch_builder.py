@@ -21,7 +21,7 @@ from kvserve.engine import connector
 from kvserve.engine.backend import KvserveBackend
 from kvserve.engine.builder import BatchBuilder, StepMetadata, graph_support
 from kvserve.engine.connector import KvserveConnector, StepPlans
-from kvserve.engine.kept_rows import KeptRows
+from kvserve.engine.kept_tables import KeptTables
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.kept import Kept
 from kvserve.policies.loading import load_policy
@@ -251,8 +251,8 @@ def test_launches_of_a_decode_step_do_not_depend_on_lengths(build: Any, monkeypa
     assert len(found[0]) == 5 and found[0] == found[1]
 
 
-def test_kept_rows_are_found_by_their_state_block() -> None:
-    rows = KeptRows(4, 8, CPU)
+def test_kept_tables_are_found_by_their_state_block() -> None:
+    rows = KeptTables(4, 8, CPU)
     kept = {30: Kept(192, (4, 5, 6)), 10: Kept(64, (3,)), 99: Kept(128, (8, 8))}
     table = rows.table(torch.tensor([[10, 1], [20, 2], [30, 3]], dtype=torch.int32), kept)
     assert table.ends.tolist() == [64, 0, 192] and table.starts.tolist() == [0, 8, 16, 24]
@@ -263,15 +263,15 @@ def test_kept_rows_are_found_by_their_state_block() -> None:
     assert table.ends.tolist() == [64, 320, 192] and table.blocks[8] == 7
 
 
-def test_kept_rows_are_filled_where_the_rows_are() -> None:
+def test_kept_tables_are_filled_where_the_rows_are() -> None:
     with SecondDevice():
-        rows = KeptRows(2, 4, torch.device("meta"))
+        rows = KeptTables(2, 4, torch.device("meta"))
         table = rows.table(moved(torch.tensor([[10], [20]], dtype=torch.int32)), {20: Kept(64, (3,))})
     assert back(table.ends).tolist() == [0, 64] and back(table.blocks)[4] == 3
 
 
 def test_more_kept_blocks_than_a_row_has_are_an_error() -> None:
-    rows = KeptRows(2, 1, CPU)
+    rows = KeptTables(2, 1, CPU)
     with pytest.raises(ValueError, match="keeps 2 blocks, more than the 1"):
         rows.table(torch.zeros(1, 1, dtype=torch.int32), {3: Kept(128, (1, 2))})
 

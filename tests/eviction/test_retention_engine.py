@@ -9,12 +9,16 @@ import pytest
 
 from kvserve.doctor.engine import DoctorHost
 from kvserve.engine.self_test import EXTENSION_PATH
+from kvserve.engine.settings import check_heads
+from kvserve.errors import UnsupportedError
+from kvserve.policies.loading import load_policy
 from kvserve.probe.distances import ProbeReport, complaints
 from kvserve.probe.request import num_queries
 from tests.cases.engine_cases import engine, generate, random_prompts, tokens
 from tests.cases.tiny_models import make_tiny_model
 
 COMPENSATE = {"eviction.retention": "compensate"}
+WHOLE_HEADS = {"name": "head-classes", "whole": [[1, 0]]}
 MERGE = {"eviction.retention": {"name": "merge", "threshold": 0.3}}
 
 
@@ -29,8 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("snapkv", COMPENSATE),
         pytest.param("snapkv", MERGE, marks=pytest.mark.slow),
         pytest.param("kv-compress-live", {**COMPENSATE, "eviction.rate": 2}, marks=pytest.mark.slow),
+        pytest.param("streaming-llm", {**COMPENSATE, "eviction.budget": WHOLE_HEADS}, marks=pytest.mark.slow),
     ],
-    ids=["compensate", "merge", "again-and-again"],
+    ids=["compensate", "merge", "again-and-again", "whole-heads"],
 )
 def test_a_cache_of_rows_for_several_tokens_serves_and_passes_the_self_test(
     policy: str, changes: dict, model: Path
@@ -45,3 +50,15 @@ def test_a_cache_of_rows_for_several_tokens_serves_and_passes_the_self_test(
     assert report.worst("cache").cache > 0.01, "tokens were evicted"
     assert [len(tokens(output)) for output in outputs] == [60, 60]
     assert all(output.kv_transfer_params["kvserve"]["rate_effective"] > 1.5 for output in outputs)
+
+
+def test_a_head_that_the_model_lacks_is_refused_before_anything_is_loaded() -> None:
+    model = SimpleNamespace(get_num_layers=lambda parallel: 30, get_total_num_kv_heads=lambda: 3)
+    for heads, refused in (([[29, 2]], False), ([[30, 0]], True), ([[0, 3]], True)):
+        policy = load_policy("snapkv", [f"eviction.budget={{name: head-classes, whole: {heads}}}"])
+        assert policy.names_layers
+        if refused:
+            with pytest.raises(UnsupportedError, match="the layers 0 to 29 with the KV heads 0 to 2; leave it out"):
+                check_heads(policy.eviction, model, None)
+        else:
+            check_heads(policy.eviction, model, None)

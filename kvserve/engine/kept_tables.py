@@ -13,7 +13,7 @@ import torch
 from kvserve.pages.kept import Kept, KeptTable
 
 
-class KeptRows:
+class KeptTables:
     """The `KeptTable` of each step.
 
     Args:
