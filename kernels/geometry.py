@@ -106,6 +106,8 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         dense_pages=layout.policy.dense_pages,
         page_bytes=tile_format.tile_bytes,
     )
+    if tile_format.mass is not None:
+        raise ValueError("the GPU kernels add no log-masses to logits; choose eviction.retention evict")
     if tile_format.key is None:
         return paged
     if layout.state_blocks and tile_format.key.needs_positions:

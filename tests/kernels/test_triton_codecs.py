@@ -15,6 +15,7 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.registry import CODECS
+from kvserve.pages.kept import KeptRows
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 from tests.cases.codec_cases import CHAINS, KEYS, VALUES
@@ -156,12 +157,11 @@ def test_kept_pages_of_an_evicted_request_match_the_reference(key: str, value: s
     place = int(case.batch.block_table[0, 0]), kept
     written, cells = torch.zeros_like(case.arena), cells_on(DEVICE, torch.zeros_like(case.arena)[:, :, layer])
     write_kept(case, reference, layer, 0, written)
-    sides = [[rows.to(DEVICE) for rows in side] for side in case.kept_rows[layer, 0]]
-    attention.write_kept(cells, *place, case.first_pages[layer, 0], *sides)
-    both = attention.read_kept(cells, *place), reference.read_kept(written[:, :, layer], *place)
-    for found_side, side in zip(*both, strict=True):
-        for found_rows, rows in zip(found_side, side, strict=True):
-            assert (found_rows.cpu() - rows).norm() <= 5e-3 * rows.norm()
+    sides = [[rows.to(DEVICE) for rows in side] for side in case.kept_rows[layer, 0][:2]]
+    attention.write_kept(cells, *place, case.first_pages[layer, 0], KeptRows(*sides))
+    read, expected = attention.read_kept(cells, *place), reference.read_kept(written[:, :, layer], *place)
+    for found_rows, rows in zip([*read.keys, *read.values], [*expected.keys, *expected.values], strict=True):
+        assert (found_rows.cpu() - rows).norm() <= 5e-3 * rows.norm()
 
 
 def test_what_lies_between_the_sections_of_a_page_is_zero():
@@ -221,6 +221,13 @@ def test_tables_on_another_device_are_refused_by_name():
         attention.store_sealed(
             cells_on(DEVICE, case.cells), batch_on(DEVICE, case.batch), torch.zeros(0, device=DEVICE)
         )
+
+
+@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
+def test_pages_with_log_masses_are_refused(family: str):
+    layout = PageLayout.build(make_policy(family), 64, 64, torch.float16, state_blocks=1)
+    with pytest.raises(ValueError, match="no log-masses"):
+        TritonAttention(replace(layout, tile_format=replace(layout.tile_format, mass=4096)), LayerSpec(4, 2, 0.1))
 
 
 def test_keys_before_the_rotary_embedding_are_refused_where_requests_can_be_evicted():
