@@ -14,10 +14,17 @@ from tests.cases.tiny_models import COMMON, FAMILIES, make_tiny_model
 
 # Lengths around the tile of 64 tokens and past the windows of 96; longer ones are prefilled in chunks of 128.
 LENGTHS = [5, 63, 64, 65, 200, 333]
+FAST = (
+    "gemma3-mixed",
+    "llama-gqa-64",
+    "phi3-mha-96",
+)  # GQA, windows among full layers, a head_dim without a power of two
 SKIP_TOKENIZER = {"skip_tokenizer_init": True}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
+)
 def test_family_is_served_dense_and_compressed(family: str, tmp_path: Path) -> None:
     model = make_tiny_model(family, tmp_path)
     prompts = random_prompts(LENGTHS)

@@ -28,7 +28,9 @@ def model() -> Path:
     return prepare_default_model()
 
 
-@pytest.mark.parametrize("policy", ["kivi-2bit", "boost-2bit", "none"])
+@pytest.mark.parametrize(
+    "policy", ["kivi-2bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("boost-2bit", "none"))]
+)
 def test_a_prompt_in_many_chunks_scores_like_one_in_few(policy: str, model: Path) -> None:
     with engine(model, policy, max_num_batched_tokens=100) as llm:
         prompt = encode(llm, STORY * 8)
