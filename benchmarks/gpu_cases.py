@@ -81,6 +81,7 @@ class BarePolicy:
     tile_tokens: int = 64
     eviction: None = None
     layers: tuple[()] = ()
+    has_mass: bool = False
 
     @property
     def is_dense(self) -> bool:
