@@ -1,6 +1,7 @@
 """The file of a calibration: one safetensors file for each model and recipe.
 
-Tensors are called "layers.<index>.<half>.<codec>.<table>". The metadata says what made them, and a hash of all tensors,
+Tensors are called "layers.<index>.<half>.<codec>.<table>". The metadata, JSON under the one key "kvserve" so that equal
+content makes equal files, says what made them, and has a hash of all tensors,
 so that a damaged file is known before anything reads a table.
 """
 
@@ -29,6 +30,8 @@ from kvserve.text_files import one_line
 FORMAT = 1  # raised with every change to what the file holds or means
 SUFFIX = ".safetensors"
 MAX_BYTES = 8 * 2**30
+_KEY = "kvserve"  # of the metadata
+_KINDS: dict[str, type] = {"str": str, "int": int, "dict[str, Any]": dict}  # of fields, by their annotations
 
 
 class CalibrationError(UnsupportedError):
@@ -144,8 +147,7 @@ def write(path: Path, origin: Origin, cache: Cache, tensors: Mapping[str, torch.
     for name, table in expected(origin.method, cache):
         check_table(name, tensors[name], table, cache.num_kv_heads)
     content = {"format": FORMAT, **asdict(origin), **asdict(cache)}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in content.items()}
-    metadata["content_sha256"] = _digest(metadata, tensors)
+    metadata = {_KEY: json.dumps(content | {"content_sha256": _digest(content, tensors)}, sort_keys=True)}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
@@ -192,22 +194,30 @@ def _parse(path: Path) -> tuple[Origin, Cache, dict[str, torch.Tensor]]:
     if path.stat().st_size > MAX_BYTES:
         raise TableError("it is far too long")
     with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata() or {})
-        if metadata.get("format") != str(FORMAT):
-            raise TableError(f"its format is {metadata.get('format')!r:.40}, this kvserve reads {FORMAT}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if metadata.pop("content_sha256", None) != _digest(metadata, tensors):
+        content = _content_of(file.metadata())
+        # Copies: what lies in the file may be written over while it is used.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if content.pop("content_sha256", None) != _digest(content, tensors):
         raise TableError("it is damaged")
-    try:
-        texts = {field.name: metadata[field.name] for field in (*fields(Origin), *fields(Cache))}
-        numbers = {name: json.loads(texts[name]) for name in ("parameters", "num_tokens", *_names(Cache))}
-    except (KeyError, ValueError) as error:
-        raise TableError(f"its metadata are not those of a calibration ({error})") from None
-    content: dict[str, Any] = {**texts, **numbers}
-    if not isinstance(content["parameters"], dict) or not all(type(content[key]) is int for key in _names(Cache)):
-        raise TableError("its metadata are not those of a calibration")
+    kinds = {field.name: _KINDS[str(field.type)] for field in (*fields(Origin), *fields(Cache))}
+    wrong = [name for name, kind in kinds.items() if type(content.get(name)) is not kind]
+    if wrong:
+        raise TableError(f"its metadata are not those of a calibration ({wrong[0]})")
     origin = Origin(**{name: content[name] for name in _names(Origin)})
     return origin, Cache(**{name: content[name] for name in _names(Cache)}), tensors
+
+
+def _content_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What the metadata say, of a format that is read here."""
+    try:
+        content = json.loads((metadata or {}).get(_KEY, "{}"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise TableError("its metadata are not those of a calibration")
+    if content.get("format") != FORMAT:
+        raise TableError(f"its format is {content.get('format')!r:.40}, this kvserve reads {FORMAT}")
+    return content
 
 
 def _check(origin: Origin, own: Cache, fingerprint: str, cache: Cache) -> None:
@@ -229,9 +239,9 @@ def _check_tables(origin: Origin, cache: Cache, tensors: Mapping[str, torch.Tens
         check_table(name, tensors[name], table, cache.num_kv_heads)
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """A hash of the metadata and of the tensors' names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

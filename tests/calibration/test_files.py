@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,14 +51,20 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def damaged(path: Path, **changes) -> None:
-    """Write the file anew with other metadata and a hash that fits them."""
-    tables = load_file(path)
+def metadata_of(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        metadata = {**file.metadata(), **changes}
-    del metadata["content_sha256"]
-    metadata["content_sha256"] = artefact._digest(metadata, tables)
-    save_file(tables, path, metadata=metadata)
+        (text,) = file.metadata().values()
+    return json.loads(text)
+
+
+def damaged(path: Path, *gone: str, **changes) -> None:
+    """Write the file anew with other metadata and a hash that fits them."""
+    tables, content = load_file(path), {**metadata_of(path), **changes}
+    for name in ("content_sha256", *gone):
+        content.pop(name, None)
+    if "content_sha256" not in gone:
+        content["content_sha256"] = artefact._digest(content, tables)
+    save_file(tables, path, metadata={"kvserve": json.dumps(content)})
 
 
 @pytest.mark.parametrize("recipe", sorted(METHODS))
@@ -149,41 +156,48 @@ def test_other_tensors_are_refused(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"format": "2"}, "its format is '2'"),
-        ({"parameters": '{"name": "kmeans"}'}, "there is no calibration 'kmeans'"),
-        ({"parameters": '{"name": "kvquant", "bits": 5}'}, "bits is 5"),
-        ({"parameters": "[]"}, "metadata"),
-        ({"parameters": "{"}, "metadata"),
-        ({"num_layers": '"2"'}, "metadata"),
-        ({"num_kv_heads": "true"}, "metadata"),
-        ({"parameters": '{"name": "kvquant", "bits": 3}'}, "must be float32 [8]"),
-        ({"parameters": '{"name": "skvq"}'}, "is missing"),
+        ({"format": 2}, "its format is 2"),
+        ({"parameters": {"name": "kmeans"}}, "there is no calibration 'kmeans'"),
+        ({"parameters": {"name": "kvquant", "bits": 5}}, "bits is 5"),
+        ({"parameters": []}, "metadata"),
+        ({"num_layers": "2"}, "metadata"),
+        ({"num_kv_heads": True}, "metadata"),
+        ({"corpus": None}, "metadata"),
+        ({"parameters": {"name": "kvquant", "bits": 3}}, "must be float32 [8]"),
+        ({"parameters": {"name": "skvq"}}, "is missing"),
     ],
 )
-def test_metadata_that_do_not_fit_are_refused(path: Path, changes: dict[str, str], part: str) -> None:
+def test_metadata_that_do_not_fit_are_refused(path: Path, changes: dict[str, Any], part: str) -> None:
     damaged(path, **changes)
     assert part in refused(path)
 
 
 @pytest.mark.parametrize("gone", ["content_sha256", "fingerprint", "head_dim", "parameters"])
 def test_metadata_that_are_missing_are_noticed(path: Path, gone: str) -> None:
-    tables = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != gone}
-    if gone != "content_sha256":
-        del metadata["content_sha256"]
-        metadata["content_sha256"] = artefact._digest(metadata, tables)
-    save_file(tables, path, metadata=metadata)
+    damaged(path, gone)
     refused(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
+def test_metadata_that_are_no_metadata_are_refused(path: Path, text: str) -> None:
+    save_file(load_file(path), path, metadata={"kvserve": text})
+    assert "metadata are not those of a calibration" in refused(path)
+
+
+def test_equal_content_makes_equal_files(tmp_path: Path) -> None:
+    contents = set()
+    for index in range(8):
+        file = tmp_path / f"{index}.safetensors"
+        write(file, origin(), CACHE, dict(reversed(tensors().items())) if index % 2 else tensors())
+        contents.add(file.read_bytes())
+    assert len(contents) == 1
 
 
 def write_anyway(path: Path, changes: dict[str, torch.Tensor | None], recipe: str = "kvquant-2bit") -> None:
     """A file whose hash fits tables that must not be used."""
     tables = {name: table for name, table in {**tensors(recipe), **changes}.items() if table is not None}
     write(path, origin(recipe), CACHE, tensors(recipe))
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-    save_file(tables, path, metadata=metadata)
+    save_file(tables, path, metadata={"kvserve": json.dumps(metadata_of(path))})
     damaged(path)
 
 
