@@ -51,7 +51,7 @@ def sparing(spare: tuple[int, ...], num_layers: int, codec: str = "int8", **chan
 # The division
 
 
-@pytest.mark.parametrize("budget", VARIANTS, ids=repr)
+@pytest.mark.parametrize("budget", [v for v in VARIANTS if v.name != "head-classes"], ids=repr)
 @given(case=cases(), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_other_layers_divide_what_spared_layers_leave_as_if_they_were_alone(budget: Budget, case, data) -> None:
