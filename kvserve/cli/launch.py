@@ -243,7 +243,8 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     finally:
         logging.disable(logging.NOTSET)
     check_model_config(model, policy, args.model)
-    chosen_calibration((args.additional_config or {}).get(PLUGIN_NAME, {}), policy, model)
+    if policy.calibration:
+        chosen_calibration(args.additional_config[PLUGIN_NAME], policy, model)
     check_cache_dtype(ServeOptions(dtype=model.dtype, kv_cache_dtype=args.kv_cache_dtype), policy)
 
 

@@ -25,6 +25,7 @@ from kvserve.probe.probe import LayerProbe, Probe
 from kvserve.probe.request import plan_test
 from kvserve.scorers.rotary import Rotary
 from tests.cases.attention_cases import POISON, make_batch
+from tests.cases.codec_cases import random_layer_tables
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 MAX_MODEL_LEN = 2048
@@ -86,12 +87,17 @@ class Machine:
         shape = (blocks, KV_HEADS, NUM_LAYERS, self.layout.cell_bytes)
         self.arena = torch.full(shape, POISON, dtype=torch.uint8)
         self.free = torch.randperm(blocks, generator=self.generator).tolist()
-        self.attention = [NativeAttention(self.layout, self.spec) for _ in range(NUM_LAYERS)]
+        self.attention = [self._attention(layer) for layer in range(NUM_LAYERS)]
         self.probe = Probe([LayerProbe(i, attention) for i, attention in enumerate(self.attention)])
         rotary = Rotary(1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
         self.collector = Collector(self.policy.eviction.scorer, rotary) if self.policy.eviction else None
         self.spread = 0.2 + self._random(NUM_LAYERS, KV_HEADS, HEAD_DIM).abs()
         self.offset = self._random(NUM_LAYERS, KV_HEADS, HEAD_DIM)
+
+    def _attention(self, layer: int) -> NativeAttention:
+        tile_format = self.layout.tile_format
+        tables = random_layer_tables(tile_format, KV_HEADS, self.seed + layer) if tile_format else {}
+        return NativeAttention(self.layout, self.spec, tables=tables)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)

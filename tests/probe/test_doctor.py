@@ -83,20 +83,17 @@ def test_queries_that_were_not_seen_are_missed() -> None:
     ]
 
 
-# Those that need tables of a model are probed in engines (tests/engine/test_calibrated_engine.py).
-UNCALIBRATED = [name for name in policy_names() if not load_policy(name).calibration]
-
 # -- no damage ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", UNCALIBRATED)
+@pytest.mark.parametrize("policy", policy_names())
 def test_shipped_policies_raise_no_alarm(policy: str) -> None:
     assert Machine(load_policy(policy), seed=1).complaints() == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("policy", UNCALIBRATED)
+@pytest.mark.parametrize("policy", policy_names())
 def test_shipped_policies_raise_no_alarm_over_twenty_seeds(policy: str, dtype: torch.dtype) -> None:
     for seed in range(20):
         machine = Machine(load_policy(policy), seed, dtype)
