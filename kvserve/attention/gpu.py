@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kvserve.codecs.affine import Affine
+from kvserve.codecs.affine_family import is_in_family
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.symmetric import Symmetric
 from kvserve.codecs.tile import Half
@@ -62,12 +63,12 @@ def _other_codecs(layout: PageLayout) -> str | None:
 
 def _other_codec(tile_format: TileFormat, half: Half) -> str | None:
     """What a half's codec is, in words; None: keys with a scale per channel or values with one per token."""
-    codec, shape = tile_format.half(half)[0], tile_format.shape(half)
-    if not isinstance(codec, Affine | Symmetric):
-        return " of ".join(stage.name for stage in codec.chain())
-    if codec.grouping(shape).per_channel != (half is Half.KEY):
+    codec, _ = tile_format.half(half)
+    if is_in_family(codec, half):
+        return None if codec.bits in CUDA_BITS else f"{codec.bits}-bit"
+    if isinstance(codec, Affine):
         return f"{codec.bits}-bit per {'token' if half is Half.KEY else 'channel'}"
-    return None if codec.bits in CUDA_BITS else f"{codec.bits}-bit"
+    return " of ".join(stage.name for stage in codec.chain())
 
 
 def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: tuple[int, int]) -> str:

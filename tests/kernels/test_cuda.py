@@ -27,9 +27,9 @@ from kvserve.attention import gpu
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.cuda import CudaAttention, load_library
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.codecs.affine_family import affine_family
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import arena_of, kept_page
+from tests.cases.affine_numbers import affine_family
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import ISA_FLAGS, NativeAttention, available_isas, choose_isa, load_library
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.structs import KvsArena
-from kvserve.codecs.affine_family import affine_family
 from kvserve.pages.reference import decode_page
 from kvserve.policies.base import Policy
+from tests.cases.affine_numbers import affine_family
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
 
 ISAS = available_isas()

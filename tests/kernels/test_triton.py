@@ -16,12 +16,12 @@ from benchmarks.gpu_cases import FORMATS, layout_of
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
-from kvserve.codecs.affine_family import affine_family
 from kvserve.kernels import decode
 from kvserve.pages.kept import NOT_KEPT
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page
 from kvserve.policies.loading import load_policy
+from tests.cases.affine_numbers import affine_family
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run_case, run_python, with_wide_lengths
 
 FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted", "dense-pages"]

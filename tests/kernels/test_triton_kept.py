@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from kvserve.attention.base import Received
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
-from kvserve.codecs.affine_family import affine_family
 from kvserve.pages.kept import KeptRows, arena_of, kept_page
+from tests.cases.affine_numbers import affine_family
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run
 
 slow = pytest.mark.slow

@@ -10,11 +10,11 @@ import torch
 from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
-from kvserve.codecs.affine_family import affine_family
 from kvserve.codecs.packing import pack_codes, unpack_codes
 from kvserve.pages.kept import Header, Kept, KeptRows, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
+from tests.cases.affine_numbers import affine_family
 from tests.cases.attention_cases import POISON, build_case, make_batch, make_policy
 from tests.cases.kept_cases import (
     ABSURD,

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.codecs.affine import Affine
-from kvserve.codecs.affine_family import AffineFamily, affine_family
 from kvserve.codecs.min_max import quantise_min_max
 from kvserve.codecs.packing import pack_codes, unpack_codes
 from kvserve.codecs.symmetric import Symmetric
@@ -17,6 +16,7 @@ from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.policies.base import Policy
+from tests.cases.affine_numbers import AffineFamily, affine_family
 from tests.cases.attention_cases import make_policy
 
 FAMILIES = ["int8", "kivi-4", "kivi-2", "boosted"]
