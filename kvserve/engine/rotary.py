@@ -1,12 +1,14 @@
 """The rotary embedding of the model that this worker runs.
 
-Seams: `vllm.model_executor.layers.rotary_embedding._ROPE_DICT`, where vLLM keeps every embedding it made for a model,
-and `RotaryEmbeddingBase._compute_inv_freq`. A model that vLLM runs through transformers has transformers' own embedding
-(`ModelConfig.using_transformers_backend`): a class next to the model's, which needs nothing but its config.
+Seams: `vllm.model_executor.layers.rotary_embedding._ROPE_DICT`, where vLLM keeps every embedding that a process made,
+for this model or for one before it, and `RotaryEmbeddingBase._compute_inv_freq`. A model that vLLM runs through
+transformers has transformers' own embedding (`ModelConfig.using_transformers_backend`): a class next to the model's,
+which needs nothing but its config.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +55,27 @@ def model_rotary(model: ModelConfig, device: torch.device) -> Rotary:
     if model.using_transformers_backend():
         rotary = transformers_rotary(model.hf_text_config)
         return Rotary(rotary.inverse_frequencies.to(device), rotary.interleaved)
-    embeddings = list({id(rope): rope for rope in _ROPE_DICT.values()}.values())
-    if len(embeddings) != 1:
-        kinds = ", ".join(sorted({type(rope).__name__ for rope in embeddings}))
-        raise NoRotaryError(f"the layers of this model have {kinds}" if kinds else "this model has none")
-    (rope,) = embeddings
+    rope = _shared_embedding()
     return Rotary(_inverse_frequencies(rope).float().to(device), interleaved=not rope.is_neox_style)
+
+
+def _shared_embedding() -> Any:
+    """The embedding of all layers, in vLLM's own implementation of a model."""
+    embeddings = list({id(rope): rope for rope in _ROPE_DICT.values()}.values())
+    if len(embeddings) > 1:
+        embeddings = _in_use(embeddings)
+    if len(embeddings) != 1:
+        kinds = ", ".join(sorted(type(rope).__name__ for rope in embeddings))
+        raise NoRotaryError(f"the layers of this model have {kinds}" if kinds else "this model has none")
+    return embeddings[0]
+
+
+def _in_use(embeddings: list[Any]) -> list[Any]:
+    """Those that a layer has; vLLM also keeps those of models that are gone."""
+    gc.collect()
+    layers = [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+    held = {id(child) for layer in layers for child in layer._modules.values()}
+    return [rope for rope in embeddings if id(rope) in held]
 
 
 def _inverse_frequencies(rope: Any) -> torch.Tensor:
@@ -97,7 +114,7 @@ def rotary_table(model: ModelConfig, num_positions: int) -> RotaryTable:
     if model.using_transformers_backend():
         return transformers_table(model.hf_text_config, num_positions, model.dtype)
     interleaved = model_rotary(model, torch.device("cpu")).interleaved
-    (rope,) = {id(rope): rope for rope in _ROPE_DICT.values()}.values()
+    rope = _shared_embedding()
     angles = rope.cos_sin_cache[:num_positions].detach().cpu().float()
     if len(angles) < num_positions:
         raise NoRotaryError(f"that of this model has {len(angles)} positions and requests may have {num_positions}")

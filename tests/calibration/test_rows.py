@@ -37,9 +37,7 @@ def found_rows(folder: Path, family: str, found: dict) -> Rows:
 
 def rows_of_engine(model: Path, family: str, folder: Path, parts: list[list[int]]) -> Rows:
     from vllm import SamplingParams
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-    _ROPE_DICT.clear()  # of other models in this process
     with engine(model, "none", worker_extension_cls=EXTENSION_PATH, max_num_seqs=1, skip_tokenizer_init=True) as llm:
         assert llm.collective_rpc("kvserve_rows_start", args=(str(folder), SEGMENT * PARTS)) == [None]
         for part in parts:

@@ -248,8 +248,26 @@ def test_embeddings_that_differ_or_change_with_the_length_are_refused_by_name(
         ({"a": plain, "b": dynamic}, "have DynamicNTKScalingRotaryEmbedding, RotaryEmbedding"),
     ):
         monkeypatch.setattr(rotary, "_ROPE_DICT", ropes)
+        layers = torch.nn.ModuleList(ropes.values())
         with pytest.raises(UnsupportedError, match=part):
             model_rotary(OWN_CODE, torch.device("cpu"))
+        del layers
+
+
+def test_an_embedding_of_a_model_that_is_gone_is_none_of_this_models(
+    vllm_config: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps what a process ever made; a model that shares one with the model before has it all the same."""
+    plain, scaled = (
+        get_rope(64, 512, True, {"rope_theta": 10000.0, **more}, torch.float32) for more in ({}, ROPES["linear"])
+    )
+    monkeypatch.setattr(rotary, "_ROPE_DICT", {"a": plain, "b": scaled, "again": scaled})
+    for own in (plain, scaled):
+        layer = torch.nn.ModuleList([own])
+        found = model_rotary(OWN_CODE, torch.device("cpu"))
+        fast = own.forward_native(torch.tensor([100]), torch.ones(1, 64))[0].view(1, 1, 64)
+        torch.testing.assert_close(found.rotate(torch.ones(1, 1, 64), torch.tensor([100])), fast, atol=2e-4, rtol=1e-4)
+        del layer
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
