@@ -15,8 +15,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kvserve.eviction.query_window import PagedWindow
-from kvserve.scorers.accumulated_attention import AccumulatedAttention, received
-from kvserve.scorers.base import Scorer
+from kvserve.scorers.base import Accumulation, Scorer
+from kvserve.scorers.query_window import QueryWindow
 from kvserve.scorers.rotary import QueryStatistics, Rotary
 
 ROOM = 256  # columns that are added at a time
@@ -94,7 +94,7 @@ class Collector:
         assert found is not None and found.num_tokens == before, "every query of a request passes once"
         layers[layer] = found
         found.add_tokens(count)
-        return found.room(kv_heads, device) if isinstance(self.scorer, AccumulatedAttention) else None
+        return found.room(kv_heads, device) if self.scorer.accumulation else None
 
     def add(self, request_id: str, layer: int, window: PagedWindow, accumulated: bool) -> None:
         """Take in the query rows of the step that has begun, all of `window`, once it has attended.
@@ -103,9 +103,10 @@ class Collector:
             accumulated: whether their attention has been added already.
         """
         found = self.requests[request_id][layer]
-        if isinstance(self.scorer, AccumulatedAttention) and not accumulated:
+        wanted = self.scorer.accumulation
+        if wanted and not accumulated:
             assert found.accumulated is not None
-            sums = received(window, len(found.accumulated), self.scorer.exponent)
+            sums = received(window, len(found.accumulated), wanted)
             found.accumulated[:, : sums.shape[1]] += sums
         if "query_statistics" in self.scorer.needs:
             found.query_statistics = self._statistics(window, found.query_statistics)
@@ -120,3 +121,8 @@ class Collector:
         positions = torch.arange(before + skipped, window.num_tokens, device=window.query.device)
         found = QueryStatistics.of(window.query[skipped:].transpose(0, 1), positions, self.rotary)
         return earlier.merge(found) if earlier else found
+
+
+def received(window: QueryWindow, kv_heads: int, wanted: Accumulation) -> torch.Tensor:
+    """What `LayerView.accumulated` grows by in a step whose query rows are all of `window`: float32 [kv_heads, n]."""
+    return window.attention(window.num_rows, wanted.power).unflatten(0, (kv_heads, -1)).sum(1)

@@ -22,7 +22,6 @@ from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, num_layers
 from kvserve.policies.base import Eviction
 from kvserve.retention.base import HeldTokens
 from kvserve.retention.base import Rows as PackedRows
-from kvserve.scorers.accumulated_attention import AccumulatedAttention
 from kvserve.scorers.base import LayerView
 
 
@@ -100,8 +99,8 @@ class StepEvictor:
             table = self.collector.begin(*places, attention.spec.num_kv_heads, cells.device)
             if table is not None and request.decodes:
                 sums[request.index] = table
-        scorer = self.eviction.scorer
-        return Received(scorer.exponent, sums) if isinstance(scorer, AccumulatedAttention) and sums else None
+        wanted = self.eviction.scorer.accumulation
+        return Received(wanted.power, sums) if wanted and sums else None
 
     def after_layer(self, attention: PagedAttention, cells: torch.Tensor, query: torch.Tensor) -> None:
         """Remember queries and score in a layer that has just attended and stored; after the last layer, cut.

@@ -7,8 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from kvserve.scorers.base import LayerView, Scorer, protect
-from kvserve.scorers.query_window import QueryWindow
+from kvserve.scorers.base import Accumulation, LayerView, Scorer, protect
 
 
 class AccumulatedAttention(Scorer):
@@ -30,14 +29,13 @@ class AccumulatedAttention(Scorer):
     recent_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     per_row: bool = False
 
+    @property
+    def accumulation(self) -> Accumulation:
+        return Accumulation(self.exponent)
+
     def _score(self, view: LayerView) -> torch.Tensor:
         assert view.accumulated is not None and view.kept_tokens is not None
         scores = view.accumulated.float()
         if self.per_row:
             scores = scores / (view.length - view.positions)
         return protect(scores, 0, int(self.recent_share * view.kept_tokens))
-
-
-def received(window: QueryWindow, kv_heads: int, exponent: Literal[1, 2]) -> torch.Tensor:
-    """What `LayerView.accumulated` grows by in a step whose query rows are all of `window`: float32 [kv_heads, n]."""
-    return window.attention(window.num_rows, exponent).unflatten(0, (kv_heads, -1)).sum(1)

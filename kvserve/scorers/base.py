@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -32,8 +32,8 @@ class LayerView:
         scale: factor of the query-key dot products.
         keys, values: float32 [kv_heads, n, head_dim]; keys after RoPE.
         query_window: the query rows of the newest tokens.
-        accumulated: float32 [kv_heads, n]; attention probability (or its square, as the scorer says) that the token
-            received, summed over the query rows seen so far and over the query heads of its KV head.
+        accumulated: float32 [kv_heads, n]; attention probability (or its power, as `Scorer.accumulation` says) that the
+            token received, summed over the query rows seen so far and over the query heads of its KV head.
         query_statistics: of the query rows seen so far.
         kept_tokens: tokens that a KV head will keep, on average.
         request_id, layer, first_head: who this is; `first_head` counts the KV heads of all ranks.
@@ -63,6 +63,16 @@ class LayerView:
         return self.positions[-1] + 1
 
 
+class Accumulation(NamedTuple):
+    """What `LayerView.accumulated` is the sum of.
+
+    Attributes:
+        power: of each probability.
+    """
+
+    power: Literal[1, 2] = 1
+
+
 class Scorer(BaseModel, ABC):
     """Parameters of one way to score tokens; subclasses add a `name` that YAML files use.
 
@@ -89,6 +99,11 @@ class Scorer(BaseModel, ABC):
         if missing:
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which the view does not have")
         return self._score(view).nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        """What is summed up for it, over every query row; None: nothing, `needs` does not name "accumulated"."""
+        return Accumulation() if "accumulated" in self.needs else None
 
     @property
     def collects(self) -> bool:

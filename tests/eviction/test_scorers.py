@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from kvserve.scorers.accumulated_attention import AccumulatedAttention, received
-from kvserve.scorers.base import LOWEST, LayerView, Scorer, protect
+from kvserve.eviction.collector import received
+from kvserve.scorers.accumulated_attention import AccumulatedAttention
+from kvserve.scorers.base import LOWEST, Accumulation, LayerView, Scorer, protect
 from kvserve.scorers.expected_attention import ExpectedAttention
 from kvserve.scorers.key_diff import KeyDiff
 from kvserve.scorers.key_norm import KeyNorm
@@ -199,7 +200,7 @@ def test_steps_accumulate_to_what_all_rows_pay(exponent):
     for start, stop in ((0, 1), (1, 6), (6, TOKENS)):
         keys, positions = view.keys[:, :stop], view.positions[:stop]
         window = PlainWindow(queries[:, start:stop], keys, positions, view.scale)
-        sums[:, :stop] += received(window, KV_HEADS, exponent)
+        sums[:, :stop] += received(window, KV_HEADS, Accumulation(exponent))
     expected = [[0.0] * TOKENS for _ in range(KV_HEADS)]
     for head in range(HEADS):
         for row in range(TOKENS):

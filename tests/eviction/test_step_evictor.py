@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kvserve.eviction.collector import Collected, Collector
 from kvserve.eviction.evictor import StepEvictor
 from kvserve.pages.kept import Kept, KeptRows, KeptTable
 from kvserve.policies.base import Eviction, Policy
-from kvserve.scorers.base import LayerView, Scorer
+from kvserve.scorers.base import Accumulation, LayerView, Scorer
 from kvserve.scorers.query_window import PlainWindow
 from kvserve.scorers.registry import make_scorer
 from kvserve.scorers.rotary import Rotary
@@ -193,11 +194,32 @@ COLLECTING = RowStep("a", Kept(), None, None, collects=True)
 
 
 def test_attention_is_accumulated_over_chunks_as_over_the_whole_prompt():
-    scorer = make_scorer({"name": "accumulated-attention"})
+    check_accumulated(make_scorer({"name": "accumulated-attention"}), power=1)
+
+
+class Squares(Scorer):
+    """A scorer of another package, which says what is to be summed up for it."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"accumulated"})
+    query_agnostic: ClassVar[bool] = False
+    name: str = "random"
+    accumulation: ClassVar[Accumulation] = Accumulation(power=2)
+
+    def _score(self, view: LayerView) -> torch.Tensor:
+        return view.accumulated
+
+
+def test_what_is_accumulated_is_what_a_scorer_declares():
+    check_accumulated(Squares(), power=2)
+    assert Squares().collects and make_scorer({"name": "accumulated-attention", "exponent": 2}).accumulation.power == 2
+    assert make_scorer({"name": "key-norm"}).accumulation is None
+
+
+def check_accumulated(scorer: Scorer, power: int) -> None:
     case, _, _ = prompt_case(evicting({"name": scorer.name}))
     keys, _ = ReferenceAttention(case.layout, case.spec).read(case.cells, case.batch.block_table[0], 0, PROMPT)
     plain = PlainWindow(case.query.transpose(0, 1), keys, torch.arange(PROMPT), case.spec.scale)
-    expected = plain.probabilities(PROMPT).sum(1).unflatten(0, (2, -1)).sum(1)
+    expected = (plain.probabilities(PROMPT) ** power).sum(1).unflatten(0, (2, -1)).sum(1)
     for chunks in ([PROMPT], [64, 128, 68]):  # the case's tiles are sealed: chunks that end with one see the same keys
         found = collect(case, scorer, chunks)
         torch.testing.assert_close(found.accumulated[:, :PROMPT], expected, rtol=2e-4, atol=2e-4)

@@ -11,11 +11,12 @@ import torch
 from kvserve.attention.base import LayerSpec, PagedAttention
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.eviction.collector import received
 from kvserve.eviction.query_window import PagedWindow
 from kvserve.pages.kept import NOT_KEPT, held_tokens
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
-from kvserve.scorers.accumulated_attention import received
+from kvserve.scorers.base import Accumulation
 from kvserve.scorers.query_window import PlainWindow
 from tests.cases.attention_cases import POISON, Case, build_case, make_policy
 from tests.cases.kept_cases import LAYERS, Ask, KeptCase, build_kept_case, coded
@@ -264,8 +265,8 @@ def test_sums_accumulated_over_the_chunks_of_a_prompt_are_those_of_the_prompt():
     native, _ = kernels(case, ISAS[0])
     query, row, sums = query_rows(150, case.spec, 64), case.batch.block_table[0], torch.zeros(2, 150)
     for start, stop in ((0, 63), (63, 64), (64, 150)):
-        sums[:, :stop] += received(PagedWindow(native, case.cells, row, stop, query[start:stop]), 2, 2)
-    assert_equal(sums, received(PagedWindow(native, case.cells, row, 150, query), 2, 2))
+        sums[:, :stop] += received(PagedWindow(native, case.cells, row, stop, query[start:stop]), 2, Accumulation(2))
+    assert_equal(sums, received(PagedWindow(native, case.cells, row, 150, query), 2, Accumulation(2)))
 
 
 def test_the_windows_of_an_evicted_requests_heads_end_with_their_tokens():
