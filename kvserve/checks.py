@@ -21,7 +21,7 @@ from kvserve.policies.limits import check_rate
 OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
 
 # Attention kernels by name (kvserve/attention/registry.py), and the device that each runs on; `auto` is its first.
-KERNELS = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
+KERNELS = {"native": "cpu", "reference": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 _STOCK = "serve it with stock vLLM, without kvserve"
 
@@ -133,6 +133,20 @@ def check_stages(num_stages: int, device_type: str, is_compiled: bool) -> None:
         raise UnsupportedError(
             "on a CPU vLLM runs pipelines only with torch.compile, which is off; add --no-enforce-eager (in LLM(...): "
             "enforce_eager=False), or drop --pipeline-parallel-size"
+        )
+
+
+def check_compiled(policy: Policy, kernels: str) -> None:
+    """Refuse codecs that the kernels do not know: those of other packages.
+
+    Raises:
+        UnsupportedError: naming the kernels that do.
+    """
+    unknown = {stage.name for _, codec in policy.codecs for stage in codec.chain() if not stage.kind}
+    if unknown and kernels != "reference":
+        raise UnsupportedError(
+            f"the codec {', '.join(sorted(unknown))} has no compiled kernels; add --kernels reference, which reads it "
+            "in plain PyTorch, on a CPU and slowly"
         )
 
 

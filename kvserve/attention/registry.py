@@ -31,4 +31,8 @@ def make_attention(
         from kvserve.attention.cuda import CudaAttention
 
         return CudaAttention(layout, spec)
+    if kernels == "reference":
+        from kvserve.attention.reference import ReferenceAttention
+
+        return ReferenceAttention(layout, spec, tables)
     raise KeyError(kernels)

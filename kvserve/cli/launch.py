@@ -16,7 +16,7 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from kvserve.checks import check_stages, choose_kernels
+from kvserve.checks import check_compiled, check_stages, choose_kernels
 from kvserve.cli.address import OPEN_HOSTS
 from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
@@ -62,7 +62,7 @@ def launch(
     args = _parse(arguments)
     from kvserve.engine.device import device_type
 
-    choose_kernels(kernels, device_type())
+    check_compiled(policy, choose_kernels(kernels, device_type()))
     configure(args, policy, kernels, device_type(), self_test)
     if policy.calibration:
         from kvserve.calibrate.prepare import prepare

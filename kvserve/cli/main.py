@@ -32,7 +32,7 @@ options of serve:
   --max-cache-tokens N     of a policy that evicts: hold N tokens of each request, instead of a rate
   --policy-set KEY=VALUE   change one value of the policy, for example sink_tokens=0 or key.bits=4
   --model MODEL            a Hugging Face folder or name; without it, a small model that needs no download
-  --kernels NAME           attention kernels: auto, native (CPU), triton or cuda (GPU)
+  --kernels NAME           attention kernels: auto, native or reference (CPU), triton or cuda (GPU)
   --no-self-test           serve without testing the cache before; such a test takes seconds
   --verbose                show all of vLLM's log lines
 Every other option goes to vLLM unchanged: `kvserve serve --help=all` lists them.

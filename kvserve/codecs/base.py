@@ -27,7 +27,7 @@ class Codec(ABC):
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    kind: ClassVar[int]  # its number in csrc/codecs and kernels/codecs
+    kind: ClassVar[int] = 0  # its number in csrc/codecs and kernels/codecs; 0: the PyTorch reference alone knows it
     halves: ClassVar[tuple[Half, ...]] = tuple(Half)  # what it can write
 
     name: str

@@ -1,4 +1,4 @@
-"""Codecs by the name that YAML files use."""
+"""Codecs by the name that YAML files use: those of kvserve, and those that other packages bring."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kvserve.brought import Brought
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.base import MAX_STAGES, Codec
 from kvserve.codecs.before_rope import BeforeRope
@@ -16,7 +17,15 @@ from kvserve.codecs.table import Table
 from kvserve.codecs.vector import Vector
 
 _CLASSES: tuple[type[Codec], ...] = (Affine, Symmetric, Table, Vector, Outliers, LowRank, BeforeRope)
-CODECS: dict[str, type[Codec]] = {str(cls.__dataclass_fields__["name"].default): cls for cls in _CLASSES}
+
+
+def name_of(cls: type[Codec]) -> str:
+    """The name of a codec."""
+    return str(cls.__dataclass_fields__["name"].default)
+
+
+CODECS: dict[str, type[Codec]] = {name_of(cls): cls for cls in _CLASSES}
+BROUGHT = Brought("codec", Codec, name_of)
 DEFAULT, ROTATED = "affine", "symmetric"  # what keys and values without a name are, and with `rotate: true`
 
 
@@ -24,10 +33,13 @@ def codec_class(name: Any) -> type[Codec]:
     """The class of a name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: there is none, or a package's codec does not load; the message lists the names or the package.
     """
+    if isinstance(name, str) and (found := BROUGHT.find(name, name in CODECS)):
+        return found
     if not isinstance(name, str) or name not in CODECS:
-        raise ValueError(f"there is no codec {name!r:.60}; the codecs are {', '.join(sorted(CODECS))}")
+        names = ", ".join(sorted({*CODECS, *BROUGHT.entries}))
+        raise ValueError(f"there is no codec {name!r:.60}; the codecs are {names}")
     return CODECS[name]
 
 

@@ -12,6 +12,7 @@ from vllm.config import CompilationMode
 from kvserve.accounting.plan import check_limit
 from kvserve.checks import (
     ServeOptions,
+    check_compiled,
     check_model,
     check_options,
     check_stages,
@@ -72,6 +73,7 @@ class EngineSettings:
         check_vllm_version()
         policy, asked = policy_from_config(section), section.get("kernels", "auto")
         kernels = choose_kernels(asked, device_type())
+        check_compiled(policy, kernels)
         if device_type() == "cuda":
             check_gpu(vllm_config)
         # The model first: vLLM sets options itself where a model needs them, which nobody could drop.

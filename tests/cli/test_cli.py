@@ -81,7 +81,7 @@ def test_each_device_has_its_kernels(asked, device, kernels):
         ("native", "cuda", "--kernels native runs on cpu devices, this vLLM runs on cuda; use --kernels triton"),
         ("triton", "cpu", "use --kernels native"),
         ("auto", "xpu", "this vLLM runs on xpu"),
-        ("fast", "cpu", "one of auto, native, triton"),
+        ("fast", "cpu", "one of auto, native, reference, triton"),
     ],
 )
 def test_kernels_of_another_device_are_refused(asked, device, part, monkeypatch):

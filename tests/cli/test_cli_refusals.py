@@ -36,7 +36,7 @@ def test_a_missing_policy_lists_the_names(refusal):
         (["--policy", "kv-compress", "--compression-rate", "0.5"], "a number from 1"),
         (["--policy", "kv-compress", "--max-cache-tokens"], "--max-cache-tokens needs a value"),
         (["--policy", "int8", "--policy-set"], "--policy-set needs a value"),
-        (["--policy", "int8", "--kernels", "cuda-graphs"], "--kernels must be one of auto, native, triton"),
+        (["--policy", "int8", "--kernels", "cuda-graphs"], "--kernels must be one of auto, native, reference, triton"),
         (["--policy", "int8", "--kernels"], "--kernels needs a value"),
         (["--policy", "int8", "--kv-cache-dtype", "fp8"], "drop the option"),
         (["--policy", "none", "--kv-cache-dtype=fp8"], "keeps the model's dtype"),

@@ -31,6 +31,7 @@ from kvserve.policies.loading import load_policy
 from kvserve.retention.registry import RETENTIONS
 from kvserve.schedules.registry import SCHEDULES
 from kvserve.scorers.registry import SCORERS
+from tests.cases.brought_parts import OPEN, example_package
 from tests.eviction import test_budgets, test_retention, test_scorers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def parts(modules: dict[str, list[ModuleType]], monkeypatch: pytest.MonkeyPatch)
             if not (inspect.isclass(cls) and cls.__module__ == module.__name__):
                 continue
             for registry in REGISTRIES:
-                if issubclass(cls, registry.base):
+                if issubclass(cls, registry.brought.base):
                     classes[name := cls.model_fields["name"].default] = cls
                     monkeypatch.setitem(registry, name, cls)
             if issubclass(cls, methods.Method):
@@ -254,19 +255,14 @@ def both(rows, page, out, S: tl.constexpr, G: tl.constexpr):
 def test_the_groups_of_entry_points_are_those_that_registries_read() -> None:
     (block,) = of("toml")
     groups = tomllib.loads(block.text)["project"]["entry-points"]
-    assert set(groups) == {f"kvserve.{registry.kind}s" for registry in REGISTRIES}
+    assert set(groups) == {f"kvserve.{brought.kind}s" for brought in OPEN}
 
 
 def test_the_entry_points_of_the_page_lead_to_the_parts_of_the_example_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tests" / "cases" / "example_package")
-    importlib.invalidate_caches()
     (block,) = of("toml")
     groups = tomllib.loads(block.text)["project"]["entry-points"]
-    for registry in REGISTRIES:
-        registry.__dict__.pop("brought", None)
-        try:
-            for name, target in groups[f"kvserve.{registry.kind}s"].items():
-                cls = registry.class_of(name)
-                assert f"{cls.__module__}:{cls.__name__}" == target
-        finally:
-            registry.__dict__.pop("brought", None)
+    with example_package(monkeypatch):
+        for brought in OPEN:
+            for name, target in groups[f"kvserve.{brought.kind}s"].items():
+                cls = brought.find(name, is_own=False)
+                assert cls is not None and f"{cls.__module__}:{cls.__name__}" == target

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from kvserve.budgets.registry import BUDGETS
+from kvserve.checks import UnsupportedError, check_compiled
+from kvserve.codecs.tile import Half, Tile, TileShape
 from kvserve.policies.loading import PolicyError, load_policy, policy_content, policy_from_config
 from kvserve.retention.evict import Evict
-from kvserve.retention.registry import RETENTIONS
-from kvserve.schedules.registry import SCHEDULES
 from kvserve.scorers.base import LayerView
 from kvserve.scorers.registry import SCORERS
-
-EXAMPLE = Path(__file__).parents[1] / "cases" / "example_package"
+from tests.cases.brought_parts import example_package
 
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(EXAMPLE)
-    importlib.invalidate_caches()
-    for registry in (SCORERS, BUDGETS, RETENTIONS, SCHEDULES):
-        registry.__dict__.pop("brought", None)
-    sys.modules.pop("example_parts", None)
-    yield
-    for registry in (SCORERS, BUDGETS, RETENTIONS, SCHEDULES):
-        registry.__dict__.pop("brought", None)
+    with example_package(monkeypatch):
+        yield
 
 
 def test_a_policy_may_name_parts_of_another_package() -> None:
@@ -46,6 +36,21 @@ def test_a_policy_may_name_parts_of_another_package() -> None:
     assert scores.tolist() == [[1, 0, 0, 1, 0, 0]] * 2
     assert isinstance(policy.eviction.retention, Evict)
     assert policy_from_config({"policy": policy_content(policy)}) == policy
+
+
+ONE_BIT = ["key={name: one-bit}", "value={name: one-bit}"]
+
+
+def test_a_policy_may_name_a_codec_of_another_package_and_says_what_reads_it() -> None:
+    policy = load_policy("int8", ONE_BIT)
+    assert policy_from_config({"policy": policy_content(policy)}) == policy
+    rows, shape = torch.randn(64, 64), TileShape(Half.KEY, 64, 64)
+    parts = policy.key.encode(Tile.of(rows), shape, {})
+    means = rows.abs().mean(1, keepdim=True).expand(-1, 64).half().float()
+    assert torch.equal(policy.key.decode(parts, shape, {}, torch.arange(64)), torch.where(rows > 0, means, -means))
+    check_compiled(policy, "reference")
+    with pytest.raises(UnsupportedError, match="one-bit has no compiled kernels; add --kernels reference"):
+        check_compiled(policy, "native")
 
 
 def test_nothing_of_a_package_is_imported_before_a_policy_asks_for_it() -> None:
@@ -88,6 +93,16 @@ def test_a_part_that_does_not_fit_names_its_package(override: str, message: str)
     with pytest.raises(PolicyError) as error:
         load_policy("snapkv", [override])
     assert message in str(error.value)
+
+
+def test_a_codec_that_does_not_fit_names_its_package() -> None:
+    message = r"codec 'no-codec' of the package example-parts 1\.0 is no Codec \(example_parts:EveryOther\)"
+    with pytest.raises(PolicyError, match=message):
+        load_policy("int8", ["key={name: no-codec}"])
+    with pytest.raises(PolicyError, match=r"the codecs are .*affine.*one-bit"):
+        load_policy("int8", ["key={name: nonsense}"])
+    with pytest.raises(PolicyError, match=r"key.*bits"):
+        load_policy("int8", ["key={name: one-bit, bits: 1}"])
 
 
 def test_a_wrong_parameter_of_a_brought_part_is_refused_like_one_of_kvserve() -> None:
