@@ -202,7 +202,7 @@ inline void add_boost(const HalfTile& t, const KvsCodec& c, const uint8_t* page,
       for (int lane = 0; lane < LANES; lane += VL, codes += 4 * VL) {
         const VI words = load_words(codes);
         for (int r = 0; r < 4; ++r) {
-          const int channel = index[row + r];
+          const int channel = std::min<int>(index[row + r], dim - 1);  // whatever a damaged page has
           float* to = out + (ptrdiff_t)(block / COLUMNS * dim + channel) * COLUMNS + lane;
           for (int plane = 0; plane < 4; ++plane, to += LANES) {
             const float scale = 4 * scales[(block + plane * LANES) / group * 2 * dim + channel];

@@ -112,10 +112,12 @@ inline void decode_outliers(const HalfTile& t, int stage, const uint8_t* page, f
   decode_stage(t, stage + 1, page, panels);
   const uint16_t *values = (const uint16_t*)(page + outlier_values_at(c));
   const uint16_t *index = (const uint16_t*)(page + outlier_index_at(c));
-  const int dim = t.head_dim;
-  for (int i = 0, token = 0; i < outliers_of(c); ++i) {  // ascending
-    while (index[i] >= (token + 1) * dim) ++token;
-    panels[t.in_panels(token, index[i] - token * dim)] = half_to_float(values[i]);
+  const int dim = t.head_dim, last = t.elements() - 1;
+  for (int i = 0, token = 0; i < outliers_of(c); ++i) {
+    const int at = std::min(int(index[i]), last);  // whatever a damaged page has
+    while (at >= (token + 1) * dim) ++token;       // they ascend
+    while (at < token * dim) --token;
+    panels[t.in_panels(token, at - token * dim)] = half_to_float(values[i]);
   }
 }
 

@@ -93,7 +93,9 @@ class Affine(Codec):
         per_channel, size = self.grouping(shape)
         codes = unpack_tile(parts[0], shape, self.bits)
         if boosted := self.boosted(shape):
-            codes[:, parts[3].long()] += unpack_codes(parts[1], BOOST_BITS, boosted, shape.tokens).T << self.bits
+            index = parts[3].long().clamp_max(shape.head_dim - 1)  # whatever a damaged page has
+            upper = unpack_codes(parts[1], BOOST_BITS, boosted, shape.tokens).T << self.bits
+            codes.index_add_(1, index, upper.to(codes.dtype))
         scales = parts[2 if boosted else 1].float()
         if per_channel:
             rows = codes.reshape(-1, size, shape.head_dim) * scales[:, 0, None] + scales[:, 1, None]

@@ -66,7 +66,7 @@ class Outliers(Wrapper):
     def decode(self, parts: Parts, shape: TileShape, tables: Tables, positions: torch.Tensor) -> torch.Tensor:
         (values, index), inner = self.split(parts, shape)
         rows = self.inner.decode(inner, shape, tables, positions).flatten()
-        rows[index.long()] = values.float()
+        rows[index.long().clamp_max(len(rows) - 1)] = values.float()  # whatever a damaged page has
         return rows.view(shape.tokens, shape.head_dim)
 
     def describe_own(self, shape: TileShape) -> str:

@@ -11,7 +11,9 @@ from kvserve.attention.base import LayerSpec
 from kvserve.attention.native import NativeAttention
 from kvserve.codecs.tile import Half
 from kvserve.pages.kept import HEADER_BYTES
+from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
+from kvserve.policies.base import Policy
 from kvserve.scorers.rotary import Rotary
 from tests.cases.attention_cases import copy_cells
 from tests.cases.doctor_cases import DAMAGED_LAYER, GROUP, HEAD_DIM, Damage, Machine, Request, Step
@@ -243,3 +245,21 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "kept pages of two heads exchanged": ("kv-compress-2bit", InArena(exchange_headers)),
     "an evicted request's cut a tile too early": ("kv-compress", Before(later_end)),
 }  # fmt: skip
+
+
+def shifted_sections(policy: Policy) -> dict[str, Damage]:
+    """For each section of a page, the damage that moves its elements on by one."""
+    tile_format = PageLayout.build(policy, HEAD_DIM, policy.tile_tokens, torch.float32, num_layers=2).tile_format
+    assert tile_format is not None
+    return {
+        name: section(name, lambda part: part.roll(1), place.section.dtype)
+        for half in Half
+        for place in tile_format.half(half)[1]
+        for name in (f"{half}_{place.section.name}",)
+    }
+
+
+def tables_of_another_head(step: Step) -> None:
+    """Every KV head reads the calibrated tables of the one before it."""
+    tables = {name: table.roll(1, 0) for name, table in step.attention.tables.items() if not name.endswith(".rotary")}
+    step.attention = NativeAttention(step.attention.layout, step.attention.spec, tables=step.attention.tables | tables)

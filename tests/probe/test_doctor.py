@@ -9,6 +9,7 @@ import torch
 
 from kvserve.attention.base import LayerSpec
 from kvserve.attention.native import available_isas
+from kvserve.codecs.registry import CODECS
 from kvserve.pages.kept import arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
@@ -17,7 +18,7 @@ from kvserve.probe.distances import KERNEL_LIMIT, LayerReport, ProbeReport, comp
 from kvserve.probe.history import LayerHistory
 from kvserve.probe.request import plan_test, prompt_tokens
 from tests.cases.attention_cases import make_batch
-from tests.cases.damages import DAMAGES
+from tests.cases.damages import DAMAGES, Before, decodes, shifted_sections, tables_of_another_head
 from tests.cases.doctor_cases import DAMAGED_LAYER, Damage, Machine, Request, Step
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="no kernel library is built")
@@ -39,6 +40,35 @@ def test_damage_is_found_in_the_layer_that_has_it(name: str) -> None:
     assert sentence.startswith(f"layer {DAMAGED_LAYER} of 2: ")
     assert broken.kernel > 5 * KERNEL_LIMIT
     assert whole.kernel < KERNEL_LIMIT
+
+
+CODED = ("kivi-2bit", "boost-2bit", "gear-2bit", "kvquant-2bit", "cq-4c8b")
+SHIFTED = {
+    f"{name}: {section}": (name, damage)
+    for name in CODED
+    for section, damage in shifted_sections(load_policy(name)).items()
+}
+
+
+def test_the_sections_of_every_codec_are_damaged() -> None:
+    stages = {stage.name for name in CODED for _, codec in load_policy(name).codecs for stage in codec.chain()}
+    assert stages == set(CODECS)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_a_section_that_is_shifted_by_an_element_is_found(name: str) -> None:
+    policy, damage = SHIFTED[name]
+    report = Machine(load_policy(policy), damage=damage).run()
+    broken, whole = report.layers[DAMAGED_LAYER], report.layers[1 - DAMAGED_LAYER]
+    assert broken.kernel > 5 * KERNEL_LIMIT
+    assert whole.kernel < KERNEL_LIMIT
+
+
+@pytest.mark.parametrize("policy", ["kvquant-2bit", "cq-4c8b"])
+def test_tables_of_another_head_are_found(policy: str) -> None:
+    report = Machine(load_policy(policy), damage=Before(decodes(tables_of_another_head))).run()
+    assert report.layers[DAMAGED_LAYER].kernel > 5 * KERNEL_LIMIT
+    assert report.layers[1 - DAMAGED_LAYER].kernel < KERNEL_LIMIT
 
 
 def test_there_are_more_than_twenty_kinds_of_damage() -> None:
