@@ -15,9 +15,10 @@ struct Range {
   uint16_t scale, low;
 };
 
-inline Range range_of(float low, float high, int bits) {
-  const float scale = (high - low) / float((1 << bits) - 1);
-  return {float_to_half_saturated(std::max(scale, MIN_SCALE)), float_to_half_saturated(low)};
+// clip: what both ends are multiplied by.
+inline Range range_of(float low, float high, int bits, float clip = 1.0f) {
+  const float scale = (high - low) * clip / float((1 << bits) - 1);
+  return {float_to_half_saturated(std::max(scale, MIN_SCALE)), float_to_half_saturated(low * clip)};
 }
 
 // Codes of n values that lie `stride` apart, to places that lie STEP (0: `step`) apart.
@@ -114,13 +115,14 @@ inline float symmetric_codes(const float* x, int n, int bits, uint8_t* to) {
 template <bool KEYS>
 inline void encode_by_token(const HalfTile& t, const KvsCodec& c, const float* rows, uint8_t* page, CodeScratch& s) {
   const int tokens = t.tokens, dim = t.head_dim, group = group_of(c, dim);
+  const float* clips = is_clipped(c) ? table_of(t, c, 0) : nullptr;
   uint16_t* scales = (uint16_t*)(page + scales_at(c));
   for (int token = 0; token < tokens; ++token) {
     const float* x = rows + token * dim;
     uint8_t* codes = s.codes + (KEYS ? token : token * dim);
     for (int first = 0; first < dim; first += group) {
       const auto [low, high] = std::minmax_element(x + first, x + first + group);
-      const Range range = range_of(*low, *high, bits_of(c));
+      const Range range = range_of(*low, *high, bits_of(c), clips ? clips[first / group] : 1.0f);
       affine_codes<KEYS ? 0 : 1>(x + first, 1, group, range, bits_of(c), codes + (KEYS ? first * tokens : first), tokens);
       scales[first / group * 2 * tokens + token] = range.scale;
       scales[(first / group * 2 + 1) * tokens + token] = range.low;

@@ -25,6 +25,7 @@ KVS_BOTH inline int group_of(const KvsCodec& c, int head_dim) {
 }
 KVS_BOTH inline int boosted_of(const KvsCodec& c) { return c.params[2]; }  // channels
 KVS_BOTH inline int axis_of(const KvsCodec& c) { return c.params[3]; }
+inline bool is_clipped(const KvsCodec& c) { return c.params[4]; }  // its table: a factor for each group of a token
 KVS_BOTH inline int64_t scales_at(const KvsCodec& c) { return c.at[boosted_of(c) ? 2 : 1]; }
 KVS_BOTH inline bool is_affine_by_channel(const KvsHalf& half) {
   return half.stages == 1 && half.stage[0].kind == KVS_AFFINE && axis_of(half.stage[0]) == BY_CHANNEL;

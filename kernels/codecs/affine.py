@@ -46,6 +46,7 @@ class AffineStage(NamedTuple):
     boost_channels: int
     block_boost: int  # boost_channels, rounded up to a power of two
     per_token: bool
+    clipped: bool
     codes: int
     scales: int
     boost_codes: int = 0
@@ -55,9 +56,10 @@ class AffineStage(NamedTuple):
     def of(cls, codec: Codec, shape: TileShape, at: Mapping[str, int]) -> AffineStage:
         """`at`: offsets of the codec's own sections, by name."""
         bits, *others = codec.params(shape)
-        group, boosted, per_token = others or (shape.head_dim, 0, 1)
+        group, boosted, per_token, clipped = others or (shape.head_dim, 0, 1, 0)
         block_boost = triton.next_power_of_2(boosted) if boosted else 0
-        return cls(codec.kind, shape.half is Half.KEY, bits, group, boosted, block_boost, bool(per_token), **at)
+        of_keys, per_token, clipped = shape.half is Half.KEY, bool(per_token), bool(clipped)
+        return cls(codec.kind, of_keys, bits, group, boosted, block_boost, per_token, clipped, **at)
 
 
 @triton.jit
@@ -185,9 +187,9 @@ def _code(x, top: tl.constexpr):
 
 
 @triton.jit
-def _affine(low, high, top: tl.constexpr):
+def _affine(low, width, top: tl.constexpr):
     """Float16 scale and low of a range, as float32 values."""
-    scale = tl.minimum(tl.maximum(tl.div_rn(high - low, top * 1.0), _MIN_SCALE), _FLOAT16_MAX)
+    scale = tl.minimum(tl.maximum(tl.div_rn(width, top * 1.0), _MIN_SCALE), _FLOAT16_MAX)
     low = tl.minimum(tl.maximum(low, -_FLOAT16_MAX), _FLOAT16_MAX)
     return scale.to(tl.float16).to(tl.float32), low.to(tl.float16).to(tl.float32)
 
@@ -196,7 +198,7 @@ def _affine(low, high, top: tl.constexpr):
 def _channel_codes(grouped, low, high, BITS: tl.constexpr):
     """Codes of groups [groups, group, channels], int32, and float16 scale and low as float32 [groups, channels]."""
     top: tl.constexpr = (1 << BITS) - 1
-    scale, low = _affine(low, high, top)
+    scale, low = _affine(low, high - low, top)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     return _code((grouped - low[:, None, :]) * inverse[:, None, :], top).to(tl.int32), scale, low
 
@@ -230,12 +232,15 @@ def _store_boost(page, fine, place, chosen, S: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def encode_affine(page, rows, first_counted, S: tl.constexpr, G: tl.constexpr):
-    """Write a tile, float32 [tile_tokens, block_dim]; returns it as it will be read."""
+def encode_affine(page, rows, first_counted, head, tables, S: tl.constexpr, G: tl.constexpr):
+    """Write a tile, float32 [tile_tokens, block_dim]; returns it as it will be read.
+
+    `tables` (HalfTables) are those of all KV heads.
+    """
     if S.kind == SYMMETRIC:
         decoded = _encode_symmetric(page, rows, S, G)
     elif S.per_token:
-        decoded = _encode_by_token(page, rows, S, G)
+        decoded = _encode_by_token(page, rows, head, tables, S, G)
     else:
         decoded = _encode_by_channel(page, rows, first_counted, S, G)
     return decoded
@@ -273,7 +278,7 @@ def _encode_by_channel(page, rows, first_counted, S: tl.constexpr, G: tl.constex
 
 
 @triton.jit
-def _encode_by_token(page, rows, S: tl.constexpr, G: tl.constexpr):
+def _encode_by_token(page, rows, head, tables, S: tl.constexpr, G: tl.constexpr):
     T: tl.constexpr = G.tile_tokens
     D: tl.constexpr = G.block_dim
     GROUPS: tl.constexpr = D // S.group if S.group < G.head_dim else 1
@@ -283,11 +288,15 @@ def _encode_by_token(page, rows, S: tl.constexpr, G: tl.constexpr):
     grouped = tl.reshape(rows, [T, GROUPS, CHANNELS])
     in_head = group[:, :, None] * CHANNELS + tl.arange(0, CHANNELS)[None, None, :] < G.head_dim
     smallest = tl.min(tl.where(in_head, grouped, float("inf")), 2)
-    scale, low = _affine(smallest, tl.max(tl.where(in_head, grouped, float("-inf")), 2), top)
+    exist = group * CHANNELS < G.head_dim
+    width = tl.max(tl.where(in_head, grouped, float("-inf")), 2) - smallest
+    if S.clipped:
+        clip = tl.load(tables.clip + head * (G.head_dim // S.group) + group, mask=exist, other=1.0)
+        smallest, width = smallest * clip, width * clip
+    scale, low = _affine(smallest, width, top)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     codes = _code((grouped - low[:, :, None]) * inverse[:, :, None], top)
     at = (page + S.scales).to(tl.pointer_type(tl.float16)) + group * (2 * T) + token[:, None]
-    exist = group * CHANNELS < G.head_dim
     tl.store(at, scale.to(tl.float16), mask=exist)
     tl.store(at + T, low.to(tl.float16), mask=exist)
     store_codes(page + S.codes, tl.reshape(codes, [T, D]).to(tl.int32), S.bits, S.of_keys, G)

@@ -70,6 +70,7 @@ class HalfTables(NamedTuple):
     levels: torch.Tensor | None = None
     ranges: torch.Tensor | None = None
     codebook: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
     rotary: torch.Tensor | None = None
     positions: int | None = None  # that `rotary` has
 
@@ -82,7 +83,9 @@ class CodecTables(NamedTuple):
 
 
 NO_TABLES = CodecTables()
-FIELDS = {"levels": "levels", "range": "ranges", "codebook": "codebook", "rotary": "rotary"}  # by a table's own name
+FIELDS = {  # by a table's own name
+    "levels": "levels", "range": "ranges", "codebook": "codebook", "clip": "clip", "rotary": "rotary",
+}  # fmt: skip
 
 
 @triton.jit
@@ -158,5 +161,5 @@ def _encode_inmost(page, rows, first_counted, head, tables, S: tl.constexpr, G: 
     elif S.kind == VECTOR:
         decoded = encode_vector(page, rows, head, tables, S, G)
     else:
-        decoded = encode_affine(page, rows, first_counted, S, G)
+        decoded = encode_affine(page, rows, first_counted, head, tables, S, G)
     return decoded

@@ -62,8 +62,11 @@ def _other_codecs(layout: PageLayout) -> str | None:
 
 
 def _other_codec(tile_format: TileFormat, half: Half) -> str | None:
-    """What a half's codec is, in words; None: keys with a scale per channel or values with one per token."""
+    """What a half's codec is, in words; None: keys with a scale per channel or values with one per token,
+    of the tile's own ranges."""
     codec, _ = tile_format.half(half)
+    if isinstance(codec, Affine) and codec.clip:
+        return f"{codec.bits}-bit with clipped ranges"
     if is_in_family(codec, half):
         return None if codec.bits in CUDA_BITS else f"{codec.bits}-bit"
     if isinstance(codec, Affine):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvserve.calibration.methods.base import Method
+from kvserve.codecs.affine import Affine
 from kvserve.codecs.layer_tables import POSITIONS
 from kvserve.codecs.tile import Half, TileShape
+from kvserve.transforms.permutation import Permutation
 
 if TYPE_CHECKING:
     from kvserve.policies.base import Policy
@@ -29,6 +31,7 @@ def check_fits(policy: Policy, method: Method, head_dim: int) -> None:
             )
     _check_keys(policy, method, head_dim)
     _check_outliers(policy, method)
+    _check_clips(policy, method)
 
 
 def _check_keys(policy: Policy, method: Method, head_dim: int) -> None:
@@ -63,3 +66,21 @@ def _check_outliers(policy: Policy, method: Method) -> None:
                 f"policy {policy.name} has a calibration that leaves {share:.1%} of the elements to a codec outliers, "
                 f"and its {half} has none: put it around the table, or calibrate with --set outliers=0 --out FILE"
             )
+
+
+def _check_clips(policy: Policy, method: Method) -> None:
+    """Ranges are clipped by what loses least at some bits, of channels in a calibrated order."""
+    for half, codec in policy.codecs:
+        clipped = [stage for stage in codec.chain() if isinstance(stage, Affine) and stage.clip]
+        for stage in clipped:
+            bits = getattr(method, "bits", stage.bits)
+            if bits != stage.bits:
+                raise ValueError(
+                    f"policy {policy.name} has {stage.bits}-bit {half}s and clips that were fitted to {bits} bits; "
+                    f"calibrate with --set bits={stage.bits} --out FILE, and name the file"
+                )
+            if not any(isinstance(one, Permutation) for one in policy.transforms.of(half)):
+                raise ValueError(
+                    f"policy {policy.name} clips {half}s as fitted to reordered channels; add permutation to "
+                    f"transforms.{half}, or leave out {half}.clip"
+                )

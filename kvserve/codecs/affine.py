@@ -10,7 +10,7 @@ from kvserve.codecs.base import Codec
 from kvserve.codecs.lazy import torch
 from kvserve.codecs.min_max import boosted_channels, quantise_min_max
 from kvserve.codecs.packing import check_planes, pack_codes, pack_tile, planes_section, unpack_codes, unpack_tile
-from kvserve.codecs.tile import Grouping, Half, Parts, Section, Tables, Tile, TileShape
+from kvserve.codecs.tile import Grouping, Half, Parts, Section, Tables, TableSpec, Tile, TileShape
 
 BOOST_BITS = 2  # what a boosted channel has beside its 2-bit codes
 
@@ -23,6 +23,10 @@ class Affine(Codec):
     with "token", the default of values, `group_size` consecutive channels share one of a token (or as many as it and
     head_dim have as common divisor). 0: all of them. `boost_fraction` of the channels of a key tile, those with the
     widest range, get two more bits (Kitty, arXiv 2511.18643, section 4).
+
+    With `clip` both ends of a token's group are multiplied by what is calibrated for the group, and elements beyond
+    them get the nearest end (SKVQ, arXiv 2405.06219, section 3.2). Only writing knows of it. The paper stores scales
+    and minima as FP8; here they are float16 as everywhere, 32 bits a group and not 16.
     """
 
     kind: ClassVar[int] = 1
@@ -32,6 +36,7 @@ class Affine(Codec):
     group_size: Literal[0, 32, 64, 128] = 0
     axis: Literal["channel", "token"] | None = None
     boost_fraction: Literal[0, 0.25, 0.5] = 0  # type: ignore[valid-type]
+    clip: bool = False
 
     def __post_init__(self) -> None:
         if self.boost_fraction and self.bits != 2:
@@ -58,6 +63,12 @@ class Affine(Codec):
         boost_codes = Section("boost_codes", torch.uint8, (boosted * shape.tokens * BOOST_BITS // 8,), "codes")
         return codes, boost_codes, scales, Section("boost_index", torch.uint8, (boosted,), "index")
 
+    def own_tables(self, shape: TileShape) -> tuple[TableSpec, ...]:
+        if not self.clip:
+            return ()
+        groups = shape.head_dim // self.grouping(shape).size
+        return (TableSpec("clip", ("kv_heads", groups), torch.float32),)  # above 0, at most 1
+
     def check_own(self, shape: TileShape) -> None:
         check_planes(shape, self.bits)
         per_channel, size = self.grouping(shape)
@@ -65,15 +76,18 @@ class Affine(Codec):
             raise ValueError(f"{shape.half}.group_size must be at most tile_tokens ({shape.tokens})")
         if self.boost_fraction and not (per_channel and shape.half is Half.KEY):
             raise ValueError(f"boost_fraction is for keys with a scale per channel: leave it out of {shape.half}")
+        if self.clip and per_channel:
+            raise ValueError(f"clip is for a scale per token: set {shape.half}.axis to token, or leave clip out")
 
     def params(self, shape: TileShape) -> tuple[int, ...]:
         per_channel, size = self.grouping(shape)
-        return self.bits, size, self.boosted(shape), int(not per_channel)
+        return self.bits, size, self.boosted(shape), int(not per_channel), int(self.clip)
 
     def encode(self, tile: Tile, shape: TileShape, tables: Tables) -> Parts:
         per_channel, size = self.grouping(shape)
         if not per_channel:
-            coded = quantise_min_max(tile.rows.reshape(shape.tokens, -1, size, 1), self.bits)
+            clip = tables["affine.clip"][:, None, None] if self.clip else None
+            coded = quantise_min_max(tile.rows.reshape(shape.tokens, -1, size, 1), self.bits, clip=clip)
             scales = torch.stack([coded.scale[..., 0, 0].T, coded.low[..., 0, 0].T], 1)
             return pack_tile(coded.codes.reshape(tile.rows.shape), shape, self.bits), scales
         groups, counted = tile.rows.reshape(-1, size, shape.head_dim), tile.counted.reshape(-1, size, 1)
@@ -110,4 +124,5 @@ class Affine(Codec):
             return f"{self.bits}-bit per channel, groups of {size} tokens{boost}"
         asked = min(self.group_size or shape.head_dim, shape.head_dim)
         differs = "" if size == asked else f" ({self.group_size} asked, they do not divide {shape.head_dim})"
-        return f"{self.bits}-bit per token, groups of {size}{differs}"
+        clipped = ", ranges clipped as calibrated" if self.clip else ""
+        return f"{self.bits}-bit per token, groups of {size}{differs}{clipped}"

@@ -19,11 +19,15 @@ class AffineCodes(NamedTuple):
         return self.codes * self.scale.float() + self.low.float()
 
 
-def quantise_min_max(x: torch.Tensor, bits: int, counted: torch.Tensor | None = None) -> AffineCodes:
+def quantise_min_max(
+    x: torch.Tensor, bits: int, counted: torch.Tensor | None = None, clip: torch.Tensor | None = None
+) -> AffineCodes:
     """Asymmetric min/max quantisation over dim -2 (KIVI, arXiv 2402.02750, section 3), float32 [..., group, lanes].
 
     `counted` (bool, [..., group, 1]) marks the rows whose values define the range; a group with none gets the
-    smallest scale and low 0. Codes are computed with the scale and low as stored (float16), rounding half to even.
+    smallest scale and low 0. `clip` (float32, broadcast to [..., 1, lanes]) multiplies both ends of the range (SKVQ,
+    arXiv 2405.06219, section 3.2); what is beyond them gets the nearest end. Codes are computed with the scale and low
+    as stored (float16), rounding half to even.
     """
     top = (1 << bits) - 1
     counted = torch.ones_like(x[..., :1], dtype=torch.bool) if counted is None else counted
@@ -31,7 +35,10 @@ def quantise_min_max(x: torch.Tensor, bits: int, counted: torch.Tensor | None = 
     high = torch.where(counted, x, -torch.inf).amax(-2, keepdim=True)
     empty = ~counted.any(-2, keepdim=True)
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
-    scale = ((high - low) / top).clamp(MIN_SCALE, FLOAT16_MAX).half()
+    width = high - low
+    if clip is not None:
+        low, width = low * clip, width * clip
+    scale = (width / top).clamp(MIN_SCALE, FLOAT16_MAX).half()
     low = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     codes = ((x - low.float()) * (1.0 / scale.float())).round().clamp(0, top)
     return AffineCodes(codes.to(torch.int32), scale, low)

@@ -35,7 +35,7 @@ def affine_family(tile_format: TileFormat) -> AffineFamily:
     keys, values = ({p.section.name: p.offset for p in places} for places in (tile_format.keys, tile_format.values))
     last = tile_format.values[-1]
     end = align(last.offset + last.section.size_bytes)
-    key_bits, key_group, boost_channels, _ = key.params(shape[0])
+    key_bits, key_group, boost_channels, *_ = key.params(shape[0])
     value_bits, value_group = value.params(shape[1])[0], 0
     if not value.rotates:
         value_group = value.params(shape[1])[1]

@@ -17,6 +17,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "affine": {"bits": 2, "group_size": 32},
     "affine-boosted": {"bits": 2, "group_size": 64, "boost_fraction": 0.25},
     "affine-token": {"bits": 4, "group_size": 32, "axis": "token"},
+    "affine-clipped": {"bits": 2, "group_size": 32, "axis": "token", "clip": True},
     "table-2": {"name": "table", "bits": 2},
     "table-3": {"name": "table", "bits": 3},
     "table-4-token": {"name": "table", "bits": 4, "norm": "token"},
@@ -34,6 +35,7 @@ KEYS: dict[str, dict[str, Any]] = {
 VALUES: dict[str, dict[str, Any]] = {
     "affine": {"bits": 4, "group_size": 64},
     "affine-channel": {"bits": 2, "group_size": 32, "axis": "channel"},
+    "affine-clipped": {"bits": 4, "group_size": 64, "clip": True},
     "symmetric": {"name": "symmetric", "bits": 2},
     "table-3": {"name": "table", "bits": 3},
     "table-2-channel": {"name": "table", "bits": 2, "norm": "channel"},
@@ -100,6 +102,7 @@ def random_tables(codec: Codec, shape: TileShape, rows: torch.Tensor, seed: int 
             torch.linspace(-1, 1, size[0]).sign() * torch.linspace(-1, 1, size[0]).abs() ** 1.3
         ),
         "table.range": lambda size: torch.stack([(high - low) / 2, (high + low) / 2]),
+        "affine.clip": lambda size: 0.5 + 0.5 * torch.rand(size, generator=generator),
         "vector.codebook": lambda size: torch.randn(size, generator=generator),
         "before-rope.rotary": lambda size: rotary_table(size[1], factor=1.25),
     }

@@ -37,6 +37,8 @@ KVQUANT: dict[str, Any] = {
 }  # fmt: skip
 CQ: dict[str, Any] = {"key": {"name": "before-rope", "inner": {"name": "vector", "couple": 2}},
                       "value": {"name": "vector", "couple": 2}}  # fmt: skip
+CLIPPED: dict[str, Any] = {"key": {"bits": 2, "group_size": 32, "axis": "token", "clip": True},
+                           "value": {"bits": 2, "group_size": 32, "clip": True}}  # fmt: skip
 SKVQ: dict[str, Any] = {"transforms": {"key": ["permutation"], "value": ["permutation"]}}
 INT8: dict[str, Any] = {"key": {"bits": 8, "group_size": 64}, "value": {"bits": 8}}
 
@@ -77,8 +79,8 @@ def calibration_file(path: Path, method: Method, model: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("content", "method"),
-    [(KVQUANT, Kvquant(bits=4)), (CQ, Cq(couple=2)), ({**INT8, **SKVQ}, Skvq())],
-    ids=["kvquant", "cq", "skvq"],
+    [(KVQUANT, Kvquant(bits=4)), (CQ, Cq(couple=2)), ({**INT8, **SKVQ}, Skvq()), ({**CLIPPED, **SKVQ}, Skvq())],
+    ids=["kvquant", "cq", "permutation", "skvq"],
 )
 def test_layers_answer_by_their_own_tables(content, method, model: Path, tmp_path: Path) -> None:
     """The probe's reference answers from the rows that a layer is given; tables are those of the file, by layer."""
@@ -172,6 +174,9 @@ def test_a_missing_calibration_names_its_command(model: Path, tmp_path: Path, mo
         ({**KVQUANT, "key": KVQUANT["key"]["inner"]}, Kvquant(bits=4), "--set keys=after-rope"),
         ({**KVQUANT, "value": {"name": "table", "bits": 4}}, Kvquant(bits=4), "leaves 1.0% of the elements"),
         ({**INT8, "transforms": {"key": ["permutation"]}}, Skvq(keys="before-rope"), "calibrate with --set keys=after"),
+        ({**CLIPPED, **SKVQ}, Skvq(bits=4), "has 2-bit keys and clips that were fitted to 4 bits"),
+        ({**CLIPPED, **SKVQ}, Skvq(group_size=64), r"a table key.affine.clip \['kv_heads', 2\]"),
+        ({**CLIPPED, "transforms": {"key": ["permutation"]}}, Skvq(), "add permutation to transforms.value"),
     ],
 )  # fmt: skip
 def test_calibrations_that_a_policy_cannot_use_are_refused(content, method, part, model: Path, tmp_path: Path) -> None:

@@ -353,6 +353,7 @@ def test_positions_behind_the_rotary_table_are_refused():
         ("value-vector", "V vector"),
         ("low-rank-of-outliers", "K low-rank of outliers of affine, V low-rank of outliers of affine"),
         ("affine-swapped", "K 2-bit per token, V 8-bit per channel"),
+        ("value-affine-clipped", "V 4-bit with clipped ranges"),
     ],
 )
 def test_the_cuda_kernels_name_codecs_that_they_do_not_cover(pair: str, words: str):

@@ -29,6 +29,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 FAST = [
     *(("outlier-table-before-rope", "outliers-symmetric"), ("vector-before-rope", "table-3")),
     *(("rank-of-outliers", "affine-channel"), ("affine-boosted", "low-rank"), ("before-rope-part", "vector")),
+    ("affine-clipped", "affine-clipped"),
 ]
 REST = [(key, "affine") for key in (*KEYS, *CHAINS)] + [("affine", value) for value in VALUES]
 PAIRS = [*FAST, *(pytest.param(*pair, marks=slow) for pair in REST)]

@@ -380,6 +380,7 @@ def test_codecs_without_a_name_are_affine_and_rotate_means_symmetric():
     ("half", "content", "head_dim", "part"),
     [
         (Half.KEY, {"bits": 2, "group_size": 128}, 64, "key.group_size must be at most tile_tokens (64)"),
+        (Half.KEY, {"bits": 2, "clip": True}, 64, "set key.axis to token"),
         (Half.KEY, {"name": "symmetric", "bits": 2}, 64, "writes values only"),
         (Half.VALUE, {"name": "before-rope", "inner": {"bits": 2}}, 64, "writes keys only"),
         (Half.VALUE, {"bits": 2, "axis": "channel", "boost_fraction": 0.5}, 64, "leave it out of value"),
