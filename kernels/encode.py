@@ -19,12 +19,13 @@ def store_slots(cells, slots, mask, key, value, G: tl.constexpr):
 
 
 @triton.jit
-def encode_page(page, key, value, first_counted, first_position, head, codec_tables, G: tl.constexpr):
+def encode_page(page, key, value, masses, first_counted, first_position, head, codec_tables, G: tl.constexpr):
     """Seal one tile: key and value float32 [tile_tokens, block_dim], the value rotated where the policy rotates.
 
     Tokens before first_counted define no ranges that tokens share. What lies between the sections becomes zero.
 
     Args:
+        masses: float32 [tile_tokens], log-masses of the tokens; None: 0 for all. Only where pages have them.
         first_position: position in the sequence of the tile's first token.
         codec_tables: CodecTables.
     """
@@ -34,6 +35,9 @@ def encode_page(page, key, value, first_counted, first_position, head, codec_tab
     else:
         encode_rows(page, key, first_counted, first_position, head, codec_tables.key, G.key, G)
         encode_rows(page, value, first_counted, first_position, head, codec_tables.value, G.value, G)
+        if G.mass:
+            at = (page + G.mass).to(tl.pointer_type(tl.float32)) + tl.arange(0, G.tile_tokens)
+            tl.store(at, tl.zeros([G.tile_tokens], tl.float32) if masses is None else masses)
         GAPS: tl.constexpr = G.num_gaps
         pad = tl.arange(0, 256)
         for i in tl.static_range(GAPS):

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.codecs.format import TileFormat
+from kvserve.codecs.format import MASS_BYTES, TileFormat
 from kvserve.codecs.layer_tables import LayerTables, table_specs
 from kvserve.codecs.tile import Half
 from kvserve.kernels.codecs.chain import FIELDS, NO_TABLES, CodecTables, HalfFormat, HalfTables
@@ -62,6 +62,7 @@ class Geometry(NamedTuple):
     integer: bool = True  # no half of a page is decoded to rows, which takes more room
     rotated: bool = False
     saturates: bool = False  # float16 numbers are stored, so that rows may lie beyond its range
+    mass: int = 0  # offset in a page of its log-masses, float32 [tile_tokens]; 0: it has none
     gaps: tuple[tuple[int, int], ...] = ()  # (offset, bytes) of what lies between the sections of a page
     num_gaps: int = 0
 
@@ -106,8 +107,6 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         dense_pages=layout.policy.dense_pages,
         page_bytes=tile_format.tile_bytes,
     )
-    if tile_format.mass is not None:
-        raise ValueError("the GPU kernels add no log-masses to logits; choose eviction.retention evict")
     if tile_format.key is None:
         return paged
     if layout.state_blocks and tile_format.key.needs_positions:
@@ -119,7 +118,8 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
     gaps, rotated = gaps_of(tile_format), tile_format.half(Half.VALUE)[0].rotates
     integer = key.integer and value.integer
     return paged._replace(
-        key=key, value=value, integer=integer, rotated=rotated, gaps=gaps, num_gaps=len(gaps)
+        key=key, value=value, integer=integer, rotated=rotated, mass=tile_format.mass or 0, gaps=gaps,
+        num_gaps=len(gaps),
     )  # fmt: skip
 
 
@@ -138,12 +138,15 @@ def codec_tables_of(layout: PageLayout, tables: LayerTables) -> CodecTables:
 
 
 def gaps_of(tile_format: TileFormat) -> tuple[tuple[int, int], ...]:
-    """(offset, bytes) of what lies between the sections of a tile, and behind them."""
+    """(offset, bytes) of what lies between the sections of a tile, its log-masses among them, and behind them."""
+    parts = [(offset, section.size_bytes) for section, offset in (*tile_format.keys, *tile_format.values)]
+    if tile_format.mass is not None:
+        parts.append((tile_format.mass, MASS_BYTES * tile_format.tokens))
     gaps, end = [], 0
-    for section, offset in sorted((*tile_format.keys, *tile_format.values), key=lambda place: place.offset):
+    for offset, size_bytes in sorted(parts):
         if offset > end:
             gaps.append((end, offset - end))
-        end = offset + section.size_bytes
+        end = offset + size_bytes
     if tile_format.tile_bytes > end:
         gaps.append((end, tile_format.tile_bytes - end))
     return tuple(gaps)

@@ -63,7 +63,7 @@ def read_kernel(
 
 @triton.jit
 def read_kept_kernel(
-    cells, block_stride, head_stride, layer, num_layers, blocks, heads, codec_tables, key, value,
+    cells, block_stride, head_stride, layer, num_layers, blocks, heads, codec_tables, key, value, log_mass,
     CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (chunk of kept tokens, kv_head): kept tokens to rows; `heads` as in `write_kept_kernel`."""
@@ -79,6 +79,9 @@ def read_kept_kernel(
         both = (t < num_tokens)[:, None] & (d < G.head_dim)[None, :]
         tl.store(key + at, sealed_rows(page, column0, 0, head, codec_tables, 0, CHUNK, G), mask=both)
         tl.store(value + at, sealed_rows(page, column0, 0, head, codec_tables, 1, CHUNK, G), mask=both)
+        if G.mass:
+            masses = (page + G.mass).to(tl.pointer_type(tl.float32)) + column0 + tl.arange(0, CHUNK)
+            tl.store(log_mass + first_row + t, tl.load(masses), mask=t < num_tokens)
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def _write_header(cells, state_block, head, end, first_page, num_tokens, block_s
 @triton.jit(do_not_specialize=["state_block", "end"])
 def write_kept_kernel(
     cells, block_stride, head_stride, layer, num_layers, blocks, heads, codec_tables, state_block, end, key, value,
-    G: tl.constexpr
+    log_mass, G: tl.constexpr
 ):  # fmt: skip
     """Program (page, kv_head): the head's kept page, and its header. A last page is filled with its last token.
 
@@ -106,12 +109,16 @@ def write_kept_kernel(
     if page == 0:
         _write_header(cells, state_block, head, end, first_page, num_tokens, block_stride, head_stride, G)
     if page * G.tile_tokens < num_tokens:
-        row = first_row + tl.minimum(page * G.tile_tokens + tl.arange(0, G.tile_tokens), num_tokens - 1)
+        t = page * G.tile_tokens + tl.arange(0, G.tile_tokens)
+        row = first_row + tl.minimum(t, num_tokens - 1)
         d = tl.arange(0, G.block_dim)
         at, mask = row.to(tl.int64)[:, None] * G.head_dim + d[None, :], (d < G.head_dim)[None, :] & (row >= 0)[:, None]
         k, v = tl.load(key + at, mask=mask, other=0.0), tl.load(value + at, mask=mask, other=0.0)
         to = kept_page_at(blocks, first_page + page, page >= 0, block_stride, head_stride, layer, num_layers, G)
-        encode_page(cells + to, k, v, 0, 0, head, codec_tables, G)
+        masses = None
+        if log_mass is not None:
+            masses = tl.load(log_mass + row, mask=t < num_tokens, other=0.0)
+        encode_page(cells + to, k, v, masses, 0, 0, head, codec_tables, G)
 
 
 def read(
@@ -142,39 +149,42 @@ def read(
 def read_kept(
     geometry: Geometry, cells: torch.Tensor, blocks: Sequence[int], headers: Sequence[Header],
     codec_tables: CodecTables = NO_TABLES
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Kept tokens of one request, float32 [all heads' tokens, head_dim] in the order of the heads; V stays rotated.
+
+    The last is their log-masses, float32 [all heads' tokens]; None where pages have none.
 
     Args:
         cells: uint8, one layer's cells. blocks: ids of the request's kept blocks. headers: of each KV head.
     """
     counts = [header.num_tokens for header in headers]
     key = torch.empty(sum(counts), geometry.head_dim, dtype=torch.float32, device=cells.device)
-    value = torch.empty_like(key)
+    value, log_mass = torch.empty_like(key), torch.empty_like(key[:, 0]) if geometry.mass else None
     if max(counts):
         read_kept_kernel[(triton.cdiv(max(counts), CHUNK_TOKENS), geometry.num_kv_heads)](
-            *_kept_arguments(geometry, cells, blocks, headers), codec_tables, key, value, CHUNK_TOKENS,
+            *_kept_arguments(geometry, cells, blocks, headers), codec_tables, key, value, log_mass, CHUNK_TOKENS,
             storage_geometry(geometry), num_warps=READ_WARPS,
         )  # fmt: skip
-    return key, value
+    return key, value, log_mass
 
 
 def write_kept(
     geometry: Geometry, cells: torch.Tensor, state_block: int, blocks: Sequence[int], headers: Sequence[Header],
-    key: torch.Tensor, value: torch.Tensor, codec_tables: CodecTables = NO_TABLES
+    key: torch.Tensor, value: torch.Tensor, log_mass: torch.Tensor | None, codec_tables: CodecTables = NO_TABLES
 ) -> None:  # fmt: skip
     """Write kept pages and headers from rows, float32 [all heads' tokens, head_dim] in the order of the heads.
 
     The value is rotated where the policy rotates.
 
     Args:
+        log_mass: float32 [all heads' tokens]; None: 0 for all of them. Only where pages have log-masses.
         state_block: id of the first block of the request's row. blocks: ids of its kept blocks.
     """
-    check_device(cells=cells, key=key, value=value)
+    check_device(cells=cells, key=key, value=value, log_mass=log_mass)
     pages = max(1, *(header.num_pages for header in headers))
     write_kept_kernel[(pages, geometry.num_kv_heads)](
         *_kept_arguments(geometry, cells, blocks, headers), codec_tables, state_block, headers[0].end,
-        key.contiguous(), value.contiguous(), storage_geometry(geometry), num_warps=8,
+        key.contiguous(), value.contiguous(), log_mass, storage_geometry(geometry), num_warps=8,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from kvserve.kernels.pages import (
     slot_of,
 )
 from kvserve.kernels.scores import place_of_chunk
-from kvserve.kernels.sealed import sealed_scores
+from kvserve.kernels.sealed import sealed_masses, sealed_scores
 
 if TYPE_CHECKING:
     from kvserve.attention.base import Received
@@ -66,6 +66,7 @@ def received_kernel(
         rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < G.head_dim)[None, :], other=0.0)
         ROWS: tl.constexpr = G.group_rows
         scores = tl.zeros([ROWS, CHUNK], tl.float32)
+        masses = tl.zeros([CHUNK], tl.float32)
         if in_page:
             kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
             page = page_of_chunk(
@@ -78,6 +79,8 @@ def received_kernel(
             scores = sealed_scores(
                 rows, query_rows, row_mask, cells + page, column0, first_position, head, codec_tables, CHUNK, G
             )  # fmt: skip
+            if G.mass:
+                masses = sealed_masses(cells + page, column0, CHUNK, G)  # 0 where a token of the chunk is dense
         if tl.max(is_dense.to(tl.int32), 0) > 0:
             stored, new = is_dense & (t < computed), is_dense & (t == computed)
             slots = slot_of(table, t, t < sealed, head, stored, block_stride, head_stride, G)
@@ -85,7 +88,7 @@ def received_kernel(
             key = dense_row(cells, slots, stored, staged, staged_rows, new, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
         denominator = tl.load(lse + first_row.to(tl.int64) * num_heads + heads, mask=row_mask, other=0.0) * _LOG2_E
-        weights = tl.exp2(scores * scale - denominator[:, None])
+        weights = tl.exp2(scores * scale + masses[None, :] - denominator[:, None])
         weights = tl.where(row_mask[:, None], weights * weights if POWER == 2 else weights, 0.0)
         sums = tl.load(wanted + 1).to(tl.pointer_type(tl.float32)) + head * columns + column
         tl.store(sums, tl.load(sums, mask=used, other=0.0) + tl.sum(weights, 0), mask=used)

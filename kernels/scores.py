@@ -16,7 +16,7 @@ from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
 from kvserve.kernels.decode import LOG2_E, warps_of
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device
 from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, slot_of
-from kvserve.kernels.sealed import sealed_scores
+from kvserve.kernels.sealed import sealed_masses, sealed_scores
 
 SCORE_ROWS = 32
 
@@ -83,6 +83,7 @@ def scores_kernel(
         query_rows = query + m.to(tl.int64) * query_token_stride + query_head * query_head_stride
         rows = tl.load(query_rows[:, None] + d[None, :], mask=row_mask[:, None] & (d < G.head_dim)[None, :], other=0.0)
         scores = tl.zeros([ROWS, CHUNK], tl.float32)
+        masses = tl.zeros([CHUNK], tl.float32)
         if not G.dense:  # noqa: SIM102 (one condition is known at compile time, the other is not)
             if in_page:
                 kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
@@ -96,11 +97,13 @@ def scores_kernel(
                 scores = sealed_scores(
                     rows, query_rows, row_mask, cells + page, column0, first_position, head, codec_tables, CHUNK, G
                 )  # fmt: skip
+                if G.mass:
+                    masses = sealed_masses(cells + page, column0, CHUNK, G)  # 0 where a token of the chunk is dense
         if has_dense:
             key = dense_row(cells, slots, is_dense, None, slots, is_dense, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
         visible = used[None, :] & (t[None, :] <= (stored - num_rows + m)[:, None]) & row_mask[:, None]
-        scores = tl.where(visible, scores * scale, float("-inf"))
+        scores = tl.where(visible, scores * scale + masses[None, :], float("-inf"))
         if denominators is None:
             peak = tl.max(scores, 1)
             safe = tl.where(peak == float("-inf"), 0.0, peak)

@@ -14,6 +14,7 @@ from kvserve.kernels.codecs.chain import read_rows
 from kvserve.kernels.pages import dense_row, dot
 
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -45,6 +46,13 @@ def sealed_scores(
         key = read_rows(page, column0, first_position, head, codec_tables.key, CHUNK, G.key, G)
         scores = dot(query, tl.trans(_operand(key, query.dtype)))
     return scores
+
+
+@triton.jit
+def sealed_masses(page, column0, CHUNK: tl.constexpr, G: tl.constexpr):
+    """What is added to the logits, in base 2, of one chunk's tokens, float32 [CHUNK]: the log of how many they are."""
+    at = (page + G.mass).to(tl.pointer_type(tl.float32)) + column0 + tl.arange(0, CHUNK)
+    return tl.load(at) * _LOG2_E
 
 
 @triton.jit

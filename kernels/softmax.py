@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.pages import dense_row, dot, slot_of
-from kvserve.kernels.sealed import sealed_scores, sealed_values
+from kvserve.kernels.sealed import sealed_masses, sealed_scores, sealed_values
 
 
 @triton.jit
@@ -37,6 +37,8 @@ def add_sealed_chunk(
     scores = sealed_scores(
         query, query_rows, row_mask, page, column0, first_position, head, codec_tables, CHUNK, G
     ) * scale  # fmt: skip
+    if G.mass:
+        scores += sealed_masses(page, column0, CHUNK, G)[None, :]
     scores = tl.where(visible, scores, float("-inf"))
     weights, accumulator, peak, total = _rescale(scores, accumulator, peak, total)
     accumulator += sealed_values(

@@ -85,7 +85,7 @@ def seal_kernel(
         value = dense_row(cells, slots, stored, staged, rows, t >= computed, 1, False, G)
         page = cells + tile_page_at(table, tile, head, True, block_stride, head_stride, G)
         first_counted = tl.where(tile == 0, G.sink_tokens, 0)
-        encode_page(page, key, value, first_counted, tile * G.tile_tokens, head, codec_tables, G)
+        encode_page(page, key, value, None, first_counted, tile * G.tile_tokens, head, codec_tables, G)
         if G.sink_tokens:
             sinks = t < G.sink_tokens  # only in tile 0
             to = slot_of(table, t, True, head, sinks, block_stride, head_stride, G)

@@ -20,6 +20,7 @@ inline const char* unsupported(const KvsLayout& layout) {
     return "the CUDA kernels read keys of 2 or 4 bits; use Triton";
   if (!is_affine_by_token(layout.value) || !covered(value_codec(layout)))
     return "the CUDA kernels read values of 2 or 4 bits; use Triton";
+  if (layout.mass) return "the CUDA kernels add no log-masses to logits; use Triton";
   if (layout.head_dim != 64 && layout.head_dim != 128)
     return "the CUDA kernels support head_dim 64 and 128; use Triton";
   if (layout.dense_dtype != KVS_F16 && layout.dense_dtype != KVS_BF16)

@@ -32,16 +32,11 @@ class Format(NamedTuple):
 CUDA_IS_FASTER: frozenset[Format] = frozenset()
 
 
-def uncovered_by_gpu(layout: PageLayout) -> str | None:
-    """What of a layout neither the Triton nor the CUDA kernels cover, in words; None: they cover it."""
-    if not layout.policy.has_mass:
-        return None
-    assert layout.policy.eviction is not None
-    return f"the retention {layout.policy.eviction.retention.name}"
-
-
 def uncovered_by_cuda(layout: PageLayout) -> str | None:
     """What of a layout the CUDA kernels do not cover, in words; None: they cover it."""
+    if layout.policy.has_mass:
+        assert layout.policy.eviction is not None
+        return f"the retention {layout.policy.eviction.retention.name}"
     if layout.head_dim not in CUDA_HEAD_DIMS:
         return f"head_dim {layout.head_dim}"
     if isinstance(layout, MixedLayout):
@@ -83,7 +78,7 @@ def measured_kernels(layout: PageLayout, model_dtype: torch.dtype, capability: t
     """
     if not CUDA_LIBRARY.exists() or model_dtype not in CUDA_DTYPES:
         return "triton"
-    if layout.policy.layers or _other_codecs(layout):
+    if layout.policy.layers or layout.policy.has_mass or _other_codecs(layout):
         return "triton"
     key, value = layout.policy.key, layout.policy.value
     assert isinstance(key, Affine) and isinstance(value, Affine | Symmetric)

@@ -18,7 +18,6 @@ from kvserve.attention.base import (
     check_lse,
     check_rows,
 )
-from kvserve.attention.gpu import uncovered_by_gpu
 from kvserve.attention.saturation import rows_beyond_range
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.kernels import decode, extend, received_sums, scores, store
@@ -47,8 +46,6 @@ class TritonAttention(PagedAttention):
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None):
         super().__init__(layout, spec, {name: table.contiguous() for name, table in (tables or {}).items()})
-        if uncovered := uncovered_by_gpu(layout):
-            raise ValueError(f"the GPU kernels do not cover {uncovered}")
         self.geometry = geometry_of(layout, spec)
         self.codec_tables = codec_tables_of(layout, self.tables)
 
@@ -125,8 +122,9 @@ class TritonAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         headers = read_headers(cells, self.layout, state_block)
         counts = [header.num_tokens for header in headers]
-        key, value = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers, self.codec_tables)
-        return KeptRows(list(key.split(counts)), list(self._rotate(value).split(counts)))
+        key, value, mass = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers, self.codec_tables)
+        masses = None if mass is None else list(mass.split(counts))
+        return KeptRows(list(key.split(counts)), list(self._rotate(value).split(counts)), masses)
 
     def write_kept(
         self,
@@ -139,8 +137,9 @@ class TritonAttention(PagedAttention):
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         headers = make_headers(self.layout, cells, kept, first_pages, self.check_kept_rows(rows))
         key, value = torch.cat(list(rows.keys)), self._rotate(torch.cat(list(rows.values)))
+        mass = None if rows.log_mass is None else torch.cat(list(rows.log_mass))
         place = (self.geometry, cells, state_block, kept.blocks, headers)
-        kept_pages.write_kept(*place, key, value, self.codec_tables)
+        kept_pages.write_kept(*place, key, value, mass, self.codec_tables)
 
     def attention_sums(
         self,

@@ -116,16 +116,10 @@ class EngineSettings:
         """With what was measured fastest, where nobody named the kernels.
 
         Raises:
-            UnsupportedError: no GPU kernels cover the policy, or the CUDA kernels were named, and cannot serve the
-                model's dtype or a layer.
+            UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype, the policy or a layer.
         """
-        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels, uncovered_by_cuda, uncovered_by_gpu
+        from kvserve.attention.gpu import CUDA_DTYPES, measured_kernels, uncovered_by_cuda
 
-        if uncovered := uncovered_by_gpu(self.layout(head_dim)):
-            raise UnsupportedError(
-                f"the GPU kernels do not cover {uncovered}; use --policy-set eviction.retention=evict, or serve on "
-                "a CPU"
-            )
         if self.kernels == "cuda" and self.model_dtype not in CUDA_DTYPES:
             raise UnsupportedError(
                 f"--kernels cuda needs a model in float16 or bfloat16, this one is {self.model_dtype}; set --dtype, or "

@@ -3,6 +3,8 @@
     python tests/cases/triton_compile.py 90:boosted:128:4:float16 ...     (architecture:family:head_dim:group:dtype)
     python tests/cases/triton_compile.py --once 90:boosted:128:4:float16  (each kernel in the form that does most)
 
+A family that ends in "-mass" has pages with log-masses.
+
 The launchers run as they are, on CPU tensors, under a driver that only names a target: a launch compiles and does not
 run. It must be its own process, since Triton decides on import whether it interprets.
 """
@@ -19,12 +21,15 @@ from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
 from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, arena_of, write_header
 from tests.cases.attention_cases import Case, build_case, make_policy
+from tests.cases.kept_cases import with_masses
 
 ROW = torch.arange(9, dtype=torch.int32)
 
 
 def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:
-    return build_case(make_policy(family), computed=[3, 0], new_tokens=[1, 80], head_dim=head_dim, group=group,
+    policy = make_policy(family.removesuffix("-mass"))
+    policy = with_masses(policy) if family.endswith("-mass") else policy
+    return build_case(policy, computed=[3, 0], new_tokens=[1, 80], head_dim=head_dim, group=group,
                       model_dtype=dtype)  # fmt: skip
 
 
@@ -51,8 +56,8 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     case.batch.kept = KeptTable.of([kept, kept])
     case.run(attention)
     attention.read(cells, ROW, 0, 100)
-    rows = [torch.zeros(3, head_dim)] * 2
-    attention.write_kept(cells, 0, kept, [0, 1], KeptRows(rows, rows))
+    rows, masses = [torch.zeros(3, head_dim)] * 2, [torch.zeros(3)] * 2 if attention.geometry.mass else None
+    attention.write_kept(cells, 0, kept, [0, 1], KeptRows(rows, rows, masses))
     for head in range(2):
         write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
     attention.read_kept(cells, 0, kept)

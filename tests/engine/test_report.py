@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvserve.attention.gpu import measured_kernels
 from kvserve.engine.report import EngineReport, describe_codecs, describe_eviction, describe_switched_off
 from kvserve.engine.settings import EngineSettings
 from kvserve.errors import UnsupportedError
@@ -46,12 +47,15 @@ def test_log_masses_are_among_the_bits_of_an_element():
     assert bits[1] - bits[0] == 32 / (2 * 64)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "cuda"])
-def test_gpu_kernels_refuse_a_retention_with_log_masses_before_anything_is_loaded(kernels: str):
-    policy = load_policy("snapkv", ["eviction.retention=compensate"])
-    settings = EngineSettings(policy, 64, torch.bfloat16, kernels_asked=kernels, kernels=kernels)
-    with pytest.raises(UnsupportedError, match=r"cover the retention compensate; use .* eviction\.retention=evict"):
-        settings.with_gpu_kernels(64)
+def test_a_retention_with_log_masses_is_tritons_and_not_the_cuda_kernels():
+    policy = load_policy("snapkv", ["eviction.retention=compensate", "codec=kivi-4bit"])
+    settings, cuda = (
+        EngineSettings(policy, 64, torch.bfloat16, kernels_asked=asked, kernels=asked) for asked in ("triton", "cuda")
+    )
+    assert settings.with_gpu_kernels(64).kernels == "triton"
+    with pytest.raises(UnsupportedError, match=r"cover the retention compensate; use --kernels triton"):
+        cuda.with_gpu_kernels(64)
+    assert measured_kernels(settings.layout(64), torch.bfloat16, (9, 0)) == "triton"
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.cases.attention_cases import POISON, Case, build_case, make_policy
-from tests.cases.kept_cases import Ask, KeptCase, build_kept_case
+from tests.cases.kept_cases import Ask, KeptCase, build_kept_case, with_masses
 
 pytest.importorskip("triton")
 from kvserve.attention import gpu
@@ -29,6 +29,7 @@ from kvserve.attention.cuda import CudaAttention, load_library
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.kernels.geometry import Tables
 from kvserve.pages.kept import arena_of, kept_page
+from kvserve.pages.layout import PageLayout
 from tests.cases.affine_numbers import affine_family
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on, run
 
@@ -235,6 +236,9 @@ def test_what_the_kernels_do_not_cover_is_refused_with_what_does(library: Path):
         case = decode_case(family, [0], model_dtype=torch.float16, **options)
         with pytest.raises(ValueError, match=message):
             CudaAttention(case.layout, case.spec, library)
+    weighed = PageLayout.build(with_masses(make_policy("kivi-2")), 64, 64, torch.float16, state_blocks=1)
+    with pytest.raises(ValueError, match="no log-masses to logits; use Triton"):
+        CudaAttention(weighed, case.spec, library)
     wide = decode_case("kivi-2", [0], model_dtype=torch.float32)
     with pytest.raises(ValueError, match="must have the dtype of the cache"):
         decode(library, wide)

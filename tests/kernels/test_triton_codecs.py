@@ -224,13 +224,6 @@ def test_tables_on_another_device_are_refused_by_name():
         )
 
 
-@pytest.mark.parametrize("family", ["kivi-2", "dense-pages"])
-def test_pages_with_log_masses_are_refused(family: str):
-    layout = PageLayout.build(make_policy(family), 64, 64, torch.float16, state_blocks=1)
-    with pytest.raises(ValueError, match="no log-masses"):
-        TritonAttention(replace(layout, tile_format=replace(layout.tile_format, mass=4096)), LayerSpec(4, 2, 0.1))
-
-
 def test_keys_before_the_rotary_embedding_are_refused_where_requests_can_be_evicted():
     layout = PageLayout.build(make_policy("before-rope+affine"), 64, 64, torch.float32, state_blocks=1)
     with pytest.raises(ValueError, match=r"before-rope.* leave out eviction"):

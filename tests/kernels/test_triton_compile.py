@@ -16,7 +16,7 @@ KEPT = {"read_kept_kernel", "write_kept_kernel"}
 PAGED = {"seal_kernel", "read_kernel", "received_kernel"} | KEPT
 # All codecs, both 16-bit dtypes, and the dense policy, on two targets each where that costs little.
 FEW = (
-    *("80:kivi-2:96:4:float16", "80:dense:64:3:float16", "89:kivi-4:64:8:bfloat16"),
+    *("80:kivi-2:96:4:float16", "80:dense:64:3:float16", "89:kivi-4-mass:64:8:bfloat16"),
     *("90:boosted:64:4:bfloat16", "90:dense:64:3:bfloat16", "100:int8:64:1:bfloat16"),
 )
 ALL = ("boosted:96:4:float16", "kivi-4:64:8:bfloat16", "dense:64:3:bfloat16", "dense-pages:128:4:bfloat16")
@@ -31,7 +31,7 @@ QUICK = ("90:table-2+affine-channel:64:4:bfloat16",)
 DECODED = (
     *("90:outlier-table-before-rope+vector:128:4:float16", "90:vector+table-3:128:4:bfloat16"),
     *("90:rank-of-outliers+outliers-symmetric:128:8:float16", "80:before-rope-part+low-rank:64:1:bfloat16"),
-    "100:affine-token+outliers:64:4:bfloat16",
+    *("100:affine-token+outliers:64:4:bfloat16", "90:affine-clipped+affine-clipped:64:4:bfloat16"),
 )
 WIDE = (
     *("89:outlier-table-before-rope+table-2-channel:256:4:float16", "89:vector+low-rank:256:4:bfloat16"),
