@@ -9,11 +9,13 @@ back are a few numbers for each head, of all heads at once, never scores.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
+
+from kvserve.codecs.tile import TableSpec
 
 
 class Bounds(NamedTuple):
@@ -50,6 +52,18 @@ class Budget(BaseModel, ABC):
 
     reads: ClassVar[Literal["shape", "layer", "sequence"]]
     names_heads: ClassVar[bool] = False
+
+    def tables(self) -> dict[str, TableSpec]:
+        """What it reads of a calibration, by name; for each layer, and with an axis of KV heads."""
+        return {}
+
+    def calibrated(self, tables: Mapping[str, torch.Tensor]) -> Budget:
+        """This budget with what a calibration says in place of the word "calibrated".
+
+        Args:
+            tables: those of `tables`, [layers, kv_heads] of the whole model.
+        """
+        return self
 
     def check(self, num_layers: int, num_kv_heads: int) -> None:
         """Refuse a model that the parameters do not fit.

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvserve.calibrate.collect import Reading, collected
+from kvserve.calibrate.heads import digest_of, head_tensors, prompt_of
 from kvserve.calibration.artefact import Cache, CalibrationError, Origin, tensor_name, write
 from kvserve.calibration.corpus import Corpus
 from kvserve.calibration.fingerprint import fingerprint
-from kvserve.calibration.methods.base import Method
+from kvserve.calibration.methods.base import AnyMethod, Method
+from kvserve.calibration.methods.razor import Razor
 from kvserve.calibration.rows import Rows, RowsError
 from kvserve.calibration.store import weights_of
 from kvserve.codecs.tile import Half
@@ -26,12 +28,12 @@ class Recipe:
     """A method under the name that policies use, and the file for its tables."""
 
     name: str
-    method: Method
+    method: AnyMethod
     path: Path
 
 
 def calibrate(reading: Reading, corpus: Corpus, recipes: list[Recipe]) -> None:
-    """Read once, and write the files of all recipes.
+    """Read once, and write the files of all recipes; those of heads read what repeats itself, each on its own.
 
     Raises:
         CalibrationError: the recipes do not fit the model, or the rows are not fit to be used.
@@ -39,18 +41,39 @@ def calibrate(reading: Reading, corpus: Corpus, recipes: list[Recipe]) -> None:
         OSError: a file cannot be written.
     """
     check(recipes, reading.cache)
-    model_fingerprint = fingerprint(weights_of(reading.model))
     with _progress() as bar:
-        task = bar.add_task(f"reading {reading.num_tokens:,} tokens", total=len(reading.parts))
-        with collected(reading, lambda: bar.advance(task)) as rows:
-            for recipe in recipes:
-                tensors = _fit(recipe, rows, reading.seed, bar)
-                origin = Origin(
-                    recipe.name, recipe.method.model_dump(mode="json"), model_fingerprint, corpus.name, corpus.sha256,
-                    reading.num_tokens, reading.importance, versions().get("kvserve", "unknown"),
-                )  # fmt: skip
-                recipe.path.parent.mkdir(parents=True, exist_ok=True)
-                write(recipe.path, origin, reading.cache, tensors)
+        if of_rows := [recipe for recipe in recipes if isinstance(recipe.method, Method)]:
+            _calibrate_rows(reading, corpus, of_rows, bar)
+        for recipe in recipes:
+            if isinstance(recipe.method, Razor):
+                _calibrate_heads(reading, recipe, recipe.method, bar)
+
+
+def _calibrate_rows(reading: Reading, corpus: Corpus, recipes: list[Recipe], bar: Progress) -> None:
+    task = bar.add_task(f"reading {reading.num_tokens:,} tokens", total=len(reading.parts))
+    with collected(reading, lambda: bar.advance(task)) as rows:
+        for recipe in recipes:
+            tensors = _fit(recipe, rows, reading.seed, bar)
+            text = (corpus.name, corpus.sha256, reading.num_tokens, reading.importance)
+            _write(recipe, reading, text, tensors)
+
+
+def _calibrate_heads(reading: Reading, recipe: Recipe, method: Razor, bar: Progress) -> None:
+    tokens, prompt = prompt_of(reading, method)
+    task = bar.add_task(f"{recipe.name}, {len(tokens):,} tokens", total=1)
+    tensors = head_tensors(reading, method, tokens, prompt)
+    _write(recipe, reading, ("random-tokens", digest_of(tokens), len(tokens), "none"), tensors)
+    bar.advance(task)
+
+
+def _write(
+    recipe: Recipe, reading: Reading, text: tuple[str, str, int, str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """The file of a recipe; `text`: its name, hash and number of tokens, and what weighed errors."""
+    parameters, model = recipe.method.model_dump(mode="json"), fingerprint(weights_of(reading.model))
+    origin = Origin(recipe.name, parameters, model, *text, versions().get("kvserve", "unknown"))
+    recipe.path.parent.mkdir(parents=True, exist_ok=True)
+    write(recipe.path, origin, reading.cache, tensors)
 
 
 def check(recipes: list[Recipe], cache: Cache) -> None:
@@ -67,20 +90,22 @@ def check(recipes: list[Recipe], cache: Cache) -> None:
 
 
 def _fit(recipe: Recipe, rows: Rows, seed: int, bar: Progress) -> Mapping[str, torch.Tensor]:
-    before_rope = recipe.method.keys == "before-rope"
+    method = recipe.method
+    assert isinstance(method, Method)
+    before_rope = method.keys == "before-rope"
     if before_rope and rows.rotary is None:
         raise CalibrationError(
             f"{recipe.name} looks at keys before the rotary embedding, which needs one embedding for all layers; "
             f"{rows.no_rotary}; add --set keys=after-rope"
         )
     task = bar.add_task(recipe.name, total=2 * rows.cache.num_layers)
-    tables = recipe.method.tables(rows.cache.head_dim)
+    tables = method.tables(rows.cache.head_dim)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(rows.cache.num_layers):
         for half in Half:
             try:
-                half_rows = rows.half(layer, half, before_rope, recipe.method.sinks)
-                found = recipe.method.fit(half, half_rows.tempered(recipe.method.temper), seed + layer)
+                half_rows = rows.half(layer, half, before_rope, method.sinks)
+                found = method.fit(half, half_rows.tempered(method.temper), seed + layer)
             except (RowsError, ValueError) as error:
                 raise CalibrationError(f"{recipe.name}, layer {layer}: {error}") from None
             tensors |= {tensor_name(layer, table): found[table.name] for table in tables if table.half is half}

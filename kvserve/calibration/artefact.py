@@ -1,8 +1,8 @@
 """The file of a calibration: one safetensors file for each model and recipe.
 
-Tensors are called "layers.<index>.<half>.<codec>.<table>". The metadata, JSON under the one key "kvserve" so that equal
-content makes equal files, says what made them, and has a hash of all tensors,
-so that a damaged file is known before anything reads a table.
+Tensors are called "layers.<index>.<half>.<codec>.<table>", those of heads "layers.<index>.heads.<table>". The metadata,
+JSON under the one key "kvserve" so that equal content makes equal files, says what made them, and has a hash of all
+tensors, so that a damaged file is known before anything reads a table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kvserve.calibration.methods.base import Method, Table
+from kvserve.calibration.methods.base import AnyMethod, Table
 from kvserve.calibration.methods.registry import method_of
 from kvserve.calibration.tables import TableError, check_table
 from kvserve.codecs.layer_tables import KV_HEADS
@@ -74,7 +74,7 @@ class Origin:
     version: str
 
     @property
-    def method(self) -> Method:
+    def method(self) -> AnyMethod:
         """The method with its parameters."""
         return method_of(self.parameters)
 
@@ -111,7 +111,7 @@ class Calibration:
         return f"{self.origin.describe()}; sha256 {self.sha256[:16]}"
 
     def layer_tables(self, layer: int, first_head: int, num_heads: int) -> dict[str, torch.Tensor]:
-        """The tables of one layer by "half.codec.table"; of those with KV heads only the rank's own.
+        """The tables of one layer's rows by "half.codec.table"; of those with KV heads only the rank's own.
 
         Args:
             first_head, num_heads: the KV heads of the rank among those of the model.
@@ -119,21 +119,31 @@ class Calibration:
         heads = slice(first_head, first_head + num_heads)
         found = {}
         for table in self.origin.method.tables(self.cache.head_dim):
-            tensor = self.tensors[tensor_name(layer, table)]
-            found[f"{table.half}.{table.name}"] = tensor[heads].contiguous() if KV_HEADS in table.axes else tensor
+            if table.half is not None:
+                tensor = self.tensors[tensor_name(layer, table)]
+                found[table.full_name] = tensor[heads].contiguous() if KV_HEADS in table.axes else tensor
         return found
+
+    def head_tables(self) -> dict[str, torch.Tensor]:
+        """The tables of the whole model's heads, [layers, kv_heads], by "heads.table"."""
+        tables = [table for table in self.origin.method.tables(self.cache.head_dim) if table.half is None]
+        layers = range(self.cache.num_layers)
+        return {
+            table.full_name: torch.stack([self.tensors[tensor_name(layer, table)] for layer in layers])
+            for table in tables
+        }
 
 
 def tensor_name(layer: int, table: Table) -> str:
     """What a table is called in the file."""
-    return f"layers.{layer}.{table.half}.{table.name}"
+    return f"layers.{layer}.{table.full_name}"
 
 
-def expected(method: Method, cache: Cache) -> Iterator[tuple[str, Table]]:
+def expected(method: AnyMethod, cache: Cache) -> Iterator[tuple[str, Table]]:
     """All tensors of a file, by layer and half."""
     tables = method.tables(cache.head_dim)
     for layer in range(cache.num_layers):
-        for half in Half:
+        for half in (*Half, None):
             yield from ((tensor_name(layer, table), table) for table in tables if table.half is half)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvserve.calibration.methods.base import Method
+from kvserve.calibration.methods.base import AnyMethod, Method
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.layer_tables import POSITIONS
 from kvserve.codecs.tile import Half, TileShape
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from kvserve.policies.base import Policy
 
 
-def check_fits(policy: Policy, method: Method, head_dim: int) -> None:
+def check_fits(policy: Policy, method: AnyMethod, head_dim: int) -> None:
     """Refuse a calibration that a policy cannot use, or would use for other rows than those it was fitted to.
 
     Raises:
         ValueError: naming what differs and the fix.
     """
-    made = {f"{table.half}.{table.name}": table for table in method.tables(head_dim)}
+    made = {table.full_name: table for table in method.tables(head_dim)}
     for name, spec in policy.calibrated_tables(head_dim).items():
         table = made.get(name)
         if table is None or (table.axes, table.dtype) != (spec.axes, spec.dtype):
@@ -29,7 +29,8 @@ def check_fits(policy: Policy, method: Method, head_dim: int) -> None:
                 f"policy {policy.name} reads a table {name} {list(spec.axes)}, its calibration ({method.name}) has "
                 f"{found}; name another calibration, or change the parameters of the codec"
             )
-    _check_keys(policy, method, head_dim)
+    if isinstance(method, Method):
+        _check_keys(policy, method, head_dim)
     _check_outliers(policy, method)
     _check_clips(policy, method)
 
@@ -56,7 +57,7 @@ def _reads(policy: Policy, half: Half, head_dim: int) -> bool:
     return any(name.startswith(f"{half}.") for name in policy.calibrated_tables(head_dim))
 
 
-def _check_outliers(policy: Policy, method: Method) -> None:
+def _check_outliers(policy: Policy, method: AnyMethod) -> None:
     """Ranges that leave outliers out need a codec that stores them."""
     share = getattr(method, "outliers", 0)
     for half, codec in policy.codecs:
@@ -68,7 +69,7 @@ def _check_outliers(policy: Policy, method: Method) -> None:
             )
 
 
-def _check_clips(policy: Policy, method: Method) -> None:
+def _check_clips(policy: Policy, method: AnyMethod) -> None:
     """Ranges are clipped by what loses least at some bits, of channels in a calibrated order."""
     for half, codec in policy.codecs:
         clipped = [stage for stage in codec.chain() if isinstance(stage, Affine) and stage.clip]

@@ -45,5 +45,6 @@ _RULES: dict[Rule, tuple[Callable[[torch.Tensor], bool], str]] = {
     ),
     "range": (lambda tensor: bool((tensor[:, 0] > 0).all()), "has a range that is not positive"),
     "permutation": (_is_permutation, "does not name every channel once"),
+    "flag": (lambda tensor: bool(((tensor == 0) | (tensor == 1)).all()), "is not 0 or 1 everywhere"),
     "clip": (lambda tensor: bool(((tensor > 0) & (tensor <= 1)).all()), "is not above 0 and at most 1"),
 }

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from kvserve.engine.head_worker import HeadRecorder
     from kvserve.engine.row_worker import RowRecorder
     from kvserve.probe.probe import LayerProbe
 
@@ -137,13 +138,13 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         attention: made when the layer is built, or where it reads tables when all layers are.
         transforms: of keys, queries, values and answers; None: the policy has none.
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
-            (kvserve/engine/row_worker.py).
+            (kvserve/engine/row_worker.py, head_worker.py).
     """
 
     settings: ClassVar[EngineSettings]
     attention: PagedAttention
     transforms: LayerTransforms | None = None
-    probe: LayerProbe | RowRecorder | None = None
+    probe: LayerProbe | RowRecorder | HeadRecorder | None = None
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None,

@@ -87,9 +87,11 @@ class EngineSettings:
         check_whole_prompts(vllm_config.scheduler_config, vllm_config.model_config.max_model_len)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        calibration = chosen_calibration(section, policy, model)
+        policy = policy.with_head_tables(calibration.head_tables()) if calibration else policy
         settings = cls(
             policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
-            model.get_num_layers(parallel), model.max_model_len, chosen_calibration(section, policy, model),
+            model.get_num_layers(parallel), model.max_model_len, calibration,
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")

@@ -23,6 +23,7 @@ from pydantic import (
 
 from kvserve.codecs.base import Codec
 from kvserve.codecs.layer_tables import POSITIONS
+from kvserve.codecs.lazy import torch
 from kvserve.codecs.registry import codec_content, make_codec
 from kvserve.codecs.tile import Half, TableSpec, TileShape
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
@@ -261,7 +262,7 @@ class Policy(_Part):
         return [(half, codec) for half, codec in pairs if codec is not None]
 
     def calibrated_tables(self, head_dim: int) -> dict[str, TableSpec]:
-        """The tables that calibrations must have, by "half.codec.table" or "half.transform.table"."""
+        """The tables that calibrations must have, by "half.codec.table", "half.transform.table" or "heads.table"."""
         found: dict[str, TableSpec] = {}
         for half, codec in self.codecs:
             tables = codec.tables(TileShape(half, self.tile_tokens, head_dim))
@@ -269,7 +270,14 @@ class Policy(_Part):
         for half in Half:
             for transform in self.transforms.of(half):
                 found |= {f"{half}.{name}": spec for name, spec in transform.tables(head_dim).items()}
-        return found
+        return found | (self.eviction.budget.tables() if self.eviction else {})
+
+    def with_head_tables(self, tables: Mapping[str, torch.Tensor]) -> Policy:
+        """The policy with its budget as a calibration says (`Budget.calibrated`)."""
+        if self.eviction is None or not self.eviction.budget.tables():
+            return self
+        budget = self.eviction.budget.calibrated(tables)
+        return self.model_copy(update={"eviction": self.eviction.model_copy(update={"budget": budget})})
 
     @property
     def reads_tables(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a calibration method is: rows of one layer in, tables of codecs and transforms out."""
+"""What a calibration method is: what a model makes of a text in, tables of codecs, transforms and budgets out."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from kvserve.codecs.layer_tables import KV_HEADS
 from kvserve.codecs.tile import Half
 
 # What a table's entries must be, beside finite (kvserve/calibration/tables.py has the checks).
-Rule = Literal["finite", "levels", "range", "permutation", "clip"]
+Rule = Literal["finite", "levels", "range", "permutation", "clip", "flag"]
 
 
 class Table(NamedTuple):
     """A tensor that a method makes for each layer.
 
     Attributes:
+        half: None: it is of heads, and not of the keys or the values.
         name: of the codec or transform that reads it and its own name, for example "table.levels".
         axes: sizes; "kv_heads" stands for the KV heads of the model, and is the first axis where there is one.
     """
 
-    half: Half
+    half: Half | None
     name: str
     axes: tuple[str | int, ...]
     dtype: torch.dtype = torch.float32
     rule: Rule = "finite"
+
+    @property
+    def full_name(self) -> str:
+        """As policies and files name it, for example "key.table.levels"."""
+        return f"{self.half}.{self.name}" if self.half else self.name
 
     def shape(self, num_kv_heads: int) -> tuple[int, ...]:
         """The axes in numbers."""
@@ -53,8 +59,25 @@ class HalfRows:
         return self if self.weights is None else HalfRows(self.rows, self.weights**power)
 
 
-class Method(BaseModel, ABC):
-    """A method with its parameters.
+class AnyMethod(BaseModel, ABC):
+    """The parameters of a method, whatever it looks at."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def tables(self, head_dim: int) -> tuple[Table, ...]:
+        """What it makes for a layer.
+
+        Raises:
+            ValueError: the parameters do not fit the head; the message names the fix.
+        """
+
+
+class Method(AnyMethod):
+    """One that looks at the rows of a layer.
 
     `keys` says which keys it looks at, those before or those after the rotary embedding. The first `sinks` tokens of
     every text are left out: policies keep them dense, and their rows are like no others.
@@ -64,21 +87,9 @@ class Method(BaseModel, ABC):
     error of 1, and less plain error.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
     keys: Literal["before-rope", "after-rope"] = "before-rope"
     sinks: Annotated[int, Field(ge=0, le=64)] = 4
     temper: Annotated[float, Field(gt=0, le=1)] = 0.5
-    paper: ClassVar[str]
-
-    @abstractmethod
-    def tables(self, head_dim: int) -> tuple[Table, ...]:
-        """What `fit` makes for a layer.
-
-        Raises:
-            ValueError: the parameters do not fit the head; the message names the fix.
-        """
 
     @abstractmethod
     def fit(self, half: Half, rows: HalfRows, seed: int) -> dict[str, torch.Tensor]:

@@ -8,24 +8,26 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kvserve.calibration.methods.base import Method
+from kvserve.calibration.methods.base import AnyMethod
 from kvserve.calibration.methods.cq import Cq
 from kvserve.calibration.methods.kvquant import Kvquant
+from kvserve.calibration.methods.razor import Razor
 from kvserve.calibration.methods.skvq import Skvq
 from kvserve.errors import UnsupportedError
 from kvserve.part_registry import PartRegistry
 from kvserve.policies.yaml_text import parse
 
-METHODS: PartRegistry[Method] = PartRegistry("calibration", Method, (Kvquant, Cq, Skvq))
+METHODS: PartRegistry[AnyMethod] = PartRegistry("calibration", AnyMethod, (Kvquant, Cq, Skvq, Razor))
 # What `kvserve calibrate --method` and a policy's `calibration` take.
-RECIPES: dict[str, Method] = {
+RECIPES: dict[str, AnyMethod] = {
     **{f"kvquant-{bits}bit": Kvquant(bits=bits) for bits in (2, 3, 4)},
     **{f"cq-{couple}c8b": Cq(couple=couple) for couple in (2, 4, 8)},
     "skvq-2bit": Skvq(),
+    "razor": Razor(),
 }
 
 
-def make_method(recipe: str, changes: Sequence[str] = ()) -> Method:
+def make_method(recipe: str, changes: Sequence[str] = ()) -> AnyMethod:
     """The method of a recipe with `KEY=VALUE` changes.
 
     Raises:
@@ -43,7 +45,7 @@ def make_method(recipe: str, changes: Sequence[str] = ()) -> Method:
     return method_of(content)
 
 
-def method_of(content: Mapping[str, Any]) -> Method:
+def method_of(content: Mapping[str, Any]) -> AnyMethod:
     """The method of its parameters and name.
 
     Raises:
