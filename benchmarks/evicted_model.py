@@ -117,11 +117,16 @@ class EvictedModel:
         """What the policy keeps of a prompt, bool [layers, kv_heads, n]; counts and protected tokens as in the engine.
 
         Raises:
-            ValueError: the policy evicts nothing.
+            ValueError: the policy evicts nothing, or makes rows of what it evicts.
         """
         eviction, n = policy.eviction, prompt.num_tokens
         if eviction is None:
             raise ValueError(f"policy {policy.name} evicts nothing")
+        if eviction.retention.reads_evicted:
+            raise ValueError(
+                f"policy {policy.name} makes rows of tokens that go ({eviction.retention.name}), and here they are "
+                "left out; choose a policy that evicts them"
+            )
         num_layers = len(prompt.layers)
         layout = PageLayout.build(policy, self.head_dim, policy.tile_tokens, torch.float32, num_layers=num_layers)
         plan = policy_plan(layout, n)

@@ -114,11 +114,14 @@ def kept_count(num_tokens: int, rate: str, head_dim: int) -> int:
 
 
 def evicting_policies() -> list[str]:
-    """Shipped policies that evict, one of each scorer and budget: nothing else matters at the end of a prompt."""
+    """Shipped policies that evict, one of each scorer and budget: nothing else matters at the end of a prompt.
+
+    Those that make rows of what is gone are not among them: `EvictedModel` leaves tokens out.
+    """
     found: dict[str, str] = {}
     for name in policy_names():
         policy = load_policy(name)
-        if policy.eviction:
+        if policy.eviction and not policy.eviction.retention.reads_evicted:
             found.setdefault(json.dumps(_eviction_content(policy)), name)
     return list(found.values())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvserve.calibration.kmeans import ascending, codebooks, line_levels, nearest_centroid
-from kvserve.calibration.methods.base import HalfRows
+from kvserve.calibration.methods.base import HalfRows, Method
 from kvserve.calibration.methods.cq import Cq
 from kvserve.calibration.methods.kvquant import Kvquant, matched
 from kvserve.calibration.methods.registry import RECIPES, make_method, method_of
@@ -137,7 +137,7 @@ def test_the_nearest_centroid_is_the_nearest() -> None:
 # -- methods -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(name for name, method in RECIPES.items() if isinstance(method, Method)))
 @pytest.mark.parametrize("half", list(Half))
 def test_tables_are_what_the_method_announces_and_depend_on_rows_and_seed_alone(recipe, half, rows) -> None:
     method = RECIPES[recipe]

@@ -77,6 +77,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
+        # What a calibration would say of heads: one of each layer is unlike the others.
+        flags = torch.eye(KV_HEADS, dtype=torch.int8)[torch.arange(NUM_LAYERS) % KV_HEADS]
+        self.policy = self.policy.with_head_tables({"heads.whole": flags})
         size = self.policy.tile_tokens * self.block_tiles
         self.layout = PageLayout.build(
             self.policy, HEAD_DIM, size, self.dtype, query_group=GROUP, num_layers=NUM_LAYERS

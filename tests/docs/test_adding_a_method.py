@@ -99,7 +99,7 @@ def parts(modules: dict[str, list[ModuleType]], monkeypatch: pytest.MonkeyPatch)
                 if issubclass(cls, registry.brought.base):
                     classes[name := cls.model_fields["name"].default] = cls
                     monkeypatch.setitem(registry, name, cls)
-            if issubclass(cls, methods.Method):
+            if issubclass(cls, methods.AnyMethod):
                 classes[name := cls.model_fields["name"].default] = cls
                 monkeypatch.setitem(methods.METHODS, name, cls)
                 monkeypatch.setitem(methods.RECIPES, name, cls())

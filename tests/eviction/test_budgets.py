@@ -37,6 +37,7 @@ VARIANTS = [
     GlobalPages(metric="mean"),
     HeadClasses(),
     HeadClasses(whole=((0, 0),)),
+    HeadClasses(whole="calibrated").calibrated({"heads.whole": torch.tensor([[1]], dtype=torch.int8)}),
 ]
 
 
