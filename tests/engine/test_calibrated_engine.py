@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from kvserve.calibration.artefact import Cache, Origin, expected, write
 from kvserve.calibration.fingerprint import fingerprint
 from kvserve.calibration.methods.base import Method
 from kvserve.calibration.methods.cq import Cq
 from kvserve.calibration.methods.kvquant import Kvquant
+from kvserve.calibration.methods.razor import Razor
 from kvserve.calibration.methods.skvq import Skvq
 from kvserve.codecs.before_rope import BeforeRope
 from kvserve.codecs.table import Table
@@ -23,8 +25,10 @@ from kvserve.engine.probe_worker import kvserve_layers
 from kvserve.engine.report import EngineReport
 from kvserve.engine.self_test import EXTENSION_PATH
 from kvserve.engine.settings import EngineSettings
+from kvserve.engine.stats import worker_log
 from kvserve.errors import UnsupportedError
 from kvserve.policies.loading import load_policy
+from kvserve.probe.probe import Probe
 from kvserve.scorers.rotary import RotaryTable
 from tests.cases.engine_cases import engine, generate, prompt_logprobs, random_prompts
 from tests.cases.tiny_models import make_tiny_model
@@ -69,6 +73,8 @@ def calibration_file(path: Path, method: Method, model: Path) -> Path:
             values = torch.stack([values[:, 0] + 2.5, values[:, 1] - 0.5], 1)
         elif table.rule == "permutation":
             values = values.argsort(-1)
+        elif table.rule == "flag":
+            values = values < 0.5
         elif table.rule == "finite":
             values = torch.randn(values.shape, generator=generator)
         tables[name] = values.to(table.dtype)
@@ -123,6 +129,33 @@ def test_transforms_change_no_answer_of_a_dense_cache(transforms, model: Path, t
     for one, other in zip(plain, mapped, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         torch.testing.assert_close(prompt_logprobs(one), prompt_logprobs(other), rtol=1e-3, atol=1e-3)
+
+
+def test_the_heads_that_a_calibration_names_keep_everything(model: Path, tmp_path: Path) -> None:
+    file = calibration_file(tmp_path / "own.safetensors", Razor(), model)
+    eviction = {
+        "scorer": "position", "budget": {"name": "head-classes", "whole": "calibrated"}, "retention": "compensate",
+        "rate": 1.7,
+    }  # fmt: skip
+    policy = policy_file(tmp_path, {**INT8, "eviction": eviction}, file)
+    flags = load_file(file)
+    named = tuple((i, head) for i in (0, 1) for head in (0, 1) if flags[f"layers.{i}.heads.whole"][head])
+    assert 0 < len(named) < 4
+    with engine(model, str(policy), skip_tokenizer_init=True, worker_extension_cls=EXTENSION_PATH) as llm:
+        settings = EngineSettings.from_vllm_config(llm.llm_engine.vllm_config)
+        assert settings is not None and settings.policy.eviction is not None
+        assert settings.policy.eviction.budget.whole == named
+        llm.collective_rpc("kvserve_probe_start")
+        generate(llm, random_prompts([500]), max_tokens=20)
+        probe = worker_log.recorder
+        assert isinstance(probe, Probe)
+        kept = [[len(rows) for rows in layer.history.kept] for layer in probe.layers]
+        (report,) = llm.collective_rpc("kvserve_probe_finish")
+    most = max(map(max, kept))
+    assert [(i, head) for i in (0, 1) for head in (0, 1) if kept[i][head] == most] == list(named)
+    assert most == 448 - 4 and not report["problems"], "the tokens between the sinks and the unfinished tile"
+    for layer in report["layers"]:
+        assert max(layer["kernel_heads"]) < 2e-3
 
 
 def config_of(model: Path, section: dict[str, Any]) -> Any:
