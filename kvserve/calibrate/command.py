@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvserve.arguments.model_folder import check_model_files, path_of, read_model_config
@@ -15,6 +15,7 @@ from kvserve.calibrate.collect import Importance, Reading
 from kvserve.calibrate.fit import Recipe, calibrate, check
 from kvserve.calibration.corpus import Corpus, default_corpus, segments
 from kvserve.calibration.fingerprint import fingerprint
+from kvserve.calibration.methods.base import AnyMethod, Method
 from kvserve.calibration.methods.registry import RECIPES, make_method
 from kvserve.calibration.store import stored_path, weights_of
 from kvserve.checks import check_model, text_config
@@ -50,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("--set needs --out FILE: under its name a method keeps its own parameters")
     if args.out and len(names) > 1:
         raise UsageError("--out FILE takes one method; drop it, or run the command for each method")
+    _check_reading(args, methods)
     check_vllm_version()
     text = given_text(args.text)
     corpus = default_corpus() if text is None else Corpus(args.text.name, text)
@@ -58,6 +60,15 @@ def run(arguments: Sequence[str]) -> int:
     recipes = [Recipe(name, method, args.out or _place(name, model)) for name, method in methods.items()]
     check(recipes, reading.cache)
     return _calibrate(reading, corpus, recipes)
+
+
+def _check_reading(args: argparse.Namespace, methods: Mapping[str, AnyMethod]) -> None:
+    """Refuse options about a text that nobody reads."""
+    if any(isinstance(method, Method) for method in methods.values()):
+        return
+    given = {"--text": args.text, "--tokens": args.tokens != TOKENS, "--importance": args.importance}
+    for option in (option for option, value in given.items() if value):
+        raise UsageError(f"{args.method} reads random tokens and no text; drop {option}")
 
 
 def _calibrate(reading: Reading, corpus: Corpus, recipes: list[Recipe]) -> int:

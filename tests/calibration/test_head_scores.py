@@ -109,7 +109,7 @@ def test_a_model_is_calibrated_and_its_policy_keeps_those_heads_whole(tiny: Path
     from kvserve.engine.layer_tables import find_calibration
 
     file, cache = tmp_path / "razor.safetensors", Cache(2, 2, 64)
-    options = ["--dtype", "float32", "--tokens", "512", "--set", "period=64", "--out", str(file)]
+    options = ["--dtype", "float32", "--set", "period=64", "--out", str(file)]
     assert main(["calibrate", "--model", str(tiny), "--method", "razor", *options]) == 0, capsys.readouterr().err
     found = read(file, fingerprint(tiny), cache, "")
     assert (found.origin.corpus, found.origin.num_tokens, found.origin.importance) == ("random-tokens", 256, "none")

@@ -251,6 +251,8 @@ def test_a_model_without_one_rotary_embedding_is_calibrated_after_it(tmp_path: P
         (["--method", "kvquant-2bit,cq-4c8b", "--out", "x.safetensors"], "--out FILE takes one method"),
         (["--method", "kvquant-2bit", "--tokens", "10000000"], "give a longer --text, or fewer --tokens"),
         (["--method", "kvquant-2bit", "--importance", "fisher"], "--importance"),
+        (["--method", "razor", "--importance", "gradient"], "razor reads random tokens and no text; drop --importance"),
+        (["--method", "razor", "--tokens", "512"], "drop --tokens"),
         ([], "--method"),
     ],
 )

@@ -17,6 +17,7 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+from kvserve.calibrate.prepare import prepare
 from kvserve.engine.settings import scheduler_options
 from kvserve.policies.loading import load_policy
 from tests.cases.greedy import Step, assert_same_texts, steps_of
@@ -42,6 +43,8 @@ def engine(
         "max_num_batched_tokens": 128, "max_num_seqs": 8,
     }  # fmt: skip
     if policy is not None:
+        if load_policy(policy).calibration:
+            prepare([load_policy(policy)], str(model))  # the default model's calibrations are made on first use
         section = {"policy": policy, "set": changes or {}, "kernels": kernels}
         settings |= {"additional_config": {"kvserve": section}, "block_size": 64}
         if load_policy(policy).eviction:
