@@ -22,7 +22,7 @@ from kvserve.codecs.affine import Affine
 from kvserve.codecs.base import Codec
 from kvserve.codecs.symmetric import Symmetric
 from kvserve.kernels.geometry import Tables
-from kvserve.pages.kept import Header, Kept, KeptRows, KeptTable, arena_of, pages_per_block, write_header
+from kvserve.pages.kept import Header, Kept, KeptRows, KeptTable, Run, arena_of, pages_per_block, write_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import encode_page
 
@@ -207,7 +207,7 @@ def kept_step(
     first = pages.cumsum(0) - pages
     for row in table.tolist():
         for head in range(heads):
-            header = Header(end, int(first[head]), int(pages[head]), int(pages[head]) * tile)
+            header = Header(end, (Run(0, int(first[head]), int(pages[head]) * tile),))
             write_header(arena_of(cells, layout), row[0], head, header)
     starts = torch.arange(work.batch + 1, dtype=torch.int32, device=device)
     lengths = torch.full((work.batch,), end + 1, dtype=torch.int32, device=device)

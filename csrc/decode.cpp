@@ -23,8 +23,9 @@ struct Task {
   Request request;
   int32_t id;  // of the request in its batch
   int32_t kv_head, first, last, index, chunks;
-  int32_t kept;  // else the head's first kept page, and first and last count its kept tokens
+  int32_t kept;  // else the first page of one of the head's runs, and first and last count the run's tokens
   int32_t column;  // of its first token, among all that the KV head holds
+  const KvsLayout* layout;  // of the pages it reads
   Trace trace{};   // an evicted request's sinks belong to one task, and stand behind its tokens there
 
   int32_t num_tokens() const { return last - first; }
@@ -79,8 +80,11 @@ class Decode {
   // Panels of the halves that are not read in integers.
   void reserve_panels(PageScratch& s) const {
     const bool each_page = group > MAX_HEADS;
-    if (!is_affine_by_channel(l.key)) s.keys.reserve(panel_floats(key_tile(l, 0, 0)), each_page);
-    if (!is_affine_by_token(l.value)) s.values.reserve(panel_floats(value_tile(l, 0, 0)), each_page);
+    for (int32_t format = 0; format < l.num_formats; ++format) {
+      const KvsLayout& of_format = layout_of(l, format);
+      if (!is_affine_by_channel(of_format.key)) s.keys.reserve(panel_floats(key_tile(l, 0, 0)), each_page);
+      if (!is_affine_by_token(of_format.value)) s.values.reserve(panel_floats(value_tile(l, 0, 0)), each_page);
+    }
   }
 
   // Partial result of a task: max [group], sum [group], out [group][head_dim].
@@ -96,15 +100,20 @@ class Decode {
       const int32_t first = l.sliding_window ? std::max(0, r.seq_len - l.sliding_window) : r.kept_end;
       for (int32_t h = 0; h < l.num_kv_heads; ++h) {
         const KvsKept kept = r.kept_end ? kept_of(a, r.row, h) : KvsKept{};
-        const int32_t kept_column = r.kept_end ? l.sink_tokens : 0, column = kept_column + kept.num_tokens - r.kept_end;
-        const int32_t done = (kept.num_tokens + size - 1) / size;
+        int32_t done = 0, column = r.kept_end ? l.sink_tokens : 0;
+        for (int32_t run = 0; run < kept.num_runs; ++run) done += (kept.runs[run].num_tokens + size - 1) / size;
         const int32_t chunks = done + (r.seq_len - 1) / size - first / size + 1;
-        for (int32_t c = 0, t = 0; c < done; ++c, t += size)
-          tasks.push_back({r, req_ids[i], h, t, std::min(kept.num_tokens, t + size), c, chunks, kept.first_page,
-                           kept_column + t});
-        for (int32_t c = done, start = first / size * size; c < chunks; ++c, start += size) {
+        int32_t c = 0;
+        for (int32_t run = 0; run < kept.num_runs; column += kept.runs[run++].num_tokens) {
+          const auto [format, page, count] = kept.runs[run];
+          for (int32_t t = 0; t < count; t += size)
+            tasks.push_back({r, req_ids[i], h, t, std::min(count, t + size), c++, chunks, page, column + t,
+                             &layout_of(l, format)});
+        }
+        for (int32_t start = first / size * size; c < chunks; start += size) {
           const int32_t t = std::max(first, start);
-          tasks.push_back({r, req_ids[i], h, t, std::min(r.seq_len, start + size), c, chunks, NOT_KEPT, column + t});
+          tasks.push_back({r, req_ids[i], h, t, std::min(r.seq_len, start + size), c++, chunks, NOT_KEPT,
+                           column - r.kept_end + t, &l});
         }
       }
     }
@@ -186,7 +195,7 @@ class Decode {
   // MAX_PAGES pages from `first` on, without the first `hidden` tokens.
   void attend_batch(const Task& t, int32_t first, int32_t pages_end, int hidden, const Heads& heads, Scratch& s) const {
     Pages pages;
-    pages.page_bytes = l.page_bytes;
+    pages.page_bytes = t.layout->page_bytes;
     pages.kv_head = t.kv_head;
     pages.first_position = t.kept == NOT_KEPT ? first * l.tile_tokens : ANYWHERE;
     s.page.keys.done = s.page.values.done = false;
@@ -197,17 +206,17 @@ class Decode {
     }
     const int last = std::min(pages.count * l.tile_tokens, t.last - first * l.tile_tokens);
     in_parts(t, heads, s, last, first * l.tile_tokens - t.first, nullptr, [&](const Heads& part, int count) {
-      attend_pages(l, pages, part, count, hidden, last, s.page);
+      attend_pages(*t.layout, pages, part, count, hidden, last, s.page);
     });
   }
 
-  // Tile i, or the i-th page that the KV head keeps.
+  // Tile i, of the sequence or of the task's run.
   const uint8_t* page_of(const Task& t, int32_t i) const {
     return t.kept == NOT_KEPT ? tile_page(l, a, t.request, t.kv_head, i)
-                              : kept_page(l, a, t.request.kept_blocks, t.kept + i);
+                              : kept_tile(*t.layout, a, t.request.kept_blocks, t.kept, i);
   }
   void prefetch_pages(const Task& t, int32_t first, int32_t end) const {
-    for (int32_t i = first; i < std::min(first + MAX_PAGES, end); ++i) prefetch(page_of(t, i), l.page_bytes);
+    for (int32_t i = first; i < std::min(first + MAX_PAGES, end); ++i) prefetch(page_of(t, i), t.layout->page_bytes);
   }
 
   // The query's own token, which is not stored yet.

@@ -84,9 +84,10 @@ class Worker {
   void store_outputs();
   void attend_dense(int tile_first, int query_end);
   void attend_sealed(int tile_index);
-  void decode(const uint8_t* page, int first_position);
-  const float* load_masses(const uint8_t* page);
+  void decode(const KvsLayout& layout, const uint8_t* page, int first_position);
+  const float* load_masses(const KvsLayout& layout, const uint8_t* page);
   void attend_kept();
+  void attend_run(const KvsRun& run);
   template <class RowOf>
   void attend_slots(int count, RowOf find);
   void attend(const Tile& tile, int row_begin, int row_end);
@@ -195,16 +196,16 @@ void Worker::load_sinks(float* keys, float* values, ptrdiff_t panel_stride) cons
   }
 }
 
-// A page to the scratch panels.
-void Worker::decode(const uint8_t* page, int first_position) {
-  decode_panels(key_tile(layout_, task_.kv_head, first_position), page, keys_);
-  decode_panels(value_tile(layout_, task_.kv_head, first_position), page, values_);
+// A page of the layout's format to the scratch panels.
+void Worker::decode(const KvsLayout& layout, const uint8_t* page, int first_position) {
+  decode_panels(key_tile(layout, task_.kv_head, first_position), page, keys_);
+  decode_panels(value_tile(layout, task_.kv_head, first_position), page, values_);
 }
 
 // What is added to the scores (base 2) of a kept page's tokens; null: nothing is.
-const float* Worker::load_masses(const uint8_t* page) {
-  if (!layout_.mass) return nullptr;
-  const float* from = masses_of(layout_, page);
+const float* Worker::load_masses(const KvsLayout& layout, const uint8_t* page) {
+  if (!layout.mass) return nullptr;
+  const float* from = masses_of(layout, page);
   for (int t = 0; t < tile_tokens_; t += VL) storeu(masses_ + t, loadu(from + t) * LOG2E);
   return masses_;
 }
@@ -218,7 +219,7 @@ void Worker::attend_sealed(int tile_index) {
   if (first >= end) return;
   const uint8_t* page = tile_page(layout_, arena_, request_, task_.kv_head, tile_index);
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
-  decode(page, tile_index * tile_tokens_);
+  decode(layout_, page, tile_index * tile_tokens_);
   if (tile_index == 0) load_sinks(keys_, values_, panel_stride);
   for (int part = 0; part < tile_tokens_; part += COLUMNS) {
     const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride,
@@ -244,18 +245,24 @@ void Worker::attend_kept() {
       return slot_row(sink_slot(layout_, arena_, request_.row, task_.kv_head, t));
     });
   const KvsKept kept = kept_of(arena_, request_.row, task_.kv_head);
-  if (all_dense(layout_))
-    return attend_slots(kept.num_tokens, [&](int i) {
-      return slot_row(kept_slot(layout_, arena_, request_, kept.first_page, i));
+  for (int32_t i = 0; i < kept.num_runs; ++i) attend_run(kept.runs[i]);
+}
+
+// All queries over one run of kept pages.
+void Worker::attend_run(const KvsRun& run) {
+  const KvsLayout& layout = layout_of(layout_, run.format);
+  if (all_dense(layout))
+    return attend_slots(run.num_tokens, [&](int i) {
+      return slot_row(kept_slot(layout, arena_, request_, run.first_page, i));
     });
   const ptrdiff_t panel_stride = (ptrdiff_t)tile_tokens_ * COLUMNS;
-  for (int first = 0, f = kept.first_page; first < kept.num_tokens; first += tile_tokens_, ++f) {
-    const uint8_t* page = kept_page(layout_, arena_, request_.kept_blocks, f);
-    decode(page, ANYWHERE);
-    const float* masses = load_masses(page);
-    for (int part = 0; part < std::min(tile_tokens_, kept.num_tokens - first); part += COLUMNS) {
+  for (int first = 0, i = 0; first < run.num_tokens; first += tile_tokens_, ++i) {
+    const uint8_t* page = kept_tile(layout, arena_, request_.kept_blocks, run.first_page, i);
+    decode(layout, page, ANYWHERE);
+    const float* masses = load_masses(layout, page);
+    for (int part = 0; part < std::min(tile_tokens_, run.num_tokens - first); part += COLUMNS) {
       const Tile tile{keys_ + (ptrdiff_t)part * dim_, values_ + (ptrdiff_t)part * COLUMNS, panel_stride, 0, 0,
-                      std::min(COLUMNS, kept.num_tokens - first - part), masses ? masses + part : nullptr};
+                      std::min(COLUMNS, run.num_tokens - first - part), masses ? masses + part : nullptr};
       attend(tile, 0, rows_);
     }
   }

@@ -39,12 +39,19 @@ KVS_BOTH inline uint8_t* tile_page(const KvsLayout& l, const KvsArena& a, const 
   const int32_t r = l.state_blocks + l.tail_blocks + j + (j ? l.sink_blocks : 0);
   return cell(a, q.row[r], kv_head) + (i % l.tiles_per_block) * l.page_bytes;
 }
-// Kept page f of a request: its pages fill each kept block layer by layer, whichever layer they belong to.
+// Kept page f of a request: its pages fill the strips of each kept block, head by head, whichever head they belong to.
 KVS_BOTH inline uint8_t* kept_page(const KvsLayout& l, const KvsArena& a, const int32_t* kept_blocks, int32_t f) {
-  const int32_t of_layer = l.num_kv_heads * l.tiles_per_block, of_block = a.num_layers * of_layer;
-  const int32_t block = kept_blocks[f / of_block], layer = f % of_block / of_layer, i = f % of_layer;
-  return cell(a, block, i / l.tiles_per_block) + (layer - a.layer) * a.layer_stride +
-         (i % l.tiles_per_block) * l.page_bytes;
+  const int32_t of_block = l.num_kv_heads * a.pages_per_strip, strip = f % of_block / a.pages_per_strip;
+  return cell(a, kept_blocks[f / of_block], strip) - a.strip_offset + (f % a.pages_per_strip) * l.kept_page_bytes;
+}
+// The layout of kept tiles of a format.
+KVS_BOTH inline const KvsLayout& layout_of(const KvsLayout& l, int32_t format) {
+  return format ? l.others[format - 1] : l;
+}
+// Tile i of the run that begins with page `first`; `l` is the layout of its format.
+KVS_BOTH inline uint8_t* kept_tile(const KvsLayout& l, const KvsArena& a, const int32_t* kept_blocks, int32_t first,
+                                   int32_t i) {
+  return kept_page(l, a, kept_blocks, first + i / l.tiles_per_page) + (i % l.tiles_per_page) * l.page_bytes;
 }
 // What one KV head of an evicted request keeps in this layer.
 KVS_BOTH inline KvsKept kept_of(const KvsArena& a, const int32_t* row, int32_t kv_head) {
@@ -76,7 +83,7 @@ KVS_BOTH inline uint8_t* stored_slot(const KvsLayout& l, const KvsArena& a, cons
 }
 // Slot of the i-th token kept in dense pages from page `first` on.
 KVS_BOTH inline uint8_t* kept_slot(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t first, int32_t i) {
-  return kept_page(l, a, q.kept_blocks, first + i / l.tile_tokens) + i % l.tile_tokens * slot_bytes(l);
+  return kept_tile(l, a, q.kept_blocks, first, i / l.tile_tokens) + i % l.tile_tokens * slot_bytes(l);
 }
 // Log-masses of a page's tokens, where pages have them.
 KVS_BOTH inline const float* masses_of(const KvsLayout& l, const uint8_t* page) { return (const float*)(page + l.mass); }

@@ -62,16 +62,25 @@ void read_tile(const KvsLayout& l, const KvsArena& a, const Span& span, int32_t 
 }
 
 struct KeptTile {
-  int32_t kv_head, page;
+  const KvsLayout& layout;  // of its format
+  int32_t kv_head;
+  uint8_t* page;
   int64_t first, last;  // rows
 };
 
-std::vector<KeptTile> kept_tiles(const KvsLayout& l, const KvsKept* kept, const int64_t* offsets) {
+// What the headers of a layer's KV heads name, [num_kv_heads] of them.
+std::vector<KeptTile> kept_tiles(const KvsLayout& l, const KvsArena& a, const int32_t* kept_blocks,
+                                 const KvsKept* kept, const int64_t* offsets) {
   std::vector<KeptTile> tiles;
   for (int32_t h = 0; h < l.num_kv_heads; ++h) {
-    int32_t page = kept[h].first_page;
-    for (int64_t first = offsets[h]; first < offsets[h + 1]; first += l.tile_tokens)
-      tiles.push_back({h, page++, first, std::min(first + l.tile_tokens, offsets[h + 1])});
+    int64_t start = offsets[h];
+    for (int32_t r = 0; r < kept[h].num_runs; start += kept[h].runs[r++].num_tokens) {
+      const KvsRun& run = kept[h].runs[r];
+      const KvsLayout& layout = layout_of(l, run.format);
+      for (int32_t t = 0, i = 0; t < run.num_tokens; t += l.tile_tokens, ++i)
+        tiles.push_back({layout, h, kept_tile(layout, a, kept_blocks, run.first_page, i), start + t,
+                         start + std::min(t + l.tile_tokens, run.num_tokens)});
+    }
   }
   return tiles;
 }
@@ -114,15 +123,15 @@ void kvs_read(const KvsLayout* layout, const KvsArena* arena, const int32_t* row
 
 void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t* kept_blocks, const KvsKept* kept,
                    const int64_t* offsets, float* key, float* value, float* log_mass) {
-  const KvsLayout& l = *layout;
-  const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
+  const std::vector<KeptTile> tiles = kept_tiles(*layout, *arena, kept_blocks, kept, offsets);
 #pragma omp parallel if (tiles.size() > 1)
   {
     const std::unique_ptr<PageRows> scratch(new PageRows);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
       const KeptTile& tile = tiles[i];
-      const uint8_t* page = kept_page(l, *arena, kept_blocks, tile.page);
+      const KvsLayout& l = tile.layout;
+      const uint8_t* page = tile.page;
       const int count = int(tile.last - tile.first);
       for (int64_t t = 0; all_dense(l) && t < count; ++t) {
         const int64_t at = (tile.first + t) * l.head_dim;
@@ -140,19 +149,18 @@ void kvs_read_kept(const KvsLayout* layout, const KvsArena* arena, const int32_t
 void kvs_write_kept(const KvsLayout* layout, const KvsArena* arena, int32_t state_block, const int32_t* kept_blocks,
                     const KvsKept* kept, const int64_t* offsets, const float* key, const float* value,
                     const float* log_mass) {
-  const KvsLayout& l = *layout;
-  for (int32_t h = 0; h < l.num_kv_heads; ++h) memcpy(cell(*arena, state_block, h), kept + h, sizeof *kept);
-  const std::vector<KeptTile> tiles = kept_tiles(l, kept, offsets);
+  for (int32_t h = 0; h < layout->num_kv_heads; ++h) memcpy(cell(*arena, state_block, h), kept + h, sizeof *kept);
+  const std::vector<KeptTile> tiles = kept_tiles(*layout, *arena, kept_blocks, kept, offsets);
 #pragma omp parallel if (tiles.size() > 1)
   {
     const std::unique_ptr<TileScratch> scratch(new TileScratch);
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < tiles.size(); ++i) {
-      load_tile(l, tiles[i], key, value, *scratch);
       const KeptTile& tile = tiles[i];
-      uint8_t* page = kept_page(l, *arena, kept_blocks, tile.page);
-      encode_page(l, *scratch, {tile.kv_head, ANYWHERE, 0}, page);
-      if (l.mass && log_mass) memcpy(page + l.mass, log_mass + tile.first, size_t(tile.last - tile.first) * 4);
+      const KvsLayout& l = tile.layout;
+      load_tile(l, tile, key, value, *scratch);
+      encode_page(l, *scratch, {tile.kv_head, ANYWHERE, 0}, tile.page);
+      if (l.mass && log_mass) memcpy(tile.page + l.mass, log_mass + tile.first, size_t(tile.last - tile.first) * 4);
     }
   }
 }

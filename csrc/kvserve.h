@@ -15,10 +15,10 @@
 // It depends on positions only, so chunking, prefix hits and recompute cannot change the result.
 //
 // A request may have been evicted at kept_end, a multiple of T: of the tokens sink_tokens <= t < kept_end each layer and
-// KV head keeps its own subset, re-packed in ascending order into kept pages. A query at p >= kept_end (no other occurs)
-// then sees, of the tokens before kept_end, the sinks and what its KV head kept; all others as above. Where pages have
-// log-masses, that of a kept token is added to its logit: the log of how many tokens it stands for. Those of sealed tiles
-// are 0.
+// KV head keeps its own subset, re-packed into kept pages: runs of one format each (kvserve/pages/kept.py), in ascending
+// order within a run. A query at p >= kept_end (no other occurs) then sees, of the tokens before kept_end, the sinks and
+// what its KV head kept; all others as above. Where pages have log-masses, that of a kept token is added to its logit: the
+// log of how many tokens it stands for. Those of sealed tiles are 0.
 #pragma once
 #include <cstdint>
 
@@ -65,24 +65,34 @@ struct KvsLayout {
   int32_t value_rotated;    // V is turned by the Hadamard matrix before it is staged, and answers are turned back
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale
-  int64_t page_bytes;
+  int64_t page_bytes;       // of a tile
   KvsHalf key, value;       // both without stages: a page is tile_tokens dense slots
   int64_t mass;             // offset in a coded page of its log-masses, float32 [tile_tokens]; 0: it has none
+  int64_t kept_page_bytes;  // of a kept page, which holds `tiles_per_page` tiles back to back
+  int32_t tiles_per_page;
+  int32_t num_formats;      // of kept tiles: this one is format 0, format f is others[f - 1]
+  const struct KvsLayout* others;  // each the same but for page_bytes, key, value, mass, tiles_per_page and formats
 };
 
-// One layer's view of the arena: the cell of (block b, kv head h) of layer i, of num_layers, starts at
-// base + b * block_stride + h * head_stride + (i - layer) * layer_stride. Every layer has the same KV heads.
+// One layer's view of the arena: its cell of (block b, kv head h) starts at base + b * block_stride + h * head_stride. That
+// is `strip_offset` bytes behind the start of the strip of (b, h): the cells of all layers, which hold `pages_per_strip`
+// kept pages. Every layer has the same KV heads.
 struct KvsArena {
   uint8_t* base;
-  int64_t block_stride, head_stride, layer_stride;  // bytes
-  int32_t layer, num_layers;
+  int64_t block_stride, head_stride, strip_offset;  // bytes
+  int32_t pages_per_strip;
+};
+
+// Tokens of one (layer, KV head) in consecutive kept pages of one format; the last tile may be partly filled.
+struct KvsRun {
+  int32_t format, first_page, num_tokens;
 };
 
 // What one (layer, KV head) of an evicted request keeps; stored at byte 0 of the layer's cell (row[0], kv_head).
 struct KvsKept {
-  int32_t end;                    // kept_end of its request
-  int32_t first_page, num_pages;  // of the request's kept pages: the last one is partly filled
-  int32_t num_tokens;
+  int32_t end;  // kept_end of its request
+  int32_t num_runs;
+  KvsRun runs[4];
 };
 
 // num_reqs requests; request r has the query rows [query_start_loc[r], query_start_loc[r + 1]) and, with them,
@@ -133,8 +143,8 @@ void kvs_forward(const KvsLayout*, const KvsBatch*, const KvsArena*, const KvsRo
 // and tokens from kept_end on are there to be read.
 void kvs_read(const KvsLayout*, const KvsArena*, const int32_t* row, int32_t num_tokens, int32_t first, int32_t last,
               float* key, float* value);
-// What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h are the rows
-// [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated, and of log_mass, float32
+// What each KV head of this layer keeps. `kept`: its headers, [num_kv_heads]. The tokens of head h, run by run, are the
+// rows [offsets[h], offsets[h + 1]) of key and value, float32 [total][head_dim], V un-rotated, and of log_mass, float32
 // [total]; it is not written where pages have none.
 void kvs_read_kept(const KvsLayout*, const KvsArena*, const int32_t* kept_blocks, const KvsKept* kept,
                    const int64_t* offsets, float* key, float* value, float* log_mass);

@@ -20,9 +20,9 @@ enum class Source { SINKS, KEPT, SEALED, DENSE };
 // Keys that are decoded together, at most a tile.
 struct Part {
   Source source;
-  int32_t index;  // of the tile or kept page
-  int32_t count;
-  int32_t panel;  // the first one
+  int32_t count, panel;  // tokens; the first panel
+  const KvsLayout* layout;  // of the format of its page
+  const uint8_t* page;      // null where it has none
 };
 
 struct Panel {
@@ -33,14 +33,14 @@ struct Panel {
   int seen(int32_t position) const { return std::clamp(position + 1 - first, 0, count); }
 };
 
-// The tokens one KV head holds, in ascending order.
+// The tokens one KV head holds, in the order of its columns.
 struct Held {
   std::vector<Part> parts;
   std::vector<Panel> panels;
   int64_t columns = 0;
 
-  void add(Source source, int32_t index, int32_t first, int32_t count) {
-    parts.push_back({source, index, count, int32_t(panels.size())});
+  void add(Source source, int32_t first, int32_t count, const KvsLayout& layout, const uint8_t* page = nullptr) {
+    parts.push_back({source, count, int32_t(panels.size()), &layout, page});
     for (int32_t t = 0; t < count; t += COLUMNS) {
       const int32_t n = std::min(COLUMNS, count - t);
       panels.push_back({first + t, n, columns});
@@ -55,13 +55,19 @@ Held held_by(const KvsLayout& l, const KvsArena& a, const Request& q, int32_t kv
   if (q.kept_end) {
     // Every query stands at kept_end >= size or later, so it sees whatever claims a position below `size`.
     const KvsKept kept = kept_of(a, q.row, kv_head);
-    if (l.sink_tokens) held.add(Source::SINKS, 0, 0, l.sink_tokens);
-    for (int32_t first = 0, page = kept.first_page; first < kept.num_tokens; first += size, ++page)
-      held.add(Source::KEPT, page, 0, std::min(size, kept.num_tokens - first));
+    if (l.sink_tokens) held.add(Source::SINKS, 0, l.sink_tokens, l);
+    for (int32_t i = 0; i < kept.num_runs; ++i) {
+      const KvsRun& run = kept.runs[i];
+      const KvsLayout& layout = layout_of(l, run.format);
+      for (int32_t first = 0, tile = 0; first < run.num_tokens; first += size, ++tile)
+        held.add(Source::KEPT, 0, std::min(size, run.num_tokens - first), layout,
+                 kept_tile(layout, a, q.kept_blocks, run.first_page, tile));
+    }
   }
   for (int32_t first = q.kept_end; first < q.seq_len; first += size) {
     const bool sealed = l.tile_tokens && first + size <= q.seq_len;
-    held.add(sealed ? Source::SEALED : Source::DENSE, first / size, first, std::min(size, q.seq_len - first));
+    held.add(sealed ? Source::SEALED : Source::DENSE, first, std::min(size, q.seq_len - first), l,
+             sealed ? tile_page(l, a, q, kv_head, first / size) : nullptr);
   }
   return held;
 }
@@ -155,31 +161,27 @@ class Sums {
         for (int v = 0; v < COLUMNS; v += PANEL * VL)
           strip<false>(strip_queries, l.head_dim, keys + v, COLUMNS, l.head_dim, logits_of(panel, row) + v, COLUMNS,
                        PANEL, nullptr);
-        if (l.mass && part.source == Source::KEPT) add_masses(part, panel, row);
+        if (part.layout->mass && part.source == Source::KEPT) add_masses(part, panel, row);
       }
   }
 
   // The log-masses of a kept page to the logits of one panel, for a strip of rows.
   void add_masses(const Part& part, size_t panel, int32_t row) const {
-    const float* masses = masses_of(l, page_of(part)) + (panel - part.panel) * COLUMNS;
+    const float* masses = masses_of(*part.layout, part.page) + (panel - part.panel) * COLUMNS;
     for (int i = 0; i < MR; ++i) {
       float* x = logits_of(panel, row + i);
       for (int v = 0; v < COLUMNS; v += VL) storeu(x + v, loadu(x + v) + loadu(masses + v) * LOG2E);
     }
   }
 
-  const uint8_t* page_of(const Part& part) const {
-    return part.source == Source::KEPT ? kept_page(l, a, request.kept_blocks, part.index)
-                                       : tile_page(l, a, request, kv_head, part.index);
-  }
-
   void load_keys(const Part& part, KeyScratch& s) const {
     if (all_dense(l)) return gather(part, s);
     if (part.source == Source::KEPT)
-      return decode_panels(key_tile(l, kv_head, ANYWHERE), page_of(part), s.panels.data());
+      return decode_panels(key_tile(*part.layout, kv_head, ANYWHERE), part.page, s.panels.data());
     if (part.source != Source::SEALED) return gather(part, s);
-    decode_panels(key_tile(l, kv_head, part.index * l.tile_tokens), page_of(part), s.panels.data());
-    for (int32_t t = 0; part.index == 0 && t < l.sink_tokens; ++t) {  // the page does not count them
+    const int32_t first = held.panels[part.panel].first;
+    decode_panels(key_tile(l, kv_head, first), part.page, s.panels.data());
+    for (int32_t t = 0; first == 0 && t < l.sink_tokens; ++t) {  // the page does not count them
       load_row(s.rows.data(), sink_slot(l, a, request.row, kv_head, t), l.head_dim, l.dense_dtype);
       float* column = s.panels.data() + int64_t(t / COLUMNS) * l.head_dim * COLUMNS + t % COLUMNS;
       for (int d = 0; d < l.head_dim; ++d) column[d * COLUMNS] = s.rows[d];
@@ -202,7 +204,7 @@ class Sums {
 
   const uint8_t* slot_of(const Part& part, int32_t t) const {
     if (part.source == Source::SINKS) return sink_slot(l, a, request.row, kv_head, t);
-    if (part.source == Source::KEPT) return kept_slot(l, a, request, part.index, t);
+    if (part.source == Source::KEPT) return part.page + t * slot_bytes(l);
     const int32_t position = held.panels[part.panel].first + t;
     if (part.source == Source::SEALED && position < l.sink_tokens)
       return sink_slot(l, a, request.row, kv_head, position);

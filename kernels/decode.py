@@ -14,8 +14,8 @@ import triton.language as tl
 
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
 from kvserve.kernels.pages import (
-    kept_header,
     kept_of,
+    kept_run,
     page_of_chunk,
     request_of,
     rotated_columns,
@@ -33,7 +33,7 @@ PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 
 @triton.jit
 def decode_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
     codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, partial,
     partial_lse, scale, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def decode_kernel(
         else:
             accumulator, peak, total = _sealed_share(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed,
-                oldest, codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer,
-                num_layers, CHUNK, G
+                oldest, codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride,
+                strip_offset, strip_pages, CHUNK, G
             )  # fmt: skip
             if split == splits - 1:
                 tile_start = tl.zeros_like(position) + computed // G.tile_tokens * G.tile_tokens
@@ -92,14 +92,14 @@ def decode_kernel(
 @triton.jit
 def _sealed_share(
     accumulator, peak, total, rows, query_rows, row_mask, cells, table, r, head, split, splits, computed, oldest,
-    codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, layer, num_layers,
+    codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride, strip_offset, strip_pages,
     CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """This split's share of a head's kept chunks and of the chunks of its sealed tiles."""
     end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
     first_page, kept_tokens = 0, 0
     if kept_ends is not None:
-        first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
+        first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
     chunks = kept_chunks + (computed // G.tile_tokens - first_tile) * G.chunks_per_tile
@@ -107,8 +107,8 @@ def _sealed_share(
     STAGES: tl.constexpr = SEALED_STAGES if G.integer else 1
     for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=STAGES):
         page = page_of_chunk(
-            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer,
-            num_layers, G
+            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, strip_offset,
+            strip_pages, G
         )  # fmt: skip
         is_kept = chunk < kept_chunks
         in_sequence = first_tile * G.tile_tokens + (chunk - kept_chunks) * CHUNK

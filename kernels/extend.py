@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kvserve.kernels.decode import LN_2, LOG2_E, store_rows
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
-from kvserve.kernels.pages import kept_header, kept_of, page_of_chunk, request_of
+from kvserve.kernels.pages import kept_of, kept_run, page_of_chunk, request_of
 from kvserve.kernels.softmax import add_dense_tokens, add_sealed_chunk
 
 EXTEND_ROWS = 64  # rows of one program's dots
@@ -20,7 +20,7 @@ EXTEND_ROWS = 64  # rows of one program's dots
 
 @triton.jit
 def extend_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
     codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, output,
     output_token_stride, output_head_stride, lse, num_heads, scale,
     LEAST_TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
@@ -53,7 +53,7 @@ def extend_kernel(
             accumulator, peak, total = _past(
                 accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row,
                 computed, first, last, position, tile_start, codec_tables, kept_ends, kept_starts, kept_blocks, scale,
-                block_stride, head_stride, layer, num_layers, CHUNK, G
+                block_stride, head_stride, strip_offset, strip_pages, CHUNK, G
             )  # fmt: skip
         for start in range(dense_from, last + 1, CHUNK):
             accumulator, peak, total = add_dense_tokens(
@@ -71,21 +71,21 @@ def extend_kernel(
 def _past(
     accumulator, peak, total, rows, query_rows, row_mask, cells, table, staged, r, head, first_row, computed, first,
     last, position, tile_start, codec_tables, kept_ends, kept_starts, kept_blocks, scale, block_stride, head_stride,
-    layer, num_layers, CHUNK: tl.constexpr, G: tl.constexpr
+    strip_offset, strip_pages, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Kept pages, sealed tiles before the last row's tile, and sinks."""
     end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
     first_page, kept_tokens = 0, 0
     if kept_ends is not None:
-        first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
+        first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
     oldest = tl.maximum(first + 1 - G.sliding_window, 0) if G.sliding_window else 0
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
     first_tile = tl.maximum(end, oldest) // G.tile_tokens
     chunks = kept_chunks + (last // G.tile_tokens - first_tile) * G.chunks_per_tile
     for chunk in range(0, chunks):
         page = page_of_chunk(
-            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer,
-            num_layers, G
+            table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, strip_offset,
+            strip_pages, G
         )  # fmt: skip
         is_kept = chunk < kept_chunks
         in_sequence = first_tile * G.tile_tokens + (chunk - kept_chunks) * CHUNK

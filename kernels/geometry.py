@@ -15,7 +15,7 @@ from kvserve.codecs.layer_tables import LayerTables, table_specs
 from kvserve.codecs.tile import Half
 from kvserve.kernels.codecs.chain import FIELDS, NO_TABLES, CodecTables, HalfFormat, HalfTables
 from kvserve.pages.head_dims import rotation_dim
-from kvserve.pages.kept import num_layers_of
+from kvserve.pages.kept import strip_offset
 from kvserve.pages.layout import PageLayout
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class Geometry(NamedTuple):
     sink_blocks: int = 0
     sink_tokens: int = 0
     dense_pages: bool = False
-    cell_bytes: int = 0
-    page_bytes: int = 0
+    page_bytes: int = 0  # of a tile
+    kept_page_bytes: int = 0
+    tiles_per_page: int = 1  # of a kept page
     key: HalfFormat | None = None
     value: HalfFormat | None = None
     integer: bool = True  # no half of a page is decoded to rows, which takes more room
@@ -65,11 +66,18 @@ class Geometry(NamedTuple):
     mass: int = 0  # offset in a page of its log-masses, float32 [tile_tokens]; 0: it has none
     gaps: tuple[tuple[int, int], ...] = ()  # (offset, bytes) of what lies between the sections of a page
     num_gaps: int = 0
+    others: tuple[Geometry, ...] = ()  # of kept tiles in the formats after this one, which is format 0
+    num_others: int = 0
+
+
+def formats_of(geometry: Geometry) -> tuple[Geometry, ...]:
+    """The geometry of kept tiles in each format."""
+    return (geometry, *geometry.others)
 
 
 def storage_geometry(geometry: Geometry) -> Geometry:
     """The constants of kernels that see no query: the same, and so compiled once, for every group and window."""
-    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0)
+    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0, others=(), num_others=0)
 
 
 def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
@@ -98,7 +106,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         return common
     if layout.tile_tokens % CHUNK_TOKENS:
         raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
-    names = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks", "cell_bytes")
+    names = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks")
     paged = common._replace(
         **{name: getattr(layout, name) for name in names},
         chunks_per_tile=layout.tile_tokens // CHUNK_TOKENS,
@@ -106,6 +114,8 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         sink_tokens=layout.policy.sink_tokens,
         dense_pages=layout.policy.dense_pages,
         page_bytes=tile_format.tile_bytes,
+        kept_page_bytes=layout.kept_page_bytes,
+        tiles_per_page=layout.tiles_per_page(),
     )
     if tile_format.key is None:
         return paged
@@ -114,11 +124,19 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
             f"keys of {tile_format.key.name} are read with their positions, which the pages of evicted requests do not "
             "keep; leave out eviction, or choose another codec"
         )
+    first, *others = (_of_format(paged, layout, number) for number in range(len(layout.formats)))
+    return first._replace(others=tuple(others), num_others=len(others))
+
+
+def _of_format(paged: Geometry, layout: PageLayout, number: int) -> Geometry:
+    """The constants of coded tiles of format `number`."""
+    tile_format = layout.formats[number]
     key, value = (HalfFormat.of(tile_format, half) for half in Half)
-    gaps, rotated = gaps_of(tile_format), tile_format.half(Half.VALUE)[0].rotates
-    integer = key.integer and value.integer
+    gaps = gaps_of(tile_format)
     return paged._replace(
-        key=key, value=value, integer=integer, rotated=rotated, mass=tile_format.mass or 0, gaps=gaps,
+        page_bytes=tile_format.tile_bytes, tiles_per_page=layout.tiles_per_page(number), key=key, value=value,
+        integer=key.integer and value.integer, rotated=tile_format.half(Half.VALUE)[0].rotates,
+        mass=tile_format.mass or 0, gaps=gaps,
         num_gaps=len(gaps),
     )  # fmt: skip
 
@@ -166,8 +184,8 @@ class Tables:
     cells: torch.Tensor
     batch: Batch
     max_query_len: int
-    num_layers: int
-    layer: int
+    strip_offset: int
+    strip_pages: int
     codec_tables: CodecTables = NO_TABLES
 
     @classmethod
@@ -176,15 +194,14 @@ class Tables:
         codec_tables: CodecTables = NO_TABLES,
     ) -> Tables:  # fmt: skip
         check_alignment(cells)
-        num_layers, layer = num_layers_of(cells, layout)
-        return cls(cells, batch, max_query_len, num_layers, layer, codec_tables)
+        return cls(cells, batch, max_query_len, *strips_of(cells, layout.kept_page_bytes), codec_tables)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments every kernel of pages starts with; see `pages.py`."""
         batch = self.batch
         return (
-            *(self.cells, self.cells.stride(0), self.cells.stride(1), self.layer, self.num_layers),
+            *(self.cells, self.cells.stride(0), self.cells.stride(1), self.strip_offset, self.strip_pages),
             *(batch.query_start_loc, batch.seq_lens, batch.block_table, batch.block_table.stride(0), self.codec_tables),
         )
 
@@ -192,6 +209,11 @@ class Tables:
     def kept_arguments(self) -> tuple[Any, ...]:
         """The fields of the batch's KeptTable, for the kernels that attend."""
         return (None, None, None) if self.batch.kept is None else tuple(self.batch.kept)
+
+
+def strips_of(cells: torch.Tensor, kept_page_bytes: int) -> tuple[int, int]:
+    """(bytes from a strip's start to the layer's cell in it, kept pages of a strip)."""
+    return strip_offset(cells), cells.stride(1) // kept_page_bytes if kept_page_bytes else 0
 
 
 def check_device(**tensors: torch.Tensor | None) -> None:

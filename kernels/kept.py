@@ -16,12 +16,14 @@ from kvserve.kernels.geometry import (
     Geometry,
     check_alignment,
     check_device,
+    formats_of,
     on_device,
     storage_geometry,
+    strips_of,
 )
-from kvserve.kernels.pages import dense_row, kept_page_at, slot_of, tile_page_at
+from kvserve.kernels.pages import dense_row, kept_tile_at, slot_of, tile_page_at
 from kvserve.kernels.sealed import sealed_rows
-from kvserve.pages.kept import Header
+from kvserve.pages.kept import HEADER_BYTES, Header, Run
 
 READ_WARPS = 8
 
@@ -63,7 +65,7 @@ def read_kernel(
 
 @triton.jit
 def read_kept_kernel(
-    cells, block_stride, head_stride, layer, num_layers, blocks, heads, codec_tables, key, value, log_mass,
+    cells, block_stride, head_stride, strip_offset, strip_pages, blocks, heads, codec_tables, key, value, log_mass,
     CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (chunk of kept tokens, kv_head): kept tokens to rows; `heads` as in `write_kept_kernel`."""
@@ -72,8 +74,8 @@ def read_kept_kernel(
     num_tokens = tl.load(heads + 3 * head + 2)
     if chunk * CHUNK < num_tokens:
         t, d = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, G.block_dim)
-        page = first_page + chunk // G.chunks_per_tile
-        page = cells + kept_page_at(blocks, page, True, block_stride, head_stride, layer, num_layers, G)
+        tile, place = chunk // G.chunks_per_tile, first_page
+        page = cells + kept_tile_at(blocks, place, tile, True, block_stride, head_stride, strip_offset, strip_pages, G)
         column0 = chunk % G.chunks_per_tile * CHUNK
         at = ((first_row + t).to(tl.int64) * G.head_dim)[:, None] + d[None, :]
         both = (t < num_tokens)[:, None] & (d < G.head_dim)[None, :]
@@ -85,36 +87,26 @@ def read_kept_kernel(
 
 
 @triton.jit
-def _write_header(cells, state_block, head, end, first_page, num_tokens, block_stride, head_stride, G: tl.constexpr):
-    at = state_block.to(tl.int64) * block_stride + head * head_stride
-    header = (cells + at).to(tl.pointer_type(tl.int32))
-    tl.store(header, end)
-    tl.store(header + 1, first_page)
-    tl.store(header + 2, (num_tokens + G.tile_tokens - 1) // G.tile_tokens)
-    tl.store(header + 3, num_tokens)
-
-
-@triton.jit(do_not_specialize=["state_block", "end"])
 def write_kept_kernel(
-    cells, block_stride, head_stride, layer, num_layers, blocks, heads, codec_tables, state_block, end, key, value,
-    log_mass, G: tl.constexpr
+    cells, block_stride, head_stride, strip_offset, strip_pages, blocks, heads, codec_tables, key, value, log_mass,
+    G: tl.constexpr
 ):  # fmt: skip
-    """Program (page, kv_head): the head's kept page, and its header. A last page is filled with its last token.
+    """Program (tile, kv_head): a tile of the head's run. A last tile is filled with its last token.
 
-    heads: int32 [num_kv_heads, 3], (first row of key and value, first page, tokens) of each head.
+    heads: int32 [num_kv_heads, 3], (first row of key and value, first page, tokens) of each head's run.
     """
-    page, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
     first_row, first_page = tl.load(heads + 3 * head), tl.load(heads + 3 * head + 1)
     num_tokens = tl.load(heads + 3 * head + 2)
-    if page == 0:
-        _write_header(cells, state_block, head, end, first_page, num_tokens, block_stride, head_stride, G)
-    if page * G.tile_tokens < num_tokens:
-        t = page * G.tile_tokens + tl.arange(0, G.tile_tokens)
+    if tile * G.tile_tokens < num_tokens:
+        t = tile * G.tile_tokens + tl.arange(0, G.tile_tokens)
         row = first_row + tl.minimum(t, num_tokens - 1)
         d = tl.arange(0, G.block_dim)
         at, mask = row.to(tl.int64)[:, None] * G.head_dim + d[None, :], (d < G.head_dim)[None, :] & (row >= 0)[:, None]
         k, v = tl.load(key + at, mask=mask, other=0.0), tl.load(value + at, mask=mask, other=0.0)
-        to = kept_page_at(blocks, first_page + page, page >= 0, block_stride, head_stride, layer, num_layers, G)
+        to = kept_tile_at(
+            blocks, first_page, tile, tile >= 0, block_stride, head_stride, strip_offset, strip_pages, G
+        )  # fmt: skip
         masses = None
         if log_mass is not None:
             masses = tl.load(log_mass + row, mask=t < num_tokens, other=0.0)
@@ -157,14 +149,15 @@ def read_kept(
     Args:
         cells: uint8, one layer's cells. blocks: ids of the request's kept blocks. headers: of each KV head.
     """
-    counts = [header.num_tokens for header in headers]
-    key = torch.empty(sum(counts), geometry.head_dim, dtype=torch.float32, device=cells.device)
+    total = sum(header.num_tokens for header in headers)
+    key = torch.empty(total, geometry.head_dim, dtype=torch.float32, device=cells.device)
     value, log_mass = torch.empty_like(key), torch.empty_like(key[:, 0]) if geometry.mass else None
-    if max(counts):
-        read_kept_kernel[(triton.cdiv(max(counts), CHUNK_TOKENS), geometry.num_kv_heads)](
-            *_kept_arguments(geometry, cells, blocks, headers), codec_tables, key, value, log_mass, CHUNK_TOKENS,
-            storage_geometry(geometry), num_warps=READ_WARPS,
-        )  # fmt: skip
+    for run, of_format in enumerate(formats_of(geometry)):
+        if most := _most_tokens(headers, run):
+            read_kept_kernel[(triton.cdiv(most, CHUNK_TOKENS), geometry.num_kv_heads)](
+                *_kept_arguments(geometry, cells, blocks, headers, run), codec_tables if run == 0 else NO_TABLES, key,
+                value, log_mass, CHUNK_TOKENS, storage_geometry(of_format), num_warps=READ_WARPS,
+            )  # fmt: skip
     return key, value, log_mass
 
 
@@ -181,24 +174,34 @@ def write_kept(
         state_block: id of the first block of the request's row. blocks: ids of its kept blocks.
     """
     check_device(cells=cells, key=key, value=value, log_mass=log_mass)
-    pages = max(1, *(header.num_pages for header in headers))
-    write_kept_kernel[(pages, geometry.num_kv_heads)](
-        *_kept_arguments(geometry, cells, blocks, headers), codec_tables, state_block, headers[0].end,
-        key.contiguous(), value.contiguous(), log_mass, storage_geometry(geometry), num_warps=8,
-    )  # fmt: skip
+    numbers = on_device([header.numbers for header in headers], cells.device).view(torch.uint8)
+    cells.flatten(2)[state_block, :, :HEADER_BYTES] = numbers
+    key, value = key.contiguous(), value.contiguous()
+    for run, of_format in enumerate(formats_of(geometry)):
+        if most := _most_tokens(headers, run):
+            write_kept_kernel[(triton.cdiv(most, geometry.tile_tokens), geometry.num_kv_heads)](
+                *_kept_arguments(geometry, cells, blocks, headers, run), codec_tables if run == 0 else NO_TABLES, key,
+                value, log_mass, storage_geometry(of_format), num_warps=8,
+            )  # fmt: skip
+
+
+def _most_tokens(headers: Sequence[Header], run: int) -> int:
+    """Of any head's run of this number."""
+    return max(header.runs[run].num_tokens if run < len(header.runs) else 0 for header in headers)
 
 
 def _kept_arguments(
-    geometry: Geometry, cells: torch.Tensor, blocks: Sequence[int], headers: Sequence[Header]
+    geometry: Geometry, cells: torch.Tensor, blocks: Sequence[int], headers: Sequence[Header], run: int
 ) -> tuple[Any, ...]:
-    """The arguments the kernels of kept pages start with."""
+    """The arguments the kernels of kept pages start with, for the heads' runs of this number."""
     check_device(cells=cells)
     check_alignment(cells)
     rows, first_row = [], 0
     for header in headers:
-        rows.append((first_row, header.first_page, header.num_tokens))
+        before = first_row + sum(earlier.num_tokens for earlier in header.runs[:run])
+        own = header.runs[run] if run < len(header.runs) else Run(run, 0, 0)
+        rows.append((before, own.first_page, own.num_tokens))
         first_row += header.num_tokens
-    num_layers = cells.stride(1) // geometry.cell_bytes
-    layer = cells.storage_offset() % cells.stride(1) // geometry.cell_bytes
     block_ids, heads = (on_device(numbers, cells.device) for numbers in (blocks, rows))
-    return cells, cells.stride(0), cells.stride(1), layer, num_layers, block_ids, heads
+    strips = strips_of(cells, geometry.kept_page_bytes)
+    return cells, cells.stride(0), cells.stride(1), *strips, block_ids, heads

@@ -42,12 +42,12 @@ def kept_of(r, table, kept_ends, kept_starts, kept_blocks):
 
 
 @triton.jit
-def kept_header(cells, table, head, block_stride, head_stride, end):
-    """(first kept page, kept tokens) of one KV head; none where end is 0 (row[0] may then be no block at all)."""
+def kept_run(cells, table, head, block_stride, head_stride, end, run: tl.constexpr):
+    """(first page, tokens) of a run of one KV head; none where end is 0 (row[0] may then be no block at all)."""
     block = tl.load(table, mask=end > 0, other=0).to(tl.int64)
     header = (cells + block * block_stride + head * head_stride).to(tl.pointer_type(tl.int32))
-    first_page = tl.load(header + 1, mask=end > 0, other=0)
-    return first_page, tl.load(header + 3, mask=end > 0, other=0)
+    first_page = tl.load(header + 3 * run + 3, mask=end > 0, other=0)
+    return first_page, tl.load(header + 3 * run + 4, mask=end > 0, other=0)
 
 
 @triton.jit
@@ -66,32 +66,39 @@ def tile_page_at(table, tile, head, mask, block_stride, head_stride, G: tl.const
 
 
 @triton.jit
-def kept_place(page, head_stride, layer, num_layers, G: tl.constexpr):
-    """(index of its block among the kept blocks, offset in that block from this layer's first cell) of a kept page."""
-    cell = page // G.tiles_per_block
-    layer_cells = G.num_kv_heads * num_layers
-    in_block = cell % layer_cells
-    offset = (in_block % G.num_kv_heads).to(tl.int64) * head_stride
-    offset += (in_block // G.num_kv_heads - layer) * G.cell_bytes + page % G.tiles_per_block * G.page_bytes
-    return cell // layer_cells, offset
+def kept_place(first_page, tile, head_stride, strip_offset, strip_pages, G: tl.constexpr):
+    """(index of its block among the kept blocks, offset in that block from this layer's first cell) of a kept tile.
+
+    `tile` counts from the start of a run on page `first_page`; a strip has `strip_pages` pages, and begins
+    `strip_offset` bytes before the layer's cell.
+    """
+    page = first_page + tile // G.tiles_per_page
+    strip = page // strip_pages
+    offset = (strip % G.num_kv_heads).to(tl.int64) * head_stride - strip_offset
+    offset += (page % strip_pages).to(tl.int64) * G.kept_page_bytes + tile % G.tiles_per_page * G.page_bytes
+    return strip // G.num_kv_heads, offset
 
 
 @triton.jit
-def kept_page_at(blocks, page, mask, block_stride, head_stride, layer, num_layers, G: tl.constexpr):
-    """Offset of kept page number `page` of the request whose kept block ids are at `blocks`."""
-    index, offset = kept_place(page, head_stride, layer, num_layers, G)
+def kept_tile_at(
+    blocks, first_page, tile, mask, block_stride, head_stride, strip_offset, strip_pages, G: tl.constexpr
+):  # fmt: skip
+    """Offset of tile `tile` of the run on page `first_page` of the request whose kept block ids are at `blocks`."""
+    index, offset = kept_place(first_page, tile, head_stride, strip_offset, strip_pages, G)
     return tl.multiple_of(tl.load(blocks + index, mask=mask, other=0).to(tl.int64) * block_stride + offset, 16)
 
 
 @triton.jit
 def page_of_chunk(
-    table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, layer, num_layers,
-    G: tl.constexpr
+    table, blocks, chunk, kept_chunks, first_tile, first_page, head, block_stride, head_stride, strip_offset,
+    strip_pages, G: tl.constexpr
 ):  # fmt: skip
     """Offset of the page that holds a chunk: first a head's kept chunks, then those of the tiles from first_tile on."""
     is_kept = chunk < kept_chunks
     tile = first_tile + (chunk - kept_chunks) // G.chunks_per_tile
-    index, kept_offset = kept_place(first_page + chunk // G.chunks_per_tile, head_stride, layer, num_layers, G)
+    index, kept_offset = kept_place(
+        first_page, chunk // G.chunks_per_tile, head_stride, strip_offset, strip_pages, G
+    )  # fmt: skip
     block = tl.load(tl.where(is_kept, blocks + index, table + tile_index(tile, G))).to(tl.int64)
     tile_offset = head.to(tl.int64) * head_stride + tile % G.tiles_per_block * G.page_bytes
     return tl.multiple_of(block * block_stride + tl.where(is_kept, kept_offset, tile_offset), 16)

@@ -17,8 +17,8 @@ from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_devic
 from kvserve.kernels.pages import (
     dense_row,
     dot,
-    kept_header,
     kept_of,
+    kept_run,
     page_of_chunk,
     request_of,
     slot_of,
@@ -34,7 +34,7 @@ _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 @triton.jit
 def received_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
     codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, lse,
     num_heads, scale, wanted, POWER: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def received_kernel(
     end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
     kept_tokens, first_page = 0, 0
     if kept_ends is not None:
-        first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
+        first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
     # The query's own tile is dense, even where its token completes it.
     sealed = computed // G.tile_tokens * G.tile_tokens
     in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
@@ -71,7 +71,7 @@ def received_kernel(
             kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
             page = page_of_chunk(
                 table, blocks, in_sequence, kept_chunks, end // G.tile_tokens, first_page, head, block_stride,
-                head_stride, layer, num_layers, G
+                head_stride, strip_offset, strip_pages, G
             )  # fmt: skip
             in_tiles = tl.where(in_sequence < kept_chunks, in_sequence, in_sequence - kept_chunks)
             column0 = in_tiles % G.chunks_per_tile * CHUNK

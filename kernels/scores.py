@@ -14,8 +14,8 @@ import triton.language as tl
 
 from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
 from kvserve.kernels.decode import LOG2_E, warps_of
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device
-from kvserve.kernels.pages import dense_row, dot, kept_header, page_of_chunk, slot_of
+from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device, strips_of
+from kvserve.kernels.pages import dense_row, dot, kept_run, page_of_chunk, slot_of
 from kvserve.kernels.sealed import sealed_masses, sealed_scores
 
 SCORE_ROWS = 32
@@ -54,7 +54,7 @@ def place_of_chunk(chunk, kept_tokens, end, stored, sealed, CHUNK: tl.constexpr,
 
 @triton.jit
 def scores_kernel(
-    cells, block_stride, head_stride, layer, num_layers, table, codec_tables, blocks, end, stored, query,
+    cells, block_stride, head_stride, strip_offset, strip_pages, table, codec_tables, blocks, end, stored, query,
     query_token_stride, query_head_stride, num_rows, scale, denominators, chunk_denominators, sums, num_columns,
     POWER: tl.constexpr, TAKE_MAX: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def scores_kernel(
     head = query_head // G.group
     kept_tokens, first_page = 0, 0
     if blocks is not None:
-        first_page, kept_tokens = kept_header(cells, table, head, block_stride, head_stride, end)
+        first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
     sealed = 0 if G.dense else stored // G.tile_tokens * G.tile_tokens
     in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
         chunk, kept_tokens, end, stored, sealed, CHUNK, G
@@ -89,7 +89,7 @@ def scores_kernel(
                 kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
                 page = page_of_chunk(
                     table, table if blocks is None else blocks, in_sequence, kept_chunks, end // G.tile_tokens,
-                    first_page, head, block_stride, head_stride, layer, num_layers, G
+                    first_page, head, block_stride, head_stride, strip_offset, strip_pages, G
                 )  # fmt: skip
                 in_tiles = tl.where(in_sequence < kept_chunks, in_sequence, in_sequence - kept_chunks)
                 column0 = in_tiles % G.chunks_per_tile * CHUNK
@@ -123,7 +123,6 @@ def scores_kernel(
 def attention_sums(
     geometry: Geometry,
     cells: torch.Tensor,
-    layers: tuple[int, int],
     table: torch.Tensor,
     stored: int,
     query: torch.Tensor,
@@ -138,7 +137,7 @@ def attention_sums(
     """Sum, or largest, over query rows of probability ** power, for each token that a request holds.
 
     Args:
-        cells: uint8, one layer's cells. layers: layers of the arena, and the index of this one.
+        cells: uint8, one layer's cells.
         table: int32 [>= blocks], the request's row of blocks.
         stored: tokens stored of the request; row i of `query` is at position stored - rows + i.
         query: [rows, num_heads, head_dim], last dim contiguous.
@@ -159,10 +158,11 @@ def attention_sums(
     partial = torch.empty(num_heads, chunks, rows, dtype=torch.float32, device=query.device)
     sums = torch.zeros(num_heads, columns, dtype=torch.float32, device=query.device)
     block_ids = on_device(blocks, cells.device) if end else None
+    strips = strips_of(cells, geometry.kept_page_bytes)
 
     def launch(denominators: torch.Tensor | None) -> None:
         scores_kernel[(chunks, num_heads)](
-            cells, cells.stride(0), cells.stride(1), layers[1], layers[0], table, codec_tables, block_ids, end, stored,
+            cells, cells.stride(0), cells.stride(1), *strips, table, codec_tables, block_ids, end, stored,
             query, query.stride(0), query.stride(1), rows, scale * LOG2_E, denominators, partial, sums, columns, power,
             take_max, SCORE_ROWS, CHUNK_TOKENS, geometry, num_warps=warps_of(geometry),
         )  # fmt: skip

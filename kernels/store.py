@@ -67,7 +67,7 @@ def stage_kernel(
 
 @triton.jit
 def seal_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
     codec_tables, staged,
     G: tl.constexpr
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def seal_kernel(
 
 @triton.jit
 def slots_kernel(
-    cells, block_stride, head_stride, layer, num_layers, query_start_loc, seq_lens, block_table, table_stride,
+    cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
     codec_tables, staged,
     TOKENS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip

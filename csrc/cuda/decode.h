@@ -56,10 +56,10 @@ KVS_LANE Share share_of_block(const DecodeArguments& arguments, Place place) {
   const int shown = layout.sliding_window ? request.num_computed + 1 - layout.sliding_window : 0;
   share.oldest = shown > 0 ? shown : 0;
   if (request.kept_end) {
-    const KvsKept kept = kept_of(arguments.arena, request.row, share.kv_head);
-    share.first_kept = kept.first_page;
-    share.kept_tokens = kept.num_tokens;
-    share.kept_pages = (kept.num_tokens + layout.tile_tokens - 1) / layout.tile_tokens;
+    const KvsRun run = kept_of(arguments.arena, request.row, share.kv_head).runs[0];
+    share.first_kept = run.first_page;
+    share.kept_tokens = run.num_tokens;
+    share.kept_pages = (run.num_tokens + layout.tile_tokens - 1) / layout.tile_tokens;
   }
   share.first_tile = (request.kept_end > share.oldest ? request.kept_end : share.oldest) / layout.tile_tokens;
   const int pages = share.kept_pages + request.num_computed / layout.tile_tokens - share.first_tile;
@@ -72,7 +72,7 @@ KVS_LANE Share share_of_block(const DecodeArguments& arguments, Place place) {
 KVS_LANE const uint8_t* page_at(const DecodeArguments& arguments, const Share& share, int page) {
   const Request& request = share.request;
   if (page < share.kept_pages)
-    return kept_page(arguments.layout, arguments.arena, request.kept_blocks, share.first_kept + page);
+    return kept_tile(arguments.layout, arguments.arena, request.kept_blocks, share.first_kept, page);
   const int tile = share.first_tile + page - share.kept_pages;
   return tile_page(arguments.layout, arguments.arena, request, share.kv_head, tile);
 }

@@ -21,6 +21,7 @@ inline const char* unsupported(const KvsLayout& layout) {
   if (!is_affine_by_token(layout.value) || !covered(value_codec(layout)))
     return "the CUDA kernels read values of 2 or 4 bits; use Triton";
   if (layout.mass) return "the CUDA kernels add no log-masses to logits; use Triton";
+  if (layout.num_formats > 1) return "the CUDA kernels read kept pages of one format; use Triton";
   if (layout.head_dim != 64 && layout.head_dim != 128)
     return "the CUDA kernels support head_dim 64 and 128; use Triton";
   if (layout.dense_dtype != KVS_F16 && layout.dense_dtype != KVS_BF16)
@@ -36,8 +37,8 @@ inline const char* wrong_rows(const KvsLayout& layout, const KvsRows& rows) {
 }
 
 inline const char* wrong_arena(const KvsLayout& layout, const KvsArena& arena) {
-  const uintptr_t places = uintptr_t(arena.base) | arena.block_stride | arena.head_stride | arena.layer_stride;
-  return (places | layout.page_bytes) % 16 ? "pages must start at multiples of 16 bytes" : nullptr;
+  const uintptr_t places = uintptr_t(arena.base) | arena.block_stride | arena.head_stride | arena.strip_offset;
+  return (places | layout.page_bytes | layout.kept_page_bytes) % 16 ? "pages must start at multiples of 16 bytes" : nullptr;
 }
 
 // The most warps, and then stages, that fit into `limit` bytes; what a launch asks for is not changed.

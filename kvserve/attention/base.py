@@ -319,8 +319,8 @@ class PagedAttention(ABC):
         if power not in get_args(Power) or reduce not in get_args(Reduction):
             raise ValueError(f"power must be 1 or 2 and reduce sum or max, got {power} and {reduce}")
 
-    def check_kept_rows(self, rows: KeptRows) -> list[int]:
-        """Kept tokens of each KV head; rejects what is not float32 [num_kept, head_dim]."""
+    def check_kept_rows(self, rows: KeptRows) -> Sequence[tuple[int, ...]]:
+        """Kept tokens of each KV head's runs; rejects what is not float32 [num_kept, head_dim]."""
         heads = self.spec.num_kv_heads
         for part in (rows.keys, rows.values, *([] if rows.log_mass is None else [rows.log_mass])):
             if len(part) != heads:
@@ -335,7 +335,14 @@ class PagedAttention(ABC):
             raise ValueError(f"keys and values differ in tokens: {counts} and {[len(row) for row in rows.values]}")
         if rows.log_mass is not None:
             self._check_masses(rows.log_mass, counts)
-        return counts
+        if rows.runs is None:
+            return [(count,) for count in counts]
+        if counts != [sum(of_head) for of_head in rows.runs] or max(map(len, rows.runs)) > len(self.layout.formats):
+            raise ValueError(
+                f"runs must divide the {counts} tokens of each KV head among {len(self.layout.formats)} formats, got "
+                f"{list(rows.runs)}"
+            )
+        return rows.runs
 
     def _check_masses(self, log_mass: Sequence[torch.Tensor], counts: list[int]) -> None:
         if self.layout.tile_format is None or self.layout.tile_format.mass is None:

@@ -35,6 +35,7 @@ from kvserve.attention.structs import (
     KvsRows,
     kvs_arena,
     kvs_batch,
+    kvs_kept,
     kvs_layout,
     kvs_received,
     kvs_rows,
@@ -50,6 +51,7 @@ from kvserve.pages.kept import (
     held_tokens,
     make_headers,
     read_headers,
+    runs_of,
 )
 from kvserve.pages.layout import PageLayout
 
@@ -180,7 +182,7 @@ class NativeAttention(PagedAttention):
         pointers = (key.data_ptr(), value.data_ptr(), None if mass is None else mass.data_ptr())
         self._library.kvs_read_kept(self._layout, self._arena(cells), blocks, table, offsets, *pointers)
         masses = None if mass is None else list(mass.split(counts))
-        return KeptRows(list(key.split(counts)), list(value.split(counts)), masses)
+        return KeptRows(list(key.split(counts)), list(value.split(counts)), masses, runs_of(self.layout, headers))
 
     def write_kept(
         self,
@@ -192,8 +194,8 @@ class NativeAttention(PagedAttention):
     ) -> None:
         if self._positions:
             raise ValueError("codecs of keys before-rope read positions, which kept pages do not have; do not evict")
-        arena, counts = self._arena(cells), self.check_kept_rows(rows)
-        headers = make_headers(self.layout, cells, kept, first_pages, counts)
+        arena, runs = self._arena(cells), self.check_kept_rows(rows)
+        headers = make_headers(self.layout, cells, kept, first_pages, runs)
         blocks, table, offsets = _kept_arguments(kept, headers)
         key, value = torch.cat(list(rows.keys)), torch.cat(list(rows.values))
         mass = None if rows.log_mass is None else torch.cat(list(rows.log_mass))
@@ -360,7 +362,7 @@ def _cpu_flags() -> frozenset[str]:
 
 def _kept_arguments(kept: Kept, headers: Sequence[Header]) -> tuple[Any, Any, Any]:
     """The kernels' block ids, headers and row offsets of what one layer keeps."""
-    table = (KvsKept * len(headers))(*(KvsKept(*header) for header in headers))
+    table = (KvsKept * len(headers))(*(kvs_kept(header) for header in headers))
     offsets = (_int64 * (len(headers) + 1))(0, *accumulate(header.num_tokens for header in headers))
     return (_int32 * len(kept.blocks))(*kept.blocks), table, offsets
 

@@ -31,6 +31,7 @@ from kvserve.pages.kept import (
     make_headers,
     read_header,
     read_headers,
+    runs_of,
     write_header,
 )
 from kvserve.pages.reference import beyond_range, decode_page, encode_page, hadamard
@@ -224,7 +225,8 @@ class ReferenceAttention(PagedAttention):
         rows = [of_head.read() for of_head in pages]
         has_mass = self.layout.tile_format is not None and self.layout.tile_format.mass is not None
         masses = [of_head.log_mass() for of_head in pages] if has_mass else None
-        return KeptRows([r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows], masses)
+        both = [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
+        return KeptRows(*both, masses, runs_of(self.layout, headers))
 
     def write_kept(
         self,

@@ -11,7 +11,7 @@ from kvserve.codecs.base import MAX_PARAMS, MAX_STAGES
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.layer_tables import KV_HEADS, POSITIONS, LayerTables, table_specs
 from kvserve.codecs.tile import Half
-from kvserve.pages.kept import num_layers_of
+from kvserve.pages.kept import MAX_RUNS, Header, strip_offset
 from kvserve.pages.layout import PageLayout
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,19 +44,27 @@ class KvsLayout(ctypes.Structure):
         ("key", KvsHalf),
         ("value", KvsHalf),
         ("mass", int64),
+        ("kept_page_bytes", int64),
+        ("tiles_per_page", int32),
+        ("num_formats", int32),
+        ("others", pointer),
     ]
 
 
 class KvsArena(ctypes.Structure):
     _fields_ = [
         ("base", pointer),
-        *((name, int64) for name in ("block_stride", "head_stride", "layer_stride")),
-        *((name, int32) for name in ("layer", "num_layers")),
+        *((name, int64) for name in ("block_stride", "head_stride", "strip_offset")),
+        ("pages_per_strip", int32),
     ]
 
 
+class KvsRun(ctypes.Structure):
+    _fields_ = [(name, int32) for name in ("format", "first_page", "num_tokens")]
+
+
 class KvsKept(ctypes.Structure):
-    _fields_ = [(name, int32) for name in ("end", "first_page", "num_pages", "num_tokens")]
+    _fields_ = [("end", int32), ("num_runs", int32), ("runs", KvsRun * MAX_RUNS)]
 
 
 class KvsBatch(ctypes.Structure):
@@ -98,13 +106,25 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
-    struct.sink_tokens, struct.page_bytes = layout.policy.sink_tokens, tile_format.tile_bytes
-    if tile_format.dense_dtype is not None:
-        return struct
-    struct.key, struct.value = (kvs_half(tile_format, half, tables or {}) for half in Half)
-    struct.mass = tile_format.mass or 0
-    struct.value_rotated = tile_format.half(Half.VALUE)[0].rotates
+    struct.sink_tokens, struct.kept_page_bytes = layout.policy.sink_tokens, layout.kept_page_bytes
+    struct.value_rotated = layout.rotates
+    _set_format(struct, layout, 0, tables or {})
+    others = (KvsLayout * len(layout.other_formats))()
+    for number, other in enumerate(others, 1):
+        ctypes.pointer(other)[0] = struct
+        _set_format(other, layout, number, {})
+    struct.num_formats, struct.others = len(layout.formats), ctypes.addressof(others)
+    struct.arrays = others  # type: ignore[attr-defined]  # they live as long
     return struct
+
+
+def _set_format(struct: KvsLayout, layout: PageLayout, number: int, tables: LayerTables) -> None:
+    """Make the struct that of tiles of format `number`."""
+    tile_format = layout.formats[number]
+    struct.page_bytes, struct.tiles_per_page = tile_format.tile_bytes, layout.tiles_per_page(number)
+    if tile_format.dense_dtype is None:
+        struct.key, struct.value = (kvs_half(tile_format, half, tables) for half in Half)
+        struct.mass = tile_format.mass or 0
 
 
 def kvs_half(tile_format: TileFormat, half: Half, tables: LayerTables) -> KvsHalf:
@@ -147,8 +167,13 @@ def kvs_batch(batch: Batch) -> KvsBatch:
 
 def kvs_arena(cells: torch.Tensor, layout: PageLayout) -> KvsArena:
     """`cells` must have passed `check_cells`."""
-    num_layers, layer = num_layers_of(cells, layout)
-    return KvsArena(cells.data_ptr(), cells.stride(0), cells.stride(1), layout.cell_bytes, layer, num_layers)
+    pages = cells.stride(1) // layout.kept_page_bytes if layout.kept_page_bytes else 0
+    return KvsArena(cells.data_ptr(), cells.stride(0), cells.stride(1), strip_offset(cells), pages)
+
+
+def kvs_kept(header: Header) -> KvsKept:
+    """What one KV head keeps."""
+    return KvsKept(header.end, len(header.runs), tuple(tuple(run) for run in header.runs))
 
 
 def kvs_received(received: Received, num_reqs: int) -> KvsReceived:

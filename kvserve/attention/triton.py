@@ -23,7 +23,7 @@ from kvserve.codecs.layer_tables import LayerTables
 from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, check_device, codec_tables_of, geometry_of
-from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, make_headers, num_layers_of, read_headers
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, make_headers, read_headers, runs_of
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 
@@ -124,7 +124,8 @@ class TritonAttention(PagedAttention):
         counts = [header.num_tokens for header in headers]
         key, value, mass = kept_pages.read_kept(self.geometry, cells, kept.blocks, headers, self.codec_tables)
         masses = None if mass is None else list(mass.split(counts))
-        return KeptRows(list(key.split(counts)), list(self._rotate(value).split(counts)), masses)
+        both = list(key.split(counts)), list(self._rotate(value).split(counts))
+        return KeptRows(*both, masses, runs_of(self.layout, headers))
 
     def write_kept(
         self,
@@ -155,9 +156,8 @@ class TritonAttention(PagedAttention):
         self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
         state_block = int(block_table_row[0]) if kept.end else 0
         held = held_tokens(cells, self.layout, state_block, num_tokens, kept)
-        place = (self.geometry, cells, num_layers_of(cells, self.layout), block_table_row, num_tokens)
-        how = (*kept, power, reduce == "max", self.codec_tables)
-        return scores.attention_sums(*place, query, self.spec.scale, held, *how)
+        place, how = (self.geometry, cells, block_table_row, num_tokens), (power, reduce == "max", self.codec_tables)
+        return scores.attention_sums(*place, query, self.spec.scale, held, kept.end, kept.blocks, *how)
 
     def _tables(self, cells: torch.Tensor, batch: Batch) -> Tables:
         self.check_kept(batch)

@@ -1,13 +1,17 @@
 """What an evicted request keeps: where it lies, and the PyTorch reference that reads and writes it.
 
 Eviction at `end` leaves a request's sinks and its tokens from `end` on where they are. Of the tokens between, every
-layer and KV head keeps its own subset, or rows that stand for several of them, packed into *kept pages*: sealed pages
-of tile_tokens columns, the last one of a head partly filled.
+layer and KV head keeps its own subset, or rows that stand for several of them, packed into *kept pages*.
 
-Kept pages are numbered over the whole request. They fill its kept blocks, which are not part of its row, in the order
-[layer][kv_head][page of the cell], whichever layer and head they belong to: a page lies in any layer's cell. A (layer,
-head) owns consecutive pages, and its `Header` in the cell (state block, kv_head) says which. The state block is the
-first of the request's row.
+A kept page holds tiles of one format, back to back. A *run* is consecutive pages of one format, of which the last tile,
+and the last page, may be partly filled. What a (layer, KV head) keeps is one run of each of the policy's formats, or
+fewer, on consecutive pages; its `Header` in the cell (state block, kv_head) says which. The order of a head's tokens is
+sinks, run 0, run 1, and so on, tokens from `end` on; within a run they ascend in position.
+
+A *strip* is the bytes of all layers' cells of one (block, KV head), which are contiguous. Kept pages are numbered over
+the whole request. They fill the strips of its kept blocks, which are not part of its row, in the order [kept block]
+[kv_head][index in the strip], whichever layer and head they belong to. The state block is the first of the request's
+row.
 """
 
 from __future__ import annotations
@@ -19,11 +23,12 @@ from typing import NamedTuple
 
 import torch
 
+from kvserve.codecs.format import TileFormat
 from kvserve.codecs.tile import Tables, Tile
 from kvserve.pages.layout import PageLayout
-from kvserve.pages.reference import decode_page
+from kvserve.pages.page_size import MAX_RUNS
 
-HEADER_BYTES = 16
+HEADER_BYTES = 4 * (2 + 3 * MAX_RUNS)
 
 
 class Kept(NamedTuple):
@@ -68,31 +73,60 @@ class KeptRows(NamedTuple):
         keys, values: per KV head, float32 [num_kept, head_dim]; keys after RoPE, values as the model made them.
         log_mass: per KV head, float32 [num_kept], added to a token's logit: the log of how many tokens it stands for.
             None where every token stands for itself.
+        runs: per KV head, how many of them each run has, in the order of the layout's formats. None: all are in the
+            first format.
     """
 
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     log_mass: Sequence[torch.Tensor] | None = None
+    runs: Sequence[tuple[int, ...]] | None = None
 
 
-class Header(NamedTuple):
-    """What one (layer, KV head) keeps; four int32 at byte 0 of its state cell (KvsKept in csrc/kvserve.h)."""
+class Run(NamedTuple):
+    """Tokens of one (layer, KV head) in pages of one format; three int32 (KvsRun in csrc/kvserve.h)."""
 
-    end: int
+    format: int
     first_page: int
-    num_pages: int
     num_tokens: int
 
 
-class Arena(NamedTuple):
-    """All layers' cells, uint8 [num_blocks, num_kv_heads, num_layers, cell_bytes], as one of them sees it."""
+class Header(NamedTuple):
+    """What one (layer, KV head) keeps; int32 at byte 0 of its state cell (KvsKept in csrc/kvserve.h).
 
-    cells: torch.Tensor
-    layer: int
+    They are `end`, how many runs there are, and MAX_RUNS runs, zeros where there are fewer.
+    """
+
+    end: int
+    runs: tuple[Run, ...]
 
     @property
-    def num_layers(self) -> int:
-        return self.cells.shape[2]
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def numbers(self) -> list[int]:
+        """As they are stored."""
+        stored = [self.end, len(self.runs), *(number for run in self.runs for number in run)]
+        return stored + [0] * (HEADER_BYTES // 4 - len(stored))
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Header:
+        """The reverse of `numbers`."""
+        end, count, *stored = numbers
+        return cls(end, tuple(Run(*stored[3 * i : 3 * i + 3]) for i in range(count)))
+
+
+class Arena(NamedTuple):
+    """A pool as one of its layers sees it.
+
+    Attributes:
+        cells: the layer's own, uint8 [num_blocks, num_kv_heads, cell_bytes].
+        strips: of all layers, uint8 [num_blocks, num_kv_heads, strip bytes].
+    """
+
+    cells: torch.Tensor
+    strips: torch.Tensor
 
 
 def num_layers_of(cells: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
@@ -101,23 +135,28 @@ def num_layers_of(cells: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
     return head_stride // layout.cell_bytes, cells.storage_offset() % head_stride // layout.cell_bytes
 
 
+def strip_offset(cells: torch.Tensor) -> int:
+    """Bytes from the start of a strip to the layer's cell in it."""
+    return cells.storage_offset() % cells.stride(1)
+
+
 def arena_of(cells: torch.Tensor, layout: PageLayout) -> Arena:
     """The arena around one layer's `cells`."""
-    num_layers, layer = num_layers_of(cells, layout)
-    shape = (*cells.shape[:2], num_layers, layout.cell_bytes)
-    strides = (cells.stride(0), cells.stride(1), layout.cell_bytes, 1)
-    return Arena(cells.as_strided(shape, strides, cells.storage_offset() - layer * layout.cell_bytes), layer)
+    strides, offset = (*cells.stride()[:2], 1), cells.storage_offset()
+    own = cells.as_strided((*cells.shape[:2], layout.cell_bytes), strides, offset)
+    strips = cells.as_strided((*cells.shape[:2], cells.stride(1)), strides, offset - strip_offset(cells))
+    return Arena(own, strips)
 
 
 def pages_per_block(layout: PageLayout, num_kv_heads: int, num_layers: int) -> int:
     """Kept pages of one block."""
-    return num_layers * num_kv_heads * layout.tiles_per_block
+    return num_kv_heads * layout.pages_per_strip(num_layers)
 
 
 def make_headers(
-    layout: PageLayout, cells: torch.Tensor, kept: Kept, first_pages: Sequence[int], num_tokens: Sequence[int]
+    layout: PageLayout, cells: torch.Tensor, kept: Kept, first_pages: Sequence[int], runs: Sequence[Sequence[int]]
 ) -> list[Header]:
-    """The headers of one layer's KV heads, which keep `num_tokens[h]` tokens from page `first_pages[h]` on.
+    """The headers of one layer's KV heads, which keep `runs[h][f]` tokens in format f from page `first_pages[h]` on.
 
     Raises:
         ValueError: the layout has no state blocks, `kept.end` is no tile border, or pages lie outside the kept blocks.
@@ -127,45 +166,45 @@ def make_headers(
         raise ValueError("kept pages need a policy with codecs and a layout with state_blocks")
     if kept.end <= 0 or kept.end % layout.tile_tokens:
         raise ValueError(f"kept.end must be a positive multiple of {layout.tile_tokens}, got {kept.end}")
-    if len(first_pages) != num_kv_heads or len(num_tokens) != num_kv_heads:
-        raise ValueError(f"need pages and tokens of {num_kv_heads} KV heads, got {len(first_pages)}, {len(num_tokens)}")
-    capacity = len(kept.blocks) * pages_per_block(layout, num_kv_heads, num_layers_of(cells, layout)[0])
+    if len(first_pages) != num_kv_heads or len(runs) != num_kv_heads:
+        raise ValueError(f"need pages and tokens of {num_kv_heads} KV heads, got {len(first_pages)}, {len(runs)}")
+    capacity = len(kept.blocks) * num_kv_heads * (cells.stride(1) // layout.kept_page_bytes)
     headers = []
-    for first, count in zip(first_pages, num_tokens, strict=True):
-        pages = ceil(count / layout.tile_tokens)
-        if first < 0 or first + pages > capacity:
-            raise ValueError(f"pages [{first}, {first + pages}) do not fit in {len(kept.blocks)} blocks of kept pages")
-        headers.append(Header(kept.end, first, pages, count))
+    for first, counts in zip(first_pages, runs, strict=True):
+        page, made = first, []
+        for number, count in enumerate(counts):
+            made.append(Run(number, page, count))
+            page += layout.run_pages(count, number)
+        if first < 0 or page > capacity:
+            raise ValueError(f"pages [{first}, {page}) do not fit in {len(kept.blocks)} blocks of kept pages")
+        headers.append(Header(kept.end, tuple(made)))
     return headers
 
 
 def kept_page(arena: Arena, layout: PageLayout, kept: Kept, page: int) -> torch.Tensor:
-    """A writable view of kept page number `page`, uint8 [page bytes]."""
-    assert layout.tile_format is not None
-    num_kv_heads, size = arena.cells.shape[1], layout.tile_format.tile_bytes
-    block, page = divmod(page, pages_per_block(layout, num_kv_heads, arena.num_layers))
-    cell, index = divmod(page, layout.tiles_per_block)
-    layer, kv_head = divmod(cell, num_kv_heads)
-    return arena.cells[kept.blocks[block], kv_head, layer, index * size : (index + 1) * size]
+    """A writable view of kept page number `page`, uint8 [kept_page_bytes]."""
+    size = layout.kept_page_bytes
+    strip, index = divmod(page, arena.strips.shape[2] // size)
+    block, kv_head = divmod(strip, arena.strips.shape[1])
+    return arena.strips[kept.blocks[block], kv_head, index * size : (index + 1) * size]
 
 
 def _header_bytes(arena: Arena, state_block: int, kv_head: int) -> torch.Tensor:
-    return arena.cells[state_block, kv_head, arena.layer, :HEADER_BYTES]
+    return arena.cells[state_block, kv_head, :HEADER_BYTES]
 
 
 def read_header(arena: Arena, state_block: int, kv_head: int) -> Header:
-    return Header(*_header_bytes(arena, state_block, kv_head).clone().view(torch.int32).tolist())
+    return Header.of(_header_bytes(arena, state_block, kv_head).clone().view(torch.int32).tolist())
 
 
 def read_headers(cells: torch.Tensor, layout: PageLayout, state_block: int) -> list[Header]:
     """The headers of all KV heads of one layer, which `cells` (uint8 [blocks, heads, ...]) shows."""
-    arena = arena_of(cells, layout)
-    rows = arena.cells[state_block, :, arena.layer, :HEADER_BYTES].contiguous().view(torch.int32)
-    return [Header(*row) for row in rows.tolist()]
+    rows = arena_of(cells, layout).cells[state_block, :, :HEADER_BYTES].contiguous().view(torch.int32)
+    return [Header.of(row) for row in rows.tolist()]
 
 
 def write_header(arena: Arena, state_block: int, kv_head: int, header: Header) -> None:
-    _header_bytes(arena, state_block, kv_head)[:] = torch.tensor(header, dtype=torch.int32).view(torch.uint8)
+    _header_bytes(arena, state_block, kv_head)[:] = torch.tensor(header.numbers, dtype=torch.int32).view(torch.uint8)
 
 
 def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_tokens: int, kept: Kept) -> list[int]:
@@ -177,6 +216,13 @@ def held_tokens(cells: torch.Tensor, layout: PageLayout, state_block: int, num_t
         return [num_tokens] * cells.shape[1]
     others = layout.policy.sink_tokens + num_tokens - kept.end
     return [others + header.num_tokens for header in read_headers(cells, layout, state_block)]
+
+
+def runs_of(layout: PageLayout, headers: Sequence[Header]) -> list[tuple[int, ...]] | None:
+    """`KeptRows.runs` of what headers name; None where the layout has one format."""
+    if not layout.other_formats:
+        return None
+    return [tuple(run.num_tokens for run in header.runs) for header in headers]
 
 
 class KeptPages(NamedTuple):
@@ -198,29 +244,41 @@ class KeptPages(NamedTuple):
         Args:
             log_mass: float32 [num_tokens], for pages that have it; None: 0 for every token.
         """
-        size, tile_format = self.layout.tile_tokens, self.layout.tile_format
-        assert tile_format is not None
-        for index, page in enumerate(self._pages()):
-            tokens = slice(index * size, (index + 1) * size)
+        for tile_format, data, tokens in self._tiles():
             tile, masses = rows[tokens], None if log_mass is None else log_mass[tokens]
-            filled = torch.cat([tile, tile[-1:].expand(size - len(tile), -1, -1)])
-            keys, values = Tile.of(filled[:, 0]), Tile.of(filled[:, 1])
-            page[:] = tile_format.encode_tile(keys, values, self.tables, masses)
+            data[:] = tile_format.encode_tile(*filled_tile(tile, tile_format.tokens), self.tables, masses)
 
     def read(self) -> torch.Tensor:
         """Kept tokens as their pages decode, float32 [num_tokens, 2 (K, V), head_dim]; V stays rotated."""
-        decoded = [torch.stack(decode_page(page, self.layout, tables=self.tables), 1) for page in self._pages()]
-        return torch.cat([torch.zeros(0, 2, self.layout.head_dim), *decoded])[: self.header.num_tokens]
+        rows = torch.zeros(self.header.num_tokens, 2, self.layout.head_dim)
+        for tile_format, data, tokens in self._tiles():
+            decoded = torch.stack(tile_format.decode_tile(data, tables=self.tables), 1)
+            rows[tokens] = decoded[: tokens.stop - tokens.start]
+        return rows
 
     def log_mass(self) -> torch.Tensor:
         """Of the kept tokens, float32 [num_tokens]; zeros where pages have none."""
-        tile_format = self.layout.tile_format
-        assert tile_format is not None
-        if tile_format.mass is None:
-            return torch.zeros(self.header.num_tokens)
-        masses = [tile_format.log_mass(page) for page in self._pages()]
-        return torch.cat([torch.zeros(0), *masses])[: self.header.num_tokens]
+        masses = torch.zeros(self.header.num_tokens)
+        for tile_format, data, tokens in self._tiles():
+            if tile_format.mass is not None:
+                masses[tokens] = tile_format.log_mass(data)[: tokens.stop - tokens.start]
+        return masses
 
-    def _pages(self) -> Iterator[torch.Tensor]:
-        for page in range(self.header.num_pages):
-            yield kept_page(self.arena, self.layout, self.kept, self.header.first_page + page)
+    def _tiles(self) -> Iterator[tuple[TileFormat, torch.Tensor, slice]]:
+        """Of every tile its format, its bytes, and which of the header's tokens it holds."""
+        before, size = 0, self.layout.tile_tokens
+        for run in self.header.runs:
+            tile_format, of_page = self.layout.formats[run.format], self.layout.tiles_per_page(run.format)
+            for tile in range(ceil(run.num_tokens / size)):
+                page, index = divmod(tile, of_page)
+                data = kept_page(self.arena, self.layout, self.kept, run.first_page + page)
+                at, first = index * tile_format.tile_bytes, before + tile * size
+                tokens = slice(first, min(first + size, before + run.num_tokens))
+                yield tile_format, data[at : at + tile_format.tile_bytes], tokens
+            before += run.num_tokens
+
+
+def filled_tile(rows: torch.Tensor, tile_tokens: int) -> tuple[Tile, Tile]:
+    """Keys and values of a tile of kept tokens, [at most tile_tokens, 2, head_dim]; the last one fills what is left."""
+    filled = torch.cat([rows, rows[-1:].expand(tile_tokens - len(rows), -1, -1)])
+    return Tile.of(filled[:, 0]), Tile.of(filled[:, 1])

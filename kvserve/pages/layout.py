@@ -18,6 +18,7 @@ slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ import torch
 
 from kvserve.codecs.format import SECTION_ALIGN_BYTES, TileFormat
 from kvserve.pages.head_dims import check_compressed
+from kvserve.pages.page_size import page_size
 
 if TYPE_CHECKING:  # the kernels need no pydantic
     from kvserve.policies.base import Policy
@@ -39,6 +41,8 @@ class PageLayout:
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
         tile_format: the bytes of a sealed page; None for the dense policy.
+        other_formats: of the tiles of kept pages beside tile_format, which is format 0 (kvserve/pages/kept.py).
+        kept_page_bytes: of a kept page, which holds whole tiles of one format; 0 for the dense policy.
         state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
             headers of its kept pages and the queries it remembers.
         query_group: query heads of a KV head whose queries are remembered; 0: none are.
@@ -56,6 +60,8 @@ class PageLayout:
     num_layers: int | None = None
     least_tail_blocks: int = 0
     least_sink_blocks: int = 0
+    other_formats: tuple[TileFormat, ...] = ()
+    kept_page_bytes: int = 0
 
     @classmethod
     def build(
@@ -82,12 +88,23 @@ class PageLayout:
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         compressed = not policy.is_dense
         dense_dtype = torch.float16 if compressed and model_dtype == torch.float32 else model_dtype
-        tile_format = _tile_format(policy, head_dim, dense_dtype)
+        first, *others = _formats(policy, head_dim, dense_dtype)
+        page_bytes = page_size((first.tile_bytes, *(other.tile_bytes for other in others))).page_bytes
+        layout = cls(
+            policy, head_dim, block_size, dense_dtype, first, state_blocks or 0, num_layers=num_layers,
+            other_formats=tuple(others), kept_page_bytes=page_bytes,
+        )  # fmt: skip
+        if others and num_layers and not layout.pages_per_strip(num_layers):
+            raise ValueError(
+                f"kept pages of {page_bytes} bytes do not fit in the {num_layers * layout.cell_bytes} bytes that a "
+                "block has for each KV head; choose a larger --block-size"
+            )
         if policy.eviction is None or state_blocks is not None:
-            return cls(policy, head_dim, block_size, dense_dtype, tile_format, state_blocks or 0, num_layers=num_layers)
-        group = query_group if policy.eviction.remembers_queries else 0
-        layout = cls(policy, head_dim, block_size, dense_dtype, tile_format, 1, group, num_layers)
-        return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell)) if group else layout
+            return layout
+        layout = replace(layout, state_blocks=1, query_group=query_group if policy.eviction.remembers_queries else 0)
+        if not layout.query_group:
+            return layout
+        return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell))
 
     @property
     def tile_tokens(self) -> int:
@@ -114,6 +131,27 @@ class PageLayout:
     def slots_per_cell(self) -> int:
         """Dense tokens that fit in one cell."""
         return self.cell_bytes // self.slot_bytes
+
+    @property
+    def formats(self) -> tuple[TileFormat, ...]:
+        """Of the tiles of kept pages, by number; none for the dense policy."""
+        return () if self.tile_format is None else (self.tile_format, *self.other_formats)
+
+    def tiles_per_page(self, number: int = 0) -> int:
+        """Tiles of format `number` that a kept page holds."""
+        return self.kept_page_bytes // self.formats[number].tile_bytes
+
+    def page_tokens(self, number: int = 0) -> int:
+        """Tokens of format `number` that a kept page holds."""
+        return self.tiles_per_page(number) * self.tile_tokens
+
+    def run_pages(self, num_tokens: int, number: int = 0) -> int:
+        """Kept pages that so many tokens of one KV head fill in format `number`."""
+        return ceil(num_tokens / self.page_tokens(number))
+
+    def pages_per_strip(self, num_layers: int) -> int:
+        """Kept pages in the bytes of one (block, KV head), all layers together."""
+        return num_layers * self.cell_bytes // self.kept_page_bytes
 
     @property
     def spared_layers(self) -> tuple[int, ...]:
@@ -191,11 +229,11 @@ class PageLayout:
         """Index in a request's row of its tile block number `tile_block`, as long as it was not evicted."""
         return self.private_blocks + tile_block + (self.sink_blocks if tile_block else 0)
 
-    def bits_per_element(self) -> float:
-        """Bits of a sealed K or V element, scales and padding included."""
+    def bits_per_element(self, number: int = 0) -> float:
+        """Bits of a sealed K or V element of format `number`, scales and padding included."""
         if self.tile_format is None:
             return float(self.dense_dtype.itemsize * 8)
-        return self.tile_format.tile_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
+        return self.formats[number].tile_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -254,7 +292,7 @@ class MixedLayout(PageLayout):
         shape = (*cells.shape[:2], self.layers[layer].cell_bytes)
         return cells.as_strided(shape, (*cells.stride()[:2], 1), first + offset)
 
-    def bits_per_element(self) -> float:
+    def bits_per_element(self, number: int = 0) -> float:
         """The mean over the layers."""
         return sum(layer.bits_per_element() for layer in self.layers) / len(self.layers)
 
@@ -266,13 +304,24 @@ def _check_fits(policy: Policy, head_dim: int, block_size: int, num_layers: int 
         raise ValueError(
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), got {block_size}"
         )
-    if policy.eviction and policy.eviction.spare_layers:
+    if policy.eviction and (policy.eviction.spare_layers or policy.eviction.formats):
         if num_layers is None:
-            raise ValueError(f"policy {policy.name} spares layers, so its layout needs num_layers")
+            raise ValueError(f"policy {policy.name} counts layers, so its layout needs num_layers")
         policy.eviction.spared_layers(num_layers)
 
 
-def _tile_format(policy: Policy, head_dim: int, dense_dtype: torch.dtype) -> TileFormat:
+def _formats(policy: Policy, head_dim: int, dense_dtype: torch.dtype) -> list[TileFormat]:
+    """Of the policy's sealed tiles, and those that kept pages may have beside it."""
+    tokens, has_mass = policy.tile_tokens, policy.has_mass
     if policy.key is None or policy.value is None:
-        return TileFormat.dense(policy.tile_tokens, head_dim, dense_dtype)
-    return TileFormat.of(policy.key, policy.value, policy.tile_tokens, head_dim, policy.has_mass)
+        return [TileFormat.dense(tokens, head_dim, dense_dtype)]
+    others = policy.eviction.retention.formats if policy.eviction else ()
+    pairs = [(policy.key, policy.value), *others]
+    formats = [TileFormat.of(key, value, tokens, head_dim, has_mass) for key, value in pairs]
+    if any(after.tile_bytes >= before.tile_bytes for before, after in pairwise(formats)):
+        assert policy.eviction is not None
+        raise ValueError(
+            f"{policy.eviction.retention.name} needs smaller tiles than the policy's own of {formats[0].tile_bytes} "
+            f"bytes, got {', '.join(str(other.tile_bytes) for other in formats[1:])}; choose a codec with fewer bits"
+        )
+    return formats

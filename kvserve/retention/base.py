@@ -12,6 +12,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from kvserve.codecs.base import Codec
+
 
 class HeldTokens(NamedTuple):
     """The candidates of one KV head, in ascending position.
@@ -35,12 +37,15 @@ class Rows(NamedTuple):
         keys, values: float32 [m, head_dim].
         log_mass: float32 [m]; None where every row stands for itself.
         sources: int64 [m]; the candidate that a row is, or began as.
+        runs: how many of the rows each run has: the first those in the policy's own codec, the others those in the
+            retention's `formats`. None: all are in the policy's codec.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     log_mass: torch.Tensor | None
     sources: torch.Tensor
+    runs: tuple[int, ...] | None = None
 
 
 class Retention(BaseModel, ABC):
@@ -56,9 +61,16 @@ class Retention(BaseModel, ABC):
     has_mass: ClassVar[bool] = False
     reads_evicted: ClassVar[bool] = False
 
+    @property
+    def formats(self) -> tuple[tuple[Codec, Codec], ...]:
+        """Codecs of keys and values of what it writes otherwise than in the policy's own; such a policy evicts nothing:
+        every candidate that is not chosen is in one of them."""
+        return ()
+
     @abstractmethod
     def keep(self, held: HeldTokens, chosen: torch.Tensor) -> Rows:
-        """As many rows as were chosen: how many blocks a request holds is known from its length alone.
+        """As many rows as were chosen, or, with `formats`, as there are candidates: how many blocks a request holds is
+        known from its length alone.
 
         Args:
             chosen: int64 [m], ascending; the candidates with the highest scores.

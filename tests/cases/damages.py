@@ -111,7 +111,7 @@ def zero_blocks(first: Callable[[Machine], int], count: Callable[[Machine], int]
 
 
 def header(change: Callable[[list[int]], list[int]]) -> Damage:
-    """Changes the header of the first KV head's kept pages: [end, first_page, num_pages, num_tokens]."""
+    """Changes the header of the first KV head's kept pages, the numbers of a `Header`."""
 
     def apply(machine: Machine, request: Request) -> None:
         data = machine.arena[request.row[0], HEAD, DAMAGED_LAYER, :HEADER_BYTES]
@@ -240,8 +240,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "a sliding window that the model lacks": ("int8", Before(with_spec(sliding_window=100))),
     "values not rotated back": ("boost-2bit", After(not_rotated_back)),
     "a part ignored when partial softmaxes are merged": ("kivi-4bit", After(decodes(dense_part_ignored))),
-    "kept pages off by one": ("kv-compress-2bit", header(lambda h: [h[0], h[1] + 1, h[2], h[3]])),
-    "kept tokens off by one": ("kv-compress", header(lambda h: [h[0], h[1], h[2], h[3] - 1])),
+    "kept pages off by one": ("kv-compress-2bit", header(lambda h: [*h[:3], h[3] + 1, *h[4:]])),
+    "kept tokens off by one": ("kv-compress", header(lambda h: [*h[:4], h[4] - 1, *h[5:]])),
     "kept pages of two heads exchanged": ("kv-compress-2bit", InArena(exchange_headers)),
     "an evicted request's cut a tile too early": ("kv-compress", Before(later_end)),
 }  # fmt: skip

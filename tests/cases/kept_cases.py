@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kvserve.attention.base import Batch, LayerSpec, PagedAttention, Received
 from kvserve.attention.reference import ReferenceAttention
+from kvserve.codecs.base import Codec
+from kvserve.codecs.registry import codec_content
+from kvserve.codecs.tile import Tile
 from kvserve.pages.kept import Kept, KeptRows, KeptTable, pages_per_block
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
@@ -110,8 +113,9 @@ class KeptCase:
         rows = reference.stage(self.key[layer][r], self.value[layer][r])[:, kv_head]
         before, mass = [], torch.zeros((), dtype=torch.float64)
         if ask.end:
-            keys, values, masses = self.kept_rows[layer, r]
-            before.append(coded(torch.stack([keys[kv_head], reference._rotate(values[kv_head])], 1), layout))
+            keys, values, masses, runs = self.kept_rows[layer, r]
+            both = torch.stack([keys[kv_head], reference._rotate(values[kv_head])], 1)
+            before.append(coded(both, layout, runs[kv_head] if runs else ()))
             mass = mass if masses is None else masses[kv_head].double()
         tiles = []
         for start in range(ask.end, len(rows) // size * size, size):
@@ -139,12 +143,18 @@ def rotated(policy: Policy) -> bool:
     return policy.value is not None and policy.value.rotates
 
 
-def coded(rows: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Rows [tokens, 2, head_dim] through the codec, tile by tile, the last one filled up with its last token."""
+def coded(rows: torch.Tensor, layout: PageLayout, runs: tuple[int, ...] = ()) -> torch.Tensor:
+    """Rows [tokens, 2, head_dim] through the codec, tile by tile, the last one filled up with its last token.
+
+    Args:
+        runs: how many of them are in each format; empty: all are in the first one.
+    """
     parts = [torch.zeros(0, *rows.shape[1:])]
-    for tile in rows.split(layout.tile_tokens) if len(rows) else ():
-        filled = torch.cat([tile, tile[-1:].repeat(layout.tile_tokens - len(tile), 1, 1)])
-        parts.append(torch.stack(decode_page(encode_page(filled[:, 0], filled[:, 1], layout), layout), 1)[: len(tile)])
+    for run, tile_format in zip(rows.split(list(runs or [len(rows)])), layout.formats, strict=False):
+        for tile in run.split(layout.tile_tokens) if len(run) else ():
+            filled = torch.cat([tile, tile[-1:].repeat(layout.tile_tokens - len(tile), 1, 1)])
+            data = tile_format.encode_tile(Tile.of(filled[:, 0]), Tile.of(filled[:, 1]))
+            parts.append(torch.stack(tile_format.decode_tile(data), 1)[: len(tile)])
     return torch.cat(parts)
 
 
@@ -186,7 +196,9 @@ def build_kept_case(
     """
     policy = policy if mass is None else with_masses(policy)
     generator = torch.Generator().manual_seed(1)
-    layout = PageLayout.build(policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1)
+    layout = PageLayout.build(
+        policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1, num_layers=NUM_LAYERS
+    )
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5)
 
     def rows(heads: int, coded: bool, counts: list[int]) -> dict[int, list[torch.Tensor]]:
@@ -213,6 +225,23 @@ def with_masses(policy: Policy) -> Policy:
     return policy.model_copy(update={"eviction": eviction})
 
 
+def run_counts(layout: PageLayout, count: int) -> tuple[int, ...]:
+    """How kept tokens are divided among formats: a third to each but the last."""
+    others = len(layout.other_formats)
+    return (count // 3,) * others + (count - count // 3 * others,)
+
+
+def _pages(layout: PageLayout, count: int) -> int:
+    return sum(layout.run_pages(n, number) for number, n in enumerate(run_counts(layout, count)))
+
+
+def demoting(policy: Policy, key: Codec, value: Codec, **eviction: Any) -> Policy:
+    """A policy that demotes to these codecs what it does not choose."""
+    parts = {"scorer": "random", "budget": "uniform", "rate": 2} | eviction
+    demote = {"name": "demote", "key": codec_content(key), "value": codec_content(value)}
+    return Policy.model_validate(dict(policy) | {"eviction": Eviction(**parts, retention=demote)})
+
+
 def _counts(ask: Ask, num_kv_heads: int, sinks: int) -> list[int]:
     """Kept tokens by (layer, kv_head) in that order."""
     owners = len(LAYERS) * num_kv_heads
@@ -223,10 +252,10 @@ def _empty(
     layout: PageLayout, num_kv_heads: int, asks: list[Ask], poison: int
 ) -> tuple[torch.Tensor, Batch, torch.Tensor]:
     """The arena, the batch with its final rows, and the table with every id."""
-    sinks, size = layout.policy.sink_tokens, layout.tile_tokens
+    sinks = layout.policy.sink_tokens
     sizes, lengths = [], [ask.computed + ask.new for ask in asks]
     for ask in asks:
-        pages = 1 + sum(ceil(n / size) for n in _counts(ask, num_kv_heads, sinks))  # the first one stays unused
+        pages = 1 + sum(_pages(layout, n) for n in _counts(ask, num_kv_heads, sinks))  # the first one stays unused
         sizes.append(ceil(pages / pages_per_block(layout, num_kv_heads, NUM_LAYERS)) if ask.end else 0)
     counts = [layout.blocks_for(n) for n in lengths]
     num_blocks = sum(counts) + sum(sizes) + 2
@@ -289,16 +318,19 @@ def _choose(case: KeptCase, reference: ReferenceAttention, r: int) -> None:
     first_pages, page = [0] * len(counts), 1
     for owner in torch.randperm(len(counts), generator=generator).tolist():
         first_pages[owner] = page
-        page += ceil(counts[owner] / case.layout.tile_tokens)
+        page += _pages(case.layout, counts[owner])
     for i, layer in enumerate(LAYERS):
         mine = slice(i * heads, (i + 1) * heads)
         key, value = reference.read(case.arena[:, :, layer], case.full_table[r], 0, ask.end)
-        chosen = [
-            sinks + torch.randperm(ask.end - sinks, generator=generator)[:count].sort().values for count in counts[mine]
-        ]
+        runs = [run_counts(case.layout, min(count, ask.end - sinks)) for count in counts[mine]]
+        chosen = []
+        for of_head in runs:
+            drawn = sinks + torch.randperm(ask.end - sinks, generator=generator)[: sum(of_head)]
+            chosen.append(torch.cat([run.sort().values for run in drawn.split(list(of_head))]))
         case.chosen[layer, r], case.first_pages[layer, r] = chosen, first_pages[mine]
         case.kept_rows[layer, r] = KeptRows(
-            *([rows[h][index] for h, index in enumerate(chosen)] for rows in (key, value))
+            *([rows[h][index] for h, index in enumerate(chosen)] for rows in (key, value)),
+            runs=runs if case.layout.other_formats else None,
         )
 
 

@@ -19,7 +19,7 @@ import triton
 from benchmarks.gpu_compile import SHARED_BYTES, compile_only, use_target
 from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
-from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, arena_of, write_header
+from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, Run, arena_of, write_header
 from tests.cases.attention_cases import Case, build_case, make_policy
 from tests.cases.kept_cases import with_masses
 
@@ -59,7 +59,7 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     rows, masses = [torch.zeros(3, head_dim)] * 2, [torch.zeros(3)] * 2 if attention.geometry.mass else None
     attention.write_kept(cells, 0, kept, [0, 1], KeptRows(rows, rows, masses))
     for head in range(2):
-        write_header(arena_of(cells, layout), 0, head, Header(64, head, 1, 3))
+        write_header(arena_of(cells, layout), 0, head, Header(64, (Run(0, head, 3),)))
     attention.read_kept(cells, 0, kept)
     attention.attention_sums(case.query[:9], cells, ROW, 80, kept, 2)
     launch_received(attention, case)

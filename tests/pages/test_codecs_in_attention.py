@@ -99,7 +99,7 @@ def test_kept_pages_of_any_codec_hold_what_it_leaves_of_the_rows(half: Half, nam
     attention = ReferenceAttention(layout, SPEC, tables)
     cells, kept = poisoned_cells(layout, 6, HEADS), Kept(2 * TILE, (4, 5))
     attention.write_kept(cells, 0, kept, [0, 1], KeptRows(keys.unbind(1), values.unbind(1)))
-    found_keys, found_values, _ = attention.read_kept(cells, 0, kept)
+    found_keys, found_values, *_ = attention.read_kept(cells, 0, kept)
     policy = policy.model_copy(update={"sink_tokens": 0})
     for head in range(HEADS):
         key = stored(policy, Half.KEY, keys[:, head], head, tables)

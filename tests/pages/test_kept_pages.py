@@ -11,7 +11,7 @@ from kvserve.attention.base import Batch, LayerSpec
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.packing import pack_codes, unpack_codes
-from kvserve.pages.kept import Header, Kept, KeptRows, arena_of, kept_page, read_header
+from kvserve.pages.kept import Header, Kept, KeptRows, Run, arena_of, kept_page, read_header
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from tests.cases.affine_numbers import affine_family
@@ -252,9 +252,10 @@ def test_written_pages_equal_the_reference(family: str, isa: str):
         for h, tokens in enumerate(chosen):
             expected, found = (arena_of(arena[:, :, layer], case.layout) for arena in arenas)
             header = read_header(expected, state_block, h)
-            assert header == Header(case.asks[r].end, case.first_pages[layer, r][h], -(-len(tokens) // 64), len(tokens))
+            first = case.first_pages[layer, r][h]
+            assert header == Header(case.asks[r].end, (Run(0, first, len(tokens)),))
             assert read_header(found, state_block, h) == header
-            for page in range(header.first_page, header.first_page + header.num_pages):
+            for page in range(first, first - (-len(tokens) // 64)):
                 pages = (kept_page(arena, case.layout, case.kept_of(r), page) for arena in (expected, found))
                 (key, value), (key_ref, value_ref) = (decode_page(p, case.layout) for p in pages)
                 assert torch.equal(key, key_ref)
@@ -268,15 +269,15 @@ def test_a_kept_page_is_where_the_numbering_says():
     size = layout.tile_format.tile_bytes
     keys = [torch.randn(130, 64), torch.randn(1, 64)]
     attention.write_kept(arena[:, :, 1], 8, Kept(128, (5, 6)), [11, 7], KeptRows(keys, keys))
-    # 12 pages a block: [layer][kv_head][page of the cell]; head 0 has pages 11, 12, 13 and head 1 page 7.
-    places = [(5, 1, 2, 1), (6, 0, 0, 0), (6, 0, 0, 1), (5, 1, 1, 1)]
+    # 12 pages a block: [kv_head][page of the strip of 3 layers]; head 0 has pages 11, 12, 13 and head 1 page 7.
+    places = [(5, 1, 2, 1), (6, 0, 0, 0), (6, 0, 0, 1), (5, 1, 0, 1)]
     tiles = [keys[0][:64], keys[0][64:128], keys[0][128:], keys[1]]
     for (block, head, layer, index), tile in zip(places, tiles, strict=True):
         filled = torch.cat([tile, tile[-1:].repeat(64 - len(tile), 1)])
         page = arena[block, head, layer, index * size : (index + 1) * size]
         assert torch.equal(page, encode_page(filled, filled, layout))
-    assert arena[8, 0, 1, :16].view(torch.int32).tolist() == [128, 11, 3, 130]
-    assert arena[8, 1, 1, :16].view(torch.int32).tolist() == [128, 7, 1, 1]
+    assert arena[8, 0, 1, :56].view(torch.int32).tolist() == [128, 1, 0, 11, 130, *[0] * 9]
+    assert arena[8, 1, 1, :56].view(torch.int32).tolist() == [128, 1, 0, 7, 1, *[0] * 9]
     touched = (arena != POISON).flatten(1).any(1)
     assert touched.nonzero().flatten().tolist() == [5, 6, 8]
 
@@ -362,7 +363,7 @@ def test_what_each_head_keeps_is_read_back_as_its_codec_left_it(family: str, isa
     for (layer, r), written in case.kept_rows.items():
         for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)):
             state_block = int(case.batch.block_table[r, 0])
-            keys, values, _ = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
+            keys, values, *_ = attention.read_kept(case.arena[:, :, layer], state_block, case.kept_of(r))
             for h in range(case.spec.num_kv_heads):
                 turned = attention_rows(case, written, h)
                 expected = coded(turned, case.layout)

@@ -85,10 +85,10 @@ def test_log_masses_are_read_back_as_they_were_written(isa: str):
             assert all(torch.equal(a, b) for a, b in zip(read.log_mass, written.log_mass, strict=True))
         arena = arena_of(place[0], case.layout)
         for head, masses in enumerate(written.log_mass):
-            header = read_header(arena, place[1], head)
-            if not header.num_tokens:
+            (run,) = read_header(arena, place[1], head).runs
+            if not run.num_tokens:
                 continue
-            last = kept_page(arena, case.layout, case.kept_of(r), header.first_page + header.num_pages - 1)
+            last = kept_page(arena, case.layout, case.kept_of(r), run.first_page + (run.num_tokens - 1) // 64)
             assert not case.layout.tile_format.log_mass(last)[(len(masses) - 1) % 64 + 1 :].any()
 
 
@@ -249,7 +249,7 @@ def test_the_order_of_kept_rows_does_not_matter(isa: str):
     rows = KeptRows(keys, values, masses)
     # Every run of 16 rows has both extremes of every channel, whatever their order, so all codes are exact.
     order = (torch.randperm(6, generator=generator)[:, None] * 16 + torch.randperm(16, generator=generator)).flatten()
-    mixed = KeptRows(*([head[order] for head in part] for part in rows))
+    mixed = KeptRows(*([head[order] for head in part] for part in rows[:3]))
     for attention in both(isa):
         assert (answer(attention, mixed, 96) - answer(attention, rows, 96)).abs().max() <= DECODE_TOLERANCE
         unmoved = rows._replace(keys=mixed.keys, values=mixed.values)

@@ -180,8 +180,8 @@ class _ForgetsMasses(Damage):
         if request.kept.end:
             arena = arena_of(machine.arena[:, :, DAMAGED_LAYER], machine.layout)
             for head in range(machine.spec.num_kv_heads):
-                header = read_header(arena, request.row[0], head)
-                for page in range(header.first_page, header.first_page + header.num_pages):
+                (run,) = read_header(arena, request.row[0], head).runs
+                for page in range(run.first_page, run.first_page + machine.layout.run_pages(run.num_tokens)):
                     machine.layout.tile_format.log_mass(kept_page(arena, machine.layout, request.kept, page)).zero_()
 
 
