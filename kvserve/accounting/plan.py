@@ -17,11 +17,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from kvserve.accounting.sizes import CutSizes, RunSizes
 from kvserve.pages.kept import Kept
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction
 from kvserve.policies.limits import check_rate, request_limit
-from kvserve.schedules.base import Limit, Schedule
+from kvserve.schedules.base import Limit
 
 
 class Cut(NamedTuple):
@@ -30,11 +31,14 @@ class Cut(NamedTuple):
     Attributes:
         end: tokens [sinks, end) are then kept in part; a multiple of the block size.
         kept_blocks: how many blocks hold them, each with a cell of every layer and KV head.
+        chosen_pages: where a retention keeps all tokens, in two formats: pages of each head that hold the chosen ones,
+            in the policy's own. 0: all pages hold such tokens.
     """
 
     point: int
     end: int
     kept_blocks: int
+    chosen_pages: int = 0
 
 
 NO_CUT = Cut(0, 0, 0)
@@ -49,6 +53,7 @@ class RowStep:
         cut: what it is cut down to when the step ends; None: nothing happens.
         window_start: first token whose query the scorer needs at the next cut; None: no token of this step is one.
         collects: whether the scorer has to know of all this step's queries.
+        chosen_pages: of the cut (Cut).
     """
 
     request_id: str
@@ -56,67 +61,7 @@ class RowStep:
     cut: Kept | None = None
     window_start: int | None = None
     collects: bool = False
-
-
-@dataclass(frozen=True)
-class CutSizes:
-    """What cuts of one limit keep, by length alone.
-
-    A cut at `point` saves whole blocks. How many, `saved_blocks`, never falls with the point: `point - kept_at(point)`
-    does not, and rounding to blocks and the blocks that stay in any case keep the order. So of any compression points
-    the last saves most, and those that save no more than one before them need not be cuts at all.
-    """
-
-    schedule: Schedule
-    limit: Limit
-    block_size: int
-    sink_tokens: int
-    spared: int
-    num_layers: int
-
-    @classmethod
-    def of(cls, layout: PageLayout, limit: Limit) -> CutSizes:
-        """Under a limit of a request, or of the policy that `layout` is of."""
-        policy = layout.policy
-        assert policy.eviction is not None
-        return cls(
-            policy.eviction.schedule, limit, layout.block_size, policy.sink_tokens, len(layout.spared_layers),
-            layout.num_layers or 1,
-        )  # fmt: skip
-
-    def kept_blocks(self, point: int) -> int:
-        """Kept blocks of a cut at `point`.
-
-        The limit counts every token that a KV head keeps on average: sinks, kept tokens and those behind the last
-        whole block. A rate is rounded up to whole blocks, a maximum of tokens down; protected tokens and one block stay
-        in any case, and all tokens of spared layers.
-        """
-        size = self.block_size
-        kept = self.schedule.kept_at(self.limit, point)
-        if kept >= point:
-            return point // size
-        wanted = kept - self.sink_tokens - point % size
-        return max(-(-wanted // size) if self.limit.rate else wanted // size, self.least_blocks(point))
-
-    def least_blocks(self, point: int) -> int:
-        """Kept blocks of a cut that leaves each head its protected tokens and a block, and spared layers everything."""
-        size, spared = self.block_size, self.spared
-        per_head = max(-((self.sink_tokens + point % size - self.limit.protected) // size), 1)
-        if not spared:
-            return per_head
-        return -(-(spared * (point // size) + (self.num_layers - spared) * per_head) // self.num_layers)
-
-    def saved_blocks(self, point: int) -> int:
-        """Blocks that a sequence cut at `point` lacks; 0 where a cut would not make it smaller."""
-        return max(point // self.block_size - self.kept_blocks(point), 0)
-
-    def first_saving(self, count: int, max_len: int) -> int:
-        """The first length at which a cut saves `count` blocks, one at least; max_len + 1 if it is longer than that."""
-        size, sinks = self.block_size, self.sink_tokens
-        evicted = (count * size if self.limit.rate else (count - 1) * size + 1) - sinks
-        unspared = -(-count * self.num_layers // (self.num_layers - self.spared))  # what the other layers have to save
-        least = max((unspared + 1) * size, self.limit.protected - sinks + unspared * size)
-        return min(max(self.schedule.first_evicting(self.limit, max(evicted, 1), max_len), least), max_len + 1)
+    chosen_pages: int = 0
 
 
 @dataclass
@@ -163,17 +108,20 @@ class EvictionPlan:
         saved = last.end // self.layout.block_size - last.kept_blocks
         behind = max(last.point, self.first_window + self.eviction.window - 1 if self.first_window else 0)
         length = max(self.sizes.first_saving(saved + 1, self.max_len), behind + 1)
-        step = self.eviction.schedule.tokens_to_next_point(self.limit, self.prompt_len, length - 1)
-        if step is None or length - 1 + step > self.max_len:
-            self._is_complete = True
-            return
-        cut = self._cut_at(length - 1 + step)
+        cut = NO_CUT
+        while cut.end // self.layout.block_size - cut.kept_blocks <= saved:
+            step = self.eviction.schedule.tokens_to_next_point(self.limit, self.prompt_len, length - 1)
+            if step is None or length - 1 + step > self.max_len:
+                self._is_complete = True
+                return
+            cut, length = self._cut_at(length - 1 + step), length + step
         widest = self.layout.blocks_for(cut.point) - saved + cut.kept_blocks
         self._cuts.append(cut)
         self._peaks.append(max(self._peaks[-1], widest))
 
     def _cut_at(self, point: int) -> Cut:
-        return Cut(point, point // self.layout.block_size * self.layout.block_size, self.sizes.kept_blocks(point))
+        end = point // self.layout.block_size * self.layout.block_size
+        return Cut(point, end, self.sizes.kept_blocks(point), self.sizes.chosen_pages(point))
 
     @property
     def computes_all(self) -> bool:
@@ -231,8 +179,13 @@ class EvictionPlan:
         return row + self.sizes.kept_blocks(boundary)  # no earlier cut keeps more
 
 
-def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int) -> int:
-    """Tokens before `end`, sinks left out, that a KV head of a layer that is not spared keeps on average."""
+def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int, chosen_pages: int = 0) -> int:
+    """Tokens before `end`, sinks left out, that a KV head of a layer that is not spared keeps on average.
+
+    Where all are kept (chosen_pages), those that are chosen.
+    """
+    if chosen_pages:
+        return min(chosen_pages * layout.page_tokens(), end - layout.policy.sink_tokens)
     spared, num_layers, size = len(layout.spared_layers), layout.num_layers or 1, layout.block_size
     return (kept_blocks * num_layers * size - spared * end) // (num_layers - spared)
 
@@ -320,6 +273,8 @@ def widest_under(layout: PageLayout, limit: Limit, max_len: int) -> int:
     stand for all others.
     """
     sizes, tile = CutSizes.of(layout, limit), layout.tile_tokens
+    if isinstance(sizes, RunSizes):
+        return sizes.widest(layout, max_len)
     lengths = {1, max_len + 1, *range(tile, max_len + 1, tile)}
     lengths |= {sizes.first_saving(count, max_len) for count in range(1, sizes.saved_blocks(max_len) + 1)}
     prompts = sizes.schedule.prompts_at(limit, lengths)

@@ -45,12 +45,14 @@ class Budget(BaseModel, ABC):
     Attributes:
         reads: what the division depends on. "shape": not on scores, zeros will do. "layer": each layer's pages depend
             on no other layer's scores. "sequence": all layers compete, so all their scores must exist together.
+        even: whether heads that hold equally many tokens get equally many pages, wherever the total allows it.
         names_heads: whether parameters name layers or heads of a model by their number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     reads: ClassVar[Literal["shape", "layer", "sequence"]]
+    even: ClassVar[bool] = False
     names_heads: ClassVar[bool] = False
 
     def tables(self) -> dict[str, TableSpec]:

@@ -13,6 +13,7 @@ class Uniform(Budget):
     """The same number of pages for every head of every layer; a remainder goes to the first ones."""
 
     reads: ClassVar[Literal["shape", "layer", "sequence"]] = "shape"
+    even: ClassVar[bool] = True
 
     name: Literal["uniform"] = "uniform"
 

@@ -103,6 +103,11 @@ def check_layers(settings: EngineSettings, num_cached: int) -> None:
     """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
     policy = settings.policy
     named = "layers" if policy.layers else "eviction.spare_layers"
+    if policy.eviction and policy.eviction.formats and num_cached != settings.num_layers:
+        raise UnsupportedError(
+            f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, and blocks of "
+            f"{policy.eviction.retention.name} are counted for all; use another retention, or codec: int8 alone"
+        )
     if policy.names_layers and num_cached != settings.num_layers:
         raise UnsupportedError(
             f"{num_cached} of the model's {settings.num_layers} layers have a KV cache, so {named} would name others "

@@ -197,7 +197,8 @@ class KvserveConnector(KVConnectorBase_V1):
         collects = following is not None and self.eviction.scorer.collects
         if cut is None and not kept.end and window_start is None and not collects:
             return None
-        return RowStep(request_id, kept, cut, window_start, collects)
+        chosen = following.chosen_pages if cut and following else 0
+        return RowStep(request_id, kept, cut, window_start, collects, chosen)
 
     def take_evictions(self, worker_meta: StepEvictions | None) -> None:
         """What a step evicted, before vLLM finishes the requests that end with it."""

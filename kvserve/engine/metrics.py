@@ -71,6 +71,10 @@ class EngineMetrics:
         )
         return self._of(Counter, "kvserve:kv_tokens_evicted", help_text, {"policy": policy})
 
+    def demoted_tokens(self, policy: str) -> Counter:
+        help_text = "Tokens that are kept in a smaller codec than the policy's own, averaged and counted likewise."
+        return self._of(Counter, "kvserve:kv_tokens_demoted", help_text, {"policy": policy})
+
     def kept_tokens(self, layer: int) -> Histogram:
         help_text = "Tokens that a KV head of the layer holds after an eviction; one observation per head and eviction."
         labels = {"layer": str(layer)}
@@ -124,6 +128,8 @@ class KvserveStatLogger(AggregateStatLoggerBase):
         ).set(1)  # fmt: skip
         if policy.eviction:
             metrics.evicted_tokens(policy.name)  # 0 until something is evicted
+        if policy.eviction and policy.eviction.formats:
+            metrics.demoted_tokens(policy.name)
         self._publish_pages(metrics, report.num_blocks - 1, 0, None)
 
     def record(
@@ -156,8 +162,10 @@ class KvserveStatLogger(AggregateStatLoggerBase):
     def _publish_evictions(self, metrics: EngineMetrics, stats: dict[str, Any]) -> None:
         """Counts of the evictions since the last step; every head of every rank is in them."""
         assert self.report is not None
-        num_heads = self.report.cells_per_block * self.report.num_ranks
-        metrics.evicted_tokens(self.report.layout.policy.name).inc(stats["evicted_head_tokens"] / num_heads)
+        num_heads, policy = self.report.cells_per_block * self.report.num_ranks, self.report.layout.policy.name
+        metrics.evicted_tokens(policy).inc(stats["evicted_head_tokens"] / num_heads)
+        if stats["demoted_head_tokens"]:
+            metrics.demoted_tokens(policy).inc(stats["demoted_head_tokens"] / num_heads)
         for layer, kept in enumerate(stats["kept_tokens"]):
             for num_tokens in kept:
                 metrics.kept_tokens(layer).observe(num_tokens)

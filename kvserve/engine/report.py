@@ -13,6 +13,7 @@ from kvserve.codecs.tile import Half, TileShape
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.page_size import page_size
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -102,13 +103,16 @@ class EngineReport:
 
     @property
     def requested_ratio(self) -> float:
-        """16 over the bits of a sealed element, times the tokens over the tokens kept."""
+        """16 over the bits of a sealed element, times the tokens over the tokens kept; the mean bits of two codecs."""
         eviction, tokens = self.layout.policy.eviction, self.max_model_len
         share = 1.0
         if eviction:
             limit = request_limit(eviction, self.layout.policy, {})
             share = limit.target(tokens) / tokens if limit else 1.0
-        return 8 * DENSE_BYTES / self.layout.bits_per_element() / share
+        kept_bits = share * self.layout.bits_per_element()
+        if self.layout.other_formats:
+            kept_bits += (1 - share) * self.layout.bits_per_element(1)
+        return 8 * DENSE_BYTES / kept_bits
 
     @property
     def effective_ratio(self) -> float:
@@ -171,16 +175,17 @@ class EngineReport:
         return "\n".join(line.rstrip() for line in capture.get().strip().splitlines())
 
 
-def describe_codecs(layout: PageLayout) -> str:
-    """How sealed K and V are written, in one line."""
-    key, value = layout.policy.key, layout.policy.value
+def describe_codecs(layout: PageLayout, number: int = 0) -> str:
+    """How sealed K and V are written, in one line; `number`: of the format."""
+    tile_format = layout.formats[number] if layout.formats else None
+    key, value = (tile_format.key, tile_format.value) if tile_format else (None, None)
     if key is None or value is None:
         dtype = str(layout.dense_dtype).removeprefix("torch.")
         return f"dense{' pages' if layout.tile_format else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
     shapes = {half: TileShape(half, layout.tile_tokens, layout.head_dim) for half in Half}
     return (
         f"K {key.describe(shapes[Half.KEY])}; V {value.describe(shapes[Half.VALUE])}; "
-        f"{layout.bits_per_element():.2f} bits per element"
+        f"{layout.bits_per_element(number):.2f} bits per element"
         + (" on average over the layers" if isinstance(layout, MixedLayout) else "")
     )
 
@@ -203,10 +208,10 @@ def describe_eviction(layout: PageLayout) -> str:
     when = f"at every {schedule.chunk_tokens} tokens and at their end" if schedule.chunk_tokens else "at their end"
     later = f", and later ({schedule.name}, every {schedule.interval} tokens)" if schedule.decodes else ""
     spared = ", ".join(map(str, layout.spared_layers))
-    return (
-        f"prompts {when}{later}, to {share} a KV head: scored by {eviction.scorer.name}, {eviction.budget.name} budget"
-        + (f"; layers {spared} keep all" if spared else "")
-    )
+    how = f"scored by {eviction.scorer.name}, {eviction.budget.name} budget"
+    if eviction.formats:
+        return f"nothing; divides prompts {when}: {share} a KV head keep their codec, {how}"
+    return f"prompts {when}{later}, to {share} a KV head: {how}" + (f"; layers {spared} keep all" if spared else "")
 
 
 def describe_retention(layout: PageLayout) -> str:
@@ -215,6 +220,16 @@ def describe_retention(layout: PageLayout) -> str:
     if eviction is None:
         return "nothing"
     mass = layout.tile_format is not None and layout.tile_format.mass is not None
+    if layout.other_formats:
+        page = page_size(tuple(tile_format.tile_bytes for tile_format in layout.formats))
+        tiles = " or ".join(
+            f"{count} of {tile_format.tile_bytes} ({waste:.1%} unused)"
+            for count, tile_format, waste in zip(page.tiles, layout.formats, page.waste, strict=True)
+        )
+        return (
+            f"{eviction.retention.name}: the others stay as {describe_codecs(layout, 1)}; pages of {page.page_bytes} "
+            f"bytes hold tiles, {tiles}"
+        )
     return f"{eviction.retention.name}{', with a log-mass beside each token of a page' if mass else ''}"
 
 

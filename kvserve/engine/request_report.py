@@ -26,6 +26,7 @@ def request_report(tokens_cached: int, bytes_held: int, limit: Limit | None, las
         tokens_kept: the average over layers and KV heads.
         rate_requested or max_tokens_requested: the limit.
         rate_effective: tokens over tokens kept at the last eviction; tokens generated since are all kept.
+        tokens_demoted: the average over layers and KV heads, where some are.
     """
     if last is None:
         rate, kept = 1.0, float(tokens_cached)
@@ -36,4 +37,5 @@ def request_report(tokens_cached: int, bytes_held: int, limit: Limit | None, las
         report["max_tokens_requested"] = limit.max_tokens
     else:
         report["rate_requested"] = 1.0 if limit is None else limit.rate
-    return report | {"rate_effective": round(rate, 3)}
+    report["rate_effective"] = round(rate, 3)
+    return report | ({"tokens_demoted": round(last.mean_demoted, 2)} if last and last.demoted else {})

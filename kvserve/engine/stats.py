@@ -35,22 +35,33 @@ class Evicted:
     Attributes:
         num_tokens: its tokens so far, evicted ones included.
         evicted: head tokens that went.
+        demoted: head tokens that stay in another format than the policy's own.
         kept: tokens held afterwards, sinks and unfinished tile included, [layer][kv_head].
     """
 
     num_tokens: int
     evicted: int
     kept: list[list[int]]
+    demoted: int = 0
 
     def beside(self, other: Evicted) -> Evicted:
         """The same eviction with the heads of another rank."""
         kept = [mine + theirs for mine, theirs in zip(self.kept, other.kept, strict=True)]
-        return Evicted(self.num_tokens, self.evicted + other.evicted, kept)
+        return Evicted(self.num_tokens, self.evicted + other.evicted, kept, self.demoted + other.demoted)
 
     @property
     def mean_kept(self) -> float:
         """Tokens held afterwards, averaged over layers and KV heads."""
-        return sum(map(sum, self.kept)) / sum(map(len, self.kept))
+        return sum(map(sum, self.kept)) / self._heads
+
+    @property
+    def mean_demoted(self) -> float:
+        """Tokens demoted, averaged likewise."""
+        return self.demoted / self._heads
+
+    @property
+    def _heads(self) -> int:
+        return sum(map(len, self.kept))
 
 
 @dataclass
@@ -80,10 +91,12 @@ class WorkerLog(EvictionObserver):
         if self.recorder:
             self.recorder.selected(request_id, layer, selection)
 
-    def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
-        self.requests[request_id] = Evicted(num_tokens, int(evicted.sum()), kept.tolist())
+    def evicted(
+        self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor, demoted: torch.Tensor
+    ) -> None:
+        self.requests[request_id] = Evicted(num_tokens, int(evicted.sum()), kept.tolist(), int(demoted.sum()))
         if self.recorder:
-            self.recorder.evicted(request_id, num_tokens, evicted, kept)
+            self.recorder.evicted(request_id, num_tokens, evicted, kept, demoted)
 
     def take(self) -> StepEvictions | None:
         """What was noted since the last call."""
@@ -134,9 +147,9 @@ def held_by(manager: EvictingPageManager, request_ids: Iterable[str], tokens: It
 class CacheStats(KVConnectorStats):
     """What a step, or several, did to the cache.
 
-    `data`: evicted_head_tokens, an int; kept_tokens, [layer][any order] tokens held by a KV head after an eviction;
-    holding, the running requests' `Holding` in the last step; users, the same without kvserve's own requests. All heads
-    of all ranks, but blocks of one rank.
+    `data`: evicted_head_tokens and demoted_head_tokens, ints; kept_tokens, [layer][any order] tokens held by a KV head
+    after an eviction; holding, the running requests' `Holding` in the last step; users, the same without kvserve's own
+    requests. All heads of all ranks, but blocks of one rank.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -150,7 +163,8 @@ class CacheStats(KVConnectorStats):
                 layer += kept
         evicted = sum(eviction.evicted for eviction in evictions)
         held = {"holding": asdict(holding), "users": asdict(users)}
-        return cls({"evicted_head_tokens": evicted, "kept_tokens": layers, **held})
+        demoted = sum(eviction.demoted for eviction in evictions)
+        return cls({"evicted_head_tokens": evicted, "demoted_head_tokens": demoted, "kept_tokens": layers, **held})
 
     def reset(self) -> None:
         self.data = self.of([], Holding(), Holding()).data
@@ -164,8 +178,9 @@ class CacheStats(KVConnectorStats):
             return CacheStats(self.data or other.data)
         mine, theirs = self.data["kept_tokens"], other.data["kept_tokens"]
         layers = [a + b for a, b in zip(mine, theirs, strict=True)] if mine and theirs else mine or theirs
-        evicted = self.data["evicted_head_tokens"] + other.data["evicted_head_tokens"]
-        return CacheStats({**other.data, "evicted_head_tokens": evicted, "kept_tokens": layers})
+        names = "evicted_head_tokens", "demoted_head_tokens"
+        sums = {name: self.data[name] + other.data[name] for name in names}
+        return CacheStats({**other.data, **sums, "kept_tokens": layers})
 
     def reduce(self) -> dict[str, int | float]:
         """For vLLM's periodic log line."""
@@ -173,6 +188,7 @@ class CacheStats(KVConnectorStats):
         kept = sum(map(sum, self.data["kept_tokens"])) / heads if heads else 0.0
         return {
             "evicted head tokens": self.data["evicted_head_tokens"],
+            **({"demoted head tokens": demoted} if (demoted := self.data["demoted_head_tokens"]) else {}),
             "mean tokens kept per KV head at an eviction": round(kept, 1),
             "blocks held": self.data["holding"]["blocks"],
         }

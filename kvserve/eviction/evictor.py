@@ -18,7 +18,8 @@ from kvserve.eviction.collector import Collector
 from kvserve.eviction.observer import EvictionObserver, Selection
 from kvserve.eviction.query_memory import Rows, recall, remember, rows_to_remember
 from kvserve.eviction.query_window import PagedWindow
-from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, num_layers_of
+from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, num_layers_of, pages_per_block
+from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction
 from kvserve.retention.base import HeldTokens
 from kvserve.retention.base import Rows as PackedRows
@@ -143,7 +144,7 @@ class StepEvictor:
             query_window=self._window(layer, request, query),
             accumulated=None if collected.accumulated is None else collected.accumulated[:, : max(counts)],
             query_statistics=collected.query_statistics,
-            kept_tokens=kept_elsewhere(attention.layout, request.cut.end, len(request.cut.blocks)) + sinks + later,
+            kept_tokens=self._kept_tokens(attention.layout, request) + sinks + later,
             request_id=request.step.request_id,
             layer=index,
             first_head=attention.spec.first_head,
@@ -155,6 +156,9 @@ class StepEvictor:
         views = self._views_of_heads(whole, request, counts, rows) if kept.end else [_with_rows(whole, rows)]
         scores = [head for view in views for head in self.eviction.scorer.score(view)]
         return [head[sinks : count - later] for head, count in zip(scores, counts, strict=True)]
+
+    def _kept_tokens(self, layout: PageLayout, request: _Request) -> int:
+        return kept_elsewhere(layout, request.cut.end, len(request.cut.blocks), request.step.chosen_pages)
 
     def _views_of_heads(
         self, whole: LayerView, request: _Request, counts: list[int], rows: KeptRows | None
@@ -191,14 +195,18 @@ class StepEvictor:
             [head for layer in layers for head in layer.scores[number]], batch_first=True, padding_value=-torch.inf
         ).unflatten(0, (len(layers), -1))  # [layers, kv_heads, most candidates]
         layout = layers[0].attention.layout
-        pages_per_block = scores.shape[0] * scores.shape[1] * layout.tiles_per_block
-        total_pages = len(request.cut.blocks) * pages_per_block
+        total_pages = len(request.cut.blocks) * pages_per_block(layout, scores.shape[1], len(layers))
+        if request.step.chosen_pages:
+            total_pages = request.step.chosen_pages * scores.shape[0] * scores.shape[1]
         spec = layers[0].attention.spec
         heads = range(spec.first_head, spec.first_head + spec.num_kv_heads)
         budget = self.eviction.budget.part(range(self.num_layers), heads)
-        pages, counts, tokens = budget.choose(scores, layout.tile_tokens, total_pages, self.spared)
-        first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
+        pages, counts, tokens = budget.choose(scores, layout.page_tokens(), total_pages, self.spared)
         held = torch.tensor([[len(head) for head in layer.scores[number]] for layer in layers])
+        demoted = held - counts if layout.other_formats else torch.zeros_like(counts)
+        if layout.other_formats:
+            pages = pages + (demoted + layout.page_tokens(1) - 1) // layout.page_tokens(1)
+        first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         sources = [
             self._pack(i, layer, request, first_page[i].tolist(), (tokens[i], layer.scores[number]))
             for i, layer in enumerate(layers)
@@ -206,7 +214,8 @@ class StepEvictor:
         always = layout.policy.sink_tokens + request.num_tokens - request.cut.end
         if request.step.collects and self.eviction.schedule.repeats:
             self._keep_collected(request, sources, held, layout.policy.sink_tokens)
-        self.observer.evicted(request.step.request_id, request.num_tokens, held - counts, counts + always)
+        gone, kept = held - counts - demoted, counts + demoted + always
+        self.observer.evicted(request.step.request_id, request.num_tokens, gone, kept, demoted)
 
     def _keep_collected(
         self, request: _Request, sources: list[list[torch.Tensor]], candidates: torch.Tensor, sinks: int
@@ -245,7 +254,7 @@ class StepEvictor:
         chosen, scores = choice
         sources, ends = [rows.sources for rows in packed], [sinks + len(head) for head in scores]
         self.observer.selected(request.step.request_id, index, Selection(sinks, ends, chosen, scores, sources))
-        rows = _rows_of(packed, layer.attention.layout.policy.has_mass)
+        rows = _rows_of(packed, layer.attention.layout)
         layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page, rows)
         return sources
 
@@ -257,10 +266,12 @@ def _candidates(held: KeptRows, head: int, sinks: int, scores: torch.Tensor) -> 
     return HeldTokens(held.keys[head][span], held.values[head][span], scores, mass)
 
 
-def _rows_of(packed: list[PackedRows], has_mass: bool) -> KeptRows:
+def _rows_of(packed: list[PackedRows], layout: PageLayout) -> KeptRows:
     """The rows of all KV heads; where pages have log-masses, heads without have zeros."""
     masses = [torch.zeros_like(rows.keys[:, 0]) if rows.log_mass is None else rows.log_mass for rows in packed]
-    return KeptRows([rows.keys for rows in packed], [rows.values for rows in packed], masses if has_mass else None)
+    runs = [rows.runs or (len(rows.keys),) for rows in packed] if layout.other_formats else None
+    both = [rows.keys for rows in packed], [rows.values for rows in packed]
+    return KeptRows(*both, masses if layout.policy.has_mass else None, runs)
 
 
 def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> KeptRows:

@@ -30,11 +30,14 @@ class EvictionObserver:
     def selected(self, request_id: str, layer: int, selection: Selection) -> None:
         """What a layer keeps; `layer` is its index among this worker's attention layers."""
 
-    def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
-        """A request was evicted in all layers.
+    def evicted(
+        self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor, demoted: torch.Tensor
+    ) -> None:
+        """A request was cut in all layers.
 
         Args:
             num_tokens: tokens of the request so far, evicted ones included.
             evicted: int64 [layers, kv_heads], tokens that were held before and are not any more.
             kept: int64 [layers, kv_heads], tokens held afterwards, sinks and unfinished tile included.
+            demoted: int64 [layers, kv_heads], those of them that are in another format than the policy's own.
         """

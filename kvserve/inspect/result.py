@@ -34,7 +34,9 @@ class KeptTokens(EvictionObserver):
         heads = zip(selection.ends, selection.sources, strict=True)
         self._chosen.append([partial(_stay, selection.first, end, index.tolist()) for end, index in heads])
 
-    def evicted(self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor) -> None:
+    def evicted(
+        self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor, demoted: torch.Tensor
+    ) -> None:
         later = [*range(self.num_tokens, num_tokens)]
         before = self._held or [[[] for _ in layer] for layer in self._chosen]
         self._held = [

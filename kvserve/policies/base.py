@@ -12,9 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
-    SerializationInfo,
     ValidationInfo,
     field_serializer,
     field_validator,
@@ -22,9 +19,9 @@ from pydantic import (
 )
 
 from kvserve.codecs.base import Codec
+from kvserve.codecs.field import HalfCodec
 from kvserve.codecs.layer_tables import POSITIONS
 from kvserve.codecs.lazy import torch
-from kvserve.codecs.registry import codec_content, make_codec
 from kvserve.codecs.tile import Half, TableSpec, TileShape
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS
 from kvserve.policies.transforms import PolicyTransforms
@@ -35,23 +32,6 @@ LONGEST = 2**31 - 1  # tokens of a sequence; vLLM counts positions in 32 bits
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _codec_of(content: Any, info: ValidationInfo) -> Codec | None:
-    if content is not None and not isinstance(content, (Codec, Mapping)):
-        raise ValueError(
-            f"{info.field_name} is {content!r:.60}, it must be a codec's name and parameters, for example "
-            "{name: affine, bits: 4, group_size: 64}"
-        )
-    return None if content is None else make_codec(content)
-
-
-def _content_of(codec: Codec | None, info: SerializationInfo) -> dict[str, Any] | None:
-    return None if codec is None else codec_content(codec, with_defaults=not info.exclude_defaults)
-
-
-# How a half of a sealed tile is written (kvserve/codecs), made from its name and parameters.
-HalfCodec = Annotated[Codec | None, PlainValidator(_codec_of), PlainSerializer(_content_of)]
 
 
 class LayerCodec(_Part):
@@ -131,6 +111,29 @@ class Eviction(_Part):
     def protected_recent(self) -> int:
         """Last prompt tokens that the scorer keeps in any case."""
         return self.window if getattr(self.scorer, "keep_window", False) else 0
+
+    @property
+    def formats(self) -> tuple[tuple[Codec, Codec], ...]:
+        """Codecs of kept tokens beside the policy's own; where there are some, a cut keeps every token."""
+        formats: tuple[tuple[Codec, Codec], ...] = self.retention.formats
+        return formats
+
+    @model_validator(mode="after")
+    def _formats_fit(self) -> Eviction:
+        """Blocks are counted from lengths alone: every head must divide its tokens alike, and once."""
+        if not self.formats:
+            return self
+        name = self.retention.name
+        if not self.budget.even:
+            raise ValueError(f"the retention {name} keeps as many tokens of every head in full; use budget: uniform")
+        if self.schedule.repeats:
+            raise ValueError(
+                f"the retention {name} divides the tokens of a request once; use schedule: end-of-prefill, without "
+                "chunk_tokens"
+            )
+        if self.spare_layers:
+            raise ValueError(f"the retention {name} keeps all tokens of all layers; leave out spare_layers")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> Eviction:
@@ -225,6 +228,8 @@ class Policy(_Part):
             )
         for half, codec in self.codecs:
             self._check_codec(half, codec)
+        if self.eviction:
+            self._check_formats(self.eviction)
         if self.sink_tokens >= self.tile_tokens:
             raise ValueError(f"sink_tokens must be less than tile_tokens ({self.tile_tokens})")
         return self
@@ -237,6 +242,22 @@ class Policy(_Part):
                 f"a {half} of {codec.name} is read with its position, which the pages that an eviction leaves do not "
                 "keep; leave out eviction, or choose another codec"
             )
+
+    def _check_formats(self, eviction: Eviction) -> None:
+        """Refuse formats of kept tokens beside the policy's own that it cannot have."""
+        formats, name = eviction.retention.formats, eviction.retention.name
+        if not formats:
+            return
+        if len(formats) > 1:
+            raise ValueError(f"{name} has {len(formats)} formats, and blocks are counted for one; leave out the others")
+        if self.key is None or self.value is None:
+            raise ValueError(f"dense pages have one format, {name} needs another; use codec: int8")
+        for key, value in formats:
+            if value.rotates != self.value.rotates:
+                raise ValueError(f"the values of {name} and of the policy differ in `rotate`; rotate both, or neither")
+            for half, codec in ((Half.KEY, key), (Half.VALUE, value)):
+                if codec.tables(TileShape(half, self.tile_tokens, COMPRESSED_HEAD_DIMS[-1])):
+                    raise ValueError(f"the {half} of {name} reads tables ({codec.name}); choose a codec without them")
 
     @property
     def is_dense(self) -> bool:
@@ -255,10 +276,12 @@ class Policy(_Part):
 
     @property
     def codecs(self) -> list[tuple[Half, Codec]]:
-        """What its pages are written with, of single layers too."""
+        """What its pages are written with, of single layers and of demoted tokens too."""
         pairs = [(Half.KEY, self.key), (Half.VALUE, self.value)]
         for layer in self.layers:
             pairs += [(Half.KEY, layer.key), (Half.VALUE, layer.value)]
+        for key, value in self.eviction.formats if self.eviction else ():
+            pairs += [(Half.KEY, key), (Half.VALUE, value)]
         return [(half, codec) for half, codec in pairs if codec is not None]
 
     def calibrated_tables(self, head_dim: int) -> dict[str, TableSpec]:
@@ -288,14 +311,17 @@ class Policy(_Part):
     def code_bits(self) -> float:
         """The fewest bits of the codes that a key or a value is written with; only where it is."""
         assert self.key is not None and self.value is not None
-        shapes = (TileShape(half, self.tile_tokens, COMPRESSED_HEAD_DIMS[0]) for half in Half)
-        return min(codec.code_bits(shape) for codec, shape in zip((self.key, self.value), shapes, strict=True))
+        pairs = [(self.key, self.value), *(self.eviction.formats if self.eviction else ())]
+        shapes = [TileShape(half, self.tile_tokens, COMPRESSED_HEAD_DIMS[0]) for half in Half]
+        return min(codec.code_bits(shape) for pair in pairs for codec, shape in zip(pair, shapes, strict=True))
 
     @property
     def names_layers(self) -> bool:
-        """Whether layers are treated differently, by their number."""
+        """Whether layers are treated differently, by their number, or blocks are counted by how many there are."""
         eviction = self.eviction
-        return bool(self.layers or (eviction and (eviction.spare_layers or eviction.budget.names_heads)))
+        return bool(
+            self.layers or (eviction and (eviction.spare_layers or eviction.budget.names_heads or eviction.formats))
+        )
 
     @property
     def turns_queries(self) -> bool:

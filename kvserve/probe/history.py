@@ -14,6 +14,7 @@ from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.layer_tables import LayerTables, tables_of_head
 from kvserve.codecs.tile import Tables
 from kvserve.eviction.observer import Selection
+from kvserve.pages.kept import filled_tile
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.retention.base import HeldTokens, Rows
@@ -89,7 +90,8 @@ class LayerHistory:
         for head, tokens in enumerate(positions):
             kept, as_came = self._retained(held[head], head, selection), self._retained(exact[head], head, selection)
             rows = torch.stack([kept.keys, self._rotate(kept.values)], 1)
-            self.kept[head], self.log_mass[head] = self._coded_again(rows, self._tables(head)), _masses(kept)
+            self.kept[head] = self._coded_again(rows, kept.runs or (len(rows),), self._tables(head))
+            self.log_mass[head] = _masses(kept)
             self.kept_exact[head] = torch.stack([as_came.keys, as_came.values], 1)
             self.exact_mass[head] = _masses(as_came)
             self.kept_positions[head] = tokens[kept.sources + selection.first]
@@ -139,14 +141,13 @@ class LayerHistory:
             return tokens
         return torch.cat([tokens[: self.layout.policy.sink_tokens], self.kept_positions[head], tokens[self.end :]])
 
-    def _coded_again(self, rows: torch.Tensor, tables: Tables) -> torch.Tensor:
-        """Rows as they come back from kept pages: tiles in order, the last one filled up with its last token."""
+    def _coded_again(self, rows: torch.Tensor, runs: tuple[int, ...], tables: Tables) -> torch.Tensor:
+        """Rows as they come back from kept pages: of each run tiles, the last one filled with its last token."""
         parts = [rows[:0]]
-        for tile in rows.split(self.layout.tile_tokens) if len(rows) else ():
-            missing = self.layout.tile_tokens - len(tile)
-            filled = torch.cat([tile, tile[-1:].expand(missing, -1, -1)])
-            page = encode_page(filled[:, 0], filled[:, 1], self.layout, tables=tables)
-            parts.append(torch.stack(decode_page(page, self.layout, tables=tables), 1)[: len(tile)])
+        for run, tile_format in zip(rows.split(list(runs)), self.layout.formats, strict=False):
+            for tile in run.split(self.layout.tile_tokens) if len(run) else ():
+                data = tile_format.encode_tile(*filled_tile(tile, self.layout.tile_tokens), tables)
+                parts.append(torch.stack(tile_format.decode_tile(data, tables=tables), 1)[: len(tile)])
         return torch.cat(parts)
 
     def _forget_cuts(self) -> None:

@@ -152,7 +152,7 @@ def test_nothing_leaks_over_400_requests(schedule: dict) -> None:
 def test_a_long_prompt_keeps_the_asked_share_of_its_tile_blocks(rate: int) -> None:
     plan = plan_eviction(evicting(), Limit(rate), 4096, MAX_LEN)
     assert plan is not None
-    assert plan.last_cut(4096) == (4096, 4096, 64 // rate)
+    assert plan.last_cut(4096)[:3] == (4096, 4096, 64 // rate)
     assert plan.last_cut(4095).point == 0
 
 

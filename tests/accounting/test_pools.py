@@ -29,6 +29,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv-compress-live": ("kv-compress-live", {}),
     "spared": ("kv-compress", {"eviction.rate": 3, "eviction.spare_layers": [0, -1]}),
     "h2o": ("h2o", {}),
+    "mikv": ("mikv", {}),
 }  # fmt: skip
 STEPS_AHEAD = [0, 1]
 

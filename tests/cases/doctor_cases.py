@@ -205,7 +205,6 @@ class Request:
         cut = None
         if after == following.point:
             cut = Kept(following.end, tuple(self.machine.take(following.kept_blocks)))
-        start = self.cuts.window_start(following)
-        return RowStep(
-            self.name, self.kept, cut, start if after > start else None, self.machine.policy.eviction.scorer.collects
-        )
+        start, collects = self.cuts.window_start(following), self.machine.policy.eviction.scorer.collects
+        chosen = following.chosen_pages if cut else 0
+        return RowStep(self.name, self.kept, cut, start if after > start else None, collects, chosen)

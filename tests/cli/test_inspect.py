@@ -37,7 +37,8 @@ def recorded() -> tuple[KeptTokens, list[list[list[int]]]]:
         stays = [{*range(SINKS), *range(END, NUM_TOKENS), *(head + SINKS).tolist()} for head in chosen]
         expected.append([sorted(positions) for positions in stays])
         counts.append([size + SINKS + NUM_TOKENS - END for size in sizes])
-    recorder.evicted("a", NUM_TOKENS, NUM_TOKENS - torch.tensor(counts), torch.tensor(counts))
+    kept = torch.tensor(counts)
+    recorder.evicted("a", NUM_TOKENS, NUM_TOKENS - kept, kept, torch.zeros_like(kept))
     return recorder, expected
 
 

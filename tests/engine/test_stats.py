@@ -69,7 +69,7 @@ def test_holdings_of_many_requests_include_kept_blocks_and_shared_sinks() -> Non
 def log_of(*evictions: tuple[str, int, list[list[int]], list[list[int]]]) -> WorkerLog:
     log = WorkerLog()
     for request_id, num_tokens, evicted, kept in evictions:
-        log.evicted(request_id, num_tokens, torch.tensor(evicted), torch.tensor(kept))
+        log.evicted(request_id, num_tokens, torch.tensor(evicted), torch.tensor(kept), torch.zeros(2, 1).long())
     return log
 
 
@@ -145,6 +145,7 @@ def test_stats_add_up_over_steps_and_survive_the_way_to_the_api_server() -> None
         total = total.aggregate(CacheStats(msgspec.msgpack.decode(msgspec.msgpack.encode(step.to_dict()))))
     assert total.data == {
         "evicted_head_tokens": 18,
+        "demoted_head_tokens": 0,
         "kept_tokens": [[6, 10, 20, 20], [4, 5, 18, 19]],
         "holding": {"tokens": 102, "blocks": 7, "kept": 1, "dense": 1},
         "users": {"tokens": 90, "blocks": 5, "kept": 1, "dense": 0},

@@ -134,7 +134,13 @@ def test_several_engines_have_a_series_each(llm: LLM) -> None:
         stat_logger.log_engine_initialized()
     for index, usage in enumerate((0.25, 0.5, 1.0)):
         held = {"tokens": 640, "blocks": 5 * (index + 1), "kept": 0, "dense": 0}
-        stats = {"evicted_head_tokens": 4 * index, "kept_tokens": [], "holding": held, "users": held}
+        stats = {
+            "evicted_head_tokens": 4 * index,
+            "demoted_head_tokens": 0,
+            "kept_tokens": [],
+            "holding": held,
+            "users": held,
+        }
         step = SimpleNamespace(kv_connector_stats=stats, kv_cache_usage=usage, num_running_reqs=1)
         stat_logger.record(step, None, engine_idx=index)
     free = [sample("pages", state="free", engine=str(engine)) for engine in range(3)]

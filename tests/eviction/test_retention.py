@@ -9,6 +9,7 @@ import torch
 
 from kvserve.retention.base import HeldTokens, Rows
 from kvserve.retention.compensate import Compensate
+from kvserve.retention.demote import Demote
 from kvserve.retention.evict import Evict
 from kvserve.retention.merge import Merge
 from kvserve.retention.registry import RETENTIONS
@@ -33,15 +34,31 @@ def masses(rows: Rows) -> torch.Tensor:
     return torch.zeros(len(rows.keys)) if rows.log_mass is None else rows.log_mass
 
 
-@pytest.mark.parametrize("name", sorted(RETENTIONS))
+EVICTING = sorted(RETENTIONS.keys() - {"demote"})
+TWO_BITS = {"bits": 2, "group_size": 32}
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_as_many_rows_are_kept_as_tokens_were_chosen(name: str) -> None:
     held, retention = held_tokens(40), RETENTIONS.make({"name": name})
+    assert retention.formats == ()
     for count in (0, 1, 2, 39, 40):
         rows = retention.keep(held, held.scores.topk(count).indices.sort().values)
         assert [len(part) for part in (rows.keys, rows.values, masses(rows), rows.sources)] == [count] * 4
 
 
-@pytest.mark.parametrize("name", sorted(RETENTIONS))
+@pytest.mark.parametrize("count", [0, 1, 39, 40])
+def test_demoting_keeps_every_token_the_chosen_ones_first(count: int) -> None:
+    held, demote = held_tokens(40), Demote(key=TWO_BITS, value=TWO_BITS)
+    chosen = held.scores.topk(count).indices.sort().values
+    rows = demote.keep(held, chosen)
+    rest = [token for token in range(40) if token not in chosen.tolist()]
+    assert rows.sources.tolist() == [*chosen.tolist(), *rest] and rows.runs == (count, 40 - count)
+    assert torch.equal(rows.keys, held.keys[rows.sources]) and torch.equal(rows.values, held.values[rows.sources])
+    assert demote.formats == ((demote.key, demote.value),) and not masses(rows).any()
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_where_everything_is_chosen_nothing_changes(name: str) -> None:
     held = held_tokens(40)
     rows = RETENTIONS.make({"name": name}).keep(held, torch.arange(40))

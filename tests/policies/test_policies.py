@@ -387,7 +387,7 @@ def test_a_retention_with_weights_needs_coded_pages(name):
 
 
 def test_retentions_and_their_parameters_are_checked():
-    assert "there is no retention 'forget'; the retentions are compensate, evict, merge" in error_of(
+    assert "there is no retention 'forget'; the retentions are compensate, demote, evict, merge" in error_of(
         "snapkv", "eviction.retention=forget"
     )
     assert "eviction.retention.threshold" in error_of("snapkv", "eviction.retention={name: merge, threshold: 2}")
