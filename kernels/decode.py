@@ -20,7 +20,7 @@ from kvserve.kernels.pages import (
     request_of,
     rotated_columns,
 )
-from kvserve.kernels.softmax import add_dense_tokens, add_sealed_chunk
+from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
 
 LOG2_E = 1.4426950408889634
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -120,6 +120,11 @@ def _sealed_share(
         accumulator, peak, total = add_sealed_chunk(
             accumulator, peak, total, rows, query_rows, row_mask, cells + page, column0,
             in_sequence, head, codec_tables, used[None, :] & row_mask[:, None], used, scale, CHUNK, G
+        )  # fmt: skip
+    if (kept_ends is not None) and (G.other is not None):
+        accumulator, peak, total = add_other_run(
+            accumulator, peak, total, rows, query_rows, row_mask, cells, table, blocks, end, head, split, splits,
+            codec_tables, scale, block_stride, head_stride, strip_offset, strip_pages, CHUNK, G.other
         )  # fmt: skip
     return accumulator, peak, total
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from kvserve.kernels.decode import LN_2, LOG2_E, store_rows
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
 from kvserve.kernels.pages import kept_of, kept_run, page_of_chunk, request_of
-from kvserve.kernels.softmax import add_dense_tokens, add_sealed_chunk
+from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
 
 EXTEND_ROWS = 64  # rows of one program's dots
 
@@ -98,6 +98,11 @@ def _past(
         accumulator, peak, total = add_sealed_chunk(
             accumulator, peak, total, rows, query_rows, row_mask, cells + page, column0, in_sequence, head,
             codec_tables, visible, used, scale, CHUNK, G
+        )  # fmt: skip
+    if (kept_ends is not None) and (G.other is not None):
+        accumulator, peak, total = add_other_run(
+            accumulator, peak, total, rows, query_rows, row_mask, cells, table, blocks, end, head, 0, 1, codec_tables,
+            scale, block_stride, head_stride, strip_offset, strip_pages, CHUNK, G.other
         )  # fmt: skip
     if G.sink_tokens:  # noqa: SIM102 (one condition is known at compile time, the other is not)
         if last >= G.tile_tokens:

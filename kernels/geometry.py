@@ -66,18 +66,17 @@ class Geometry(NamedTuple):
     mass: int = 0  # offset in a page of its log-masses, float32 [tile_tokens]; 0: it has none
     gaps: tuple[tuple[int, int], ...] = ()  # (offset, bytes) of what lies between the sections of a page
     num_gaps: int = 0
-    others: tuple[Geometry, ...] = ()  # of kept tiles in the formats after this one, which is format 0
-    num_others: int = 0
+    other: Geometry | None = None  # of kept tiles in format 1, where they have a format beside this one
 
 
 def formats_of(geometry: Geometry) -> tuple[Geometry, ...]:
     """The geometry of kept tiles in each format."""
-    return (geometry, *geometry.others)
+    return (geometry,) if geometry.other is None else (geometry, geometry.other)
 
 
 def storage_geometry(geometry: Geometry) -> Geometry:
     """The constants of kernels that see no query: the same, and so compiled once, for every group and window."""
-    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0, others=(), num_others=0)
+    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0, other=None)
 
 
 def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
@@ -124,8 +123,10 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
             f"keys of {tile_format.key.name} are read with their positions, which the pages of evicted requests do not "
             "keep; leave out eviction, or choose another codec"
         )
+    if len(layout.formats) > 2:
+        raise ValueError(f"the GPU kernels read kept tokens in two formats, the policy has {len(layout.formats)}")
     first, *others = (_of_format(paged, layout, number) for number in range(len(layout.formats)))
-    return first._replace(others=tuple(others), num_others=len(others))
+    return first._replace(other=others[0] if others else None)
 
 
 def _of_format(paged: Geometry, layout: PageLayout, number: int) -> Geometry:

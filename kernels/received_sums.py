@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.decode import LOG2_E, warps_of
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
+from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device, formats_of
 from kvserve.kernels.pages import (
     dense_row,
     dot,
@@ -23,7 +23,7 @@ from kvserve.kernels.pages import (
     request_of,
     slot_of,
 )
-from kvserve.kernels.scores import place_of_chunk
+from kvserve.kernels.scores import other_scores, place_of_chunk
 from kvserve.kernels.sealed import sealed_masses, sealed_scores
 
 if TYPE_CHECKING:
@@ -48,13 +48,15 @@ def received_kernel(
     first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
     table = block_table + r.to(tl.int64) * table_stride
     end, blocks = kept_of(r, table, kept_ends, kept_starts, kept_blocks)
-    kept_tokens, first_page = 0, 0
+    kept_tokens, other_tokens, first_page = 0, 0, 0
     if kept_ends is not None:
         first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
+        if G.other is not None:
+            _, other_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 1)
     # The query's own tile is dense, even where its token completes it.
     sealed = computed // G.tile_tokens * G.tile_tokens
-    in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
-        tl.program_id(0), kept_tokens, end, seq_len, sealed, CHUNK, G
+    in_sequence, in_page, other, is_dense, t, column, used = place_of_chunk(
+        tl.program_id(0), kept_tokens, other_tokens, end, seq_len, sealed, CHUNK, G
     )  # fmt: skip
     columns = tl.load(wanted + 2)
     used &= column < columns
@@ -81,6 +83,12 @@ def received_kernel(
             )  # fmt: skip
             if G.mass:
                 masses = sealed_masses(cells + page, column0, CHUNK, G)  # 0 where a token of the chunk is dense
+        if (kept_ends is not None) and (G.other is not None):  # noqa: SIM102 (one is known at compile time)
+            if other >= 0:
+                scores = other_scores(
+                    rows, query_rows, row_mask, cells, table, blocks, end, other, head, codec_tables, block_stride,
+                    head_stride, strip_offset, strip_pages, CHUNK, G.other
+                )  # fmt: skip
         if tl.max(is_dense.to(tl.int32), 0) > 0:
             stored, new = is_dense & (t < computed), is_dense & (t == computed)
             slots = slot_of(table, t, t < sealed, head, stored, block_stride, head_stride, G)
@@ -123,8 +131,9 @@ def add_received(
         return
     check_device(cells=tables.cells, query=query, staged=staged, lse=lse, **{f"sums of {r}": sums[r] for r in sums})
     wanted = torch.tensor([(r, table.data_ptr(), table.shape[1]) for r, table in sums.items()], dtype=torch.int64)
-    # An evicted request's sinks, kept tokens and later tokens each start a chunk.
-    chunks = triton.cdiv(max(table.shape[1] for table in sums.values()), CHUNK_TOKENS) + 2
+    # An evicted request's sinks, kept tokens of each format and later tokens each start a chunk.
+    most = max(table.shape[1] for table in sums.values())
+    chunks = triton.cdiv(most, CHUNK_TOKENS) + 1 + len(formats_of(geometry))
     received_kernel[(chunks, len(sums), geometry.num_kv_heads)](
         *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, lse,
         query.shape[1], scale * LOG2_E, wanted.to(query.device, non_blocking=True), received.power, CHUNK_TOKENS,

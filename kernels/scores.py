@@ -14,42 +14,73 @@ import triton.language as tl
 
 from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
 from kvserve.kernels.decode import LOG2_E, warps_of
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, check_alignment, check_device, on_device, strips_of
-from kvserve.kernels.pages import dense_row, dot, kept_run, page_of_chunk, slot_of
+from kvserve.kernels.geometry import (
+    CHUNK_TOKENS,
+    Geometry,
+    check_alignment,
+    check_device,
+    formats_of,
+    on_device,
+    strips_of,
+)
+from kvserve.kernels.pages import dense_row, dot, kept_run, kept_tile_at, page_of_chunk, slot_of
 from kvserve.kernels.sealed import sealed_masses, sealed_scores
 
 SCORE_ROWS = 32
 
 
 @triton.jit
-def place_of_chunk(chunk, kept_tokens, end, stored, sealed, CHUNK: tl.constexpr, G: tl.constexpr):
-    """Where the tokens of a chunk are: sinks of an evicted request first, then its kept tokens, then those from `end`.
+def place_of_chunk(chunk, kept_tokens, other_tokens, end, stored, sealed, CHUNK: tl.constexpr, G: tl.constexpr):
+    """Where the tokens of a chunk are: sinks of an evicted request first, then those it keeps in format 0 and in format
+    1, then those from `end`.
 
     Of `stored` tokens, those before `sealed` are in pages.
 
     Returns:
-        in_sequence: the chunk's place after the sink chunk, as `page_of_chunk` counts.
-        in_page: whether a page holds it. is_dense [CHUNK]: tokens in dense slots.
+        in_sequence: the chunk's place after the sink chunk, without chunks of format 1, as `page_of_chunk` counts.
+        in_page: whether a page of format 0 holds it. other: its place among the chunks of format 1; -1: it is none.
+        is_dense [CHUNK]: tokens in dense slots.
         t [CHUNK]: positions; 0 for kept tokens, which every row sees.
         column [CHUNK]: columns of the result; used [CHUNK]: those that there are.
     """
     i = tl.arange(0, CHUNK)
     lead = tl.where(end > 0, 1, 0)
     kept_chunks = (kept_tokens + CHUNK - 1) // CHUNK
-    in_sequence = chunk - lead
+    other_chunks = (other_tokens + CHUNK - 1) // CHUNK
+    behind = chunk - lead - kept_chunks
+    is_other = (behind >= 0) & (behind < other_chunks)
+    in_sequence = chunk - lead - tl.where(behind >= other_chunks, other_chunks, 0)
     is_lead = in_sequence < 0
     is_kept = (is_lead == 0) & (in_sequence < kept_chunks)
-    kept_index = in_sequence * CHUNK + i
+    kept_index = tl.where(is_other, behind, in_sequence) * CHUNK + i
+    limit = tl.where(is_other, other_tokens, kept_tokens)
     t = tl.where(is_lead, 0, end + (in_sequence - kept_chunks) * CHUNK) + i
-    used = tl.where(is_lead, i < G.sink_tokens, tl.where(is_kept, kept_index < kept_tokens, t < stored))
-    sinks = lead * G.sink_tokens
-    column = tl.where(is_lead, i, sinks + tl.where(is_kept, kept_index, kept_tokens + t - end))
+    used = tl.where(is_lead, i < G.sink_tokens, tl.where(is_kept | is_other, kept_index < limit, t < stored))
+    before = lead * G.sink_tokens + tl.where(is_kept, 0, kept_tokens)
+    column = before + tl.where(is_kept | is_other, kept_index, other_tokens + t - end)
     in_page = is_kept
     is_dense = used
     if not G.dense:
-        in_page = is_kept | ((is_lead == 0) & (end + (in_sequence - kept_chunks) * CHUNK < sealed))
-        is_dense = used & tl.where(is_kept, t < 0, (t < G.sink_tokens) | (t >= sealed))
-    return in_sequence, in_page, is_dense, tl.where(is_kept, 0, t), column, used
+        in_tile = (is_lead == 0) & (is_other == 0) & (end + (in_sequence - kept_chunks) * CHUNK < sealed)
+        in_page = is_kept | in_tile
+        is_dense = used & tl.where(is_kept | is_other, t < 0, (t < G.sink_tokens) | (t >= sealed))
+    other = tl.where(is_other, behind, -1)
+    t = tl.where(is_kept | is_other, 0, t)
+    return in_sequence, in_page, other, is_dense, t, tl.where(is_lead, i, column), used
+
+
+@triton.jit
+def other_scores(
+    query, query_rows, row_mask, cells, table, blocks, end, chunk, head, codec_tables, block_stride, head_stride,
+    strip_offset, strip_pages, CHUNK: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """query [M, block_dim] times the keys of one chunk of a head's kept tokens in format 1, whose geometry G is."""
+    first_page, _ = kept_run(cells, table, head, block_stride, head_stride, end, 1)
+    page = kept_tile_at(
+        blocks, first_page, chunk // G.chunks_per_tile, True, block_stride, head_stride, strip_offset, strip_pages, G
+    )  # fmt: skip
+    column0 = chunk % G.chunks_per_tile * CHUNK
+    return sealed_scores(query, query_rows, row_mask, cells + page, column0, 0, head, codec_tables, CHUNK, G)
 
 
 @triton.jit
@@ -65,12 +96,14 @@ def scores_kernel(
     """
     chunk, query_head = tl.program_id(0), tl.program_id(1)
     head = query_head // G.group
-    kept_tokens, first_page = 0, 0
+    kept_tokens, other_tokens, first_page = 0, 0, 0
     if blocks is not None:
         first_page, kept_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 0)
+        if G.other is not None:
+            _, other_tokens = kept_run(cells, table, head, block_stride, head_stride, end, 1)
     sealed = 0 if G.dense else stored // G.tile_tokens * G.tile_tokens
-    in_sequence, in_page, is_dense, t, column, used = place_of_chunk(
-        chunk, kept_tokens, end, stored, sealed, CHUNK, G
+    in_sequence, in_page, other, is_dense, t, column, used = place_of_chunk(
+        chunk, kept_tokens, other_tokens, end, stored, sealed, CHUNK, G
     )  # fmt: skip
     in_tail = t >= sealed
     slots = slot_of(table, t, in_tail == 0, head, is_dense, block_stride, head_stride, G)
@@ -99,6 +132,12 @@ def scores_kernel(
                 )  # fmt: skip
                 if G.mass:
                     masses = sealed_masses(cells + page, column0, CHUNK, G)  # 0 where a token of the chunk is dense
+        if (blocks is not None) and (G.other is not None):  # noqa: SIM102 (as above)
+            if other >= 0:
+                scores = other_scores(
+                    rows, query_rows, row_mask, cells, table, blocks, end, other, head, codec_tables, block_stride,
+                    head_stride, strip_offset, strip_pages, CHUNK, G.other
+                )  # fmt: skip
         if has_dense:
             key = dense_row(cells, slots, is_dense, None, slots, is_dense, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
@@ -153,8 +192,8 @@ def attention_sums(
     check_device(cells=cells, block_table_row=table, query=query)
     check_alignment(cells)
     columns = max(held)
-    # An evicted request's sinks, kept tokens and later tokens each start a chunk.
-    chunks = triton.cdiv(columns, CHUNK_TOKENS) + (2 if end else 0)
+    # An evicted request's sinks, kept tokens of each format and later tokens each start a chunk.
+    chunks = triton.cdiv(columns, CHUNK_TOKENS) + (1 + len(formats_of(geometry)) if end else 0)
     partial = torch.empty(num_heads, chunks, rows, dtype=torch.float32, device=query.device)
     sums = torch.zeros(num_heads, columns, dtype=torch.float32, device=query.device)
     block_ids = on_device(blocks, cells.device) if end else None

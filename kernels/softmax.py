@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvserve.kernels.pages import dense_row, dot, slot_of
+from kvserve.kernels.pages import dense_row, dot, kept_run, kept_tile_at, slot_of
 from kvserve.kernels.sealed import sealed_masses, sealed_scores, sealed_values
 
 
@@ -44,6 +44,28 @@ def add_sealed_chunk(
     accumulator += sealed_values(
         weights, used, page, column0, first_position, head, codec_tables, CHUNK, query.dtype, G
     )  # fmt: skip
+    return accumulator, peak, total
+
+
+@triton.jit
+def add_other_run(
+    accumulator, peak, total, query, query_rows, row_mask, cells, table, blocks, end, head, split, splits, codec_tables,
+    scale, block_stride, head_stride, strip_offset, strip_pages, CHUNK: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Attend to a split's share of a head's kept tokens in format 1, whose geometry G is; every row sees them."""
+    first_page, tokens = kept_run(cells, table, head, block_stride, head_stride, end, 1)
+    chunks = (tokens + CHUNK - 1) // CHUNK
+    share = (chunks + splits - 1) // splits
+    for chunk in range(split * share, tl.minimum(split * share + share, chunks)):
+        page = kept_tile_at(
+            blocks, first_page, chunk // G.chunks_per_tile, True, block_stride, head_stride, strip_offset,
+            strip_pages, G
+        )  # fmt: skip
+        used = chunk * CHUNK + tl.arange(0, CHUNK) < tokens
+        accumulator, peak, total = add_sealed_chunk(
+            accumulator, peak, total, query, query_rows, row_mask, cells + page, chunk % G.chunks_per_tile * CHUNK, 0,
+            head, codec_tables, used[None, :] & row_mask[:, None], used, scale, CHUNK, G
+        )  # fmt: skip
     return accumulator, peak, total
 
 

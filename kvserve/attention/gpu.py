@@ -53,6 +53,8 @@ def _other_codecs(layout: PageLayout) -> str | None:
     if tile_format is None or tile_format.dense_dtype is not None:
         return "dense"
     words = [f"{half[0].upper()} {word}" for half in Half if (word := _other_codec(tile_format, half))]
+    if layout.other_formats:
+        words.append("kept tokens in two formats")
     return ", ".join(words) or None
 
 

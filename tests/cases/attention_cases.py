@@ -124,8 +124,9 @@ def build_case(
     generator = torch.Generator().manual_seed(seed)
     sealed_block_size = tiles_per_block * policy.tile_tokens
     layout = PageLayout.build(
-        policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group
-    )
+        policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group,
+        num_layers=NUM_LAYERS,
+    )  # fmt: skip
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
     tables = random_layer_tables(layout.tile_format, num_kv_heads) if layout.tile_format else {}
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]

@@ -19,15 +19,19 @@ import triton
 from benchmarks.gpu_compile import SHARED_BYTES, compile_only, use_target
 from kvserve.attention.base import Received
 from kvserve.attention.triton import TritonAttention
+from kvserve.codecs.affine import Affine
 from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, Run, arena_of, write_header
-from tests.cases.attention_cases import Case, build_case, make_policy
-from tests.cases.kept_cases import with_masses
+from tests.cases.attention_cases import NUM_LAYERS, Case, build_case, make_policy
+from tests.cases.kept_cases import demoting, with_masses
 
 ROW = torch.arange(9, dtype=torch.int32)
 
 
 def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:
-    policy = make_policy(family.removesuffix("-mass"))
+    """Of a family of make_policy, with log-masses (-mass), or of int8 with kept tokens in 2 bits (demoting)."""
+    policy = make_policy("int8" if family == "demoting" else family.removesuffix("-mass"))
+    if family == "demoting":
+        policy = demoting(policy, Affine(bits=2, group_size=32), Affine(bits=2, group_size=64))
     policy = with_masses(policy) if family.endswith("-mass") else policy
     return build_case(policy, computed=[3, 0], new_tokens=[1, 80], head_dim=head_dim, group=group,
                       model_dtype=dtype)  # fmt: skip
@@ -50,16 +54,18 @@ def launch_received(attention: TritonAttention, case: Case) -> None:
 
 def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     """Every kernel of one layer, with evicted requests: those that attend do all they do without, and more."""
-    layout = type(case.layout).build(case.layout.policy, head_dim, 64, dtype, state_blocks=1)
+    layout = type(case.layout).build(case.layout.policy, head_dim, 64, dtype, state_blocks=1, num_layers=NUM_LAYERS)
     attention = TritonAttention(layout, case.spec, case.tables)
-    kept, cells = Kept(64, (4,)), torch.zeros_like(case.cells)
+    kept, cells = Kept(64, (4, 5)), torch.zeros_like(case.cells)
     case.batch.kept = KeptTable.of([kept, kept])
     case.run(attention)
     attention.read(cells, ROW, 0, 100)
     rows, masses = [torch.zeros(3, head_dim)] * 2, [torch.zeros(3)] * 2 if attention.geometry.mass else None
-    attention.write_kept(cells, 0, kept, [0, 1], KeptRows(rows, rows, masses))
+    counts = (1, 2) if layout.other_formats else (3,)
+    attention.write_kept(cells, 0, kept, [0, 2], KeptRows(rows, rows, masses, [counts] * 2))
     for head in range(2):
-        write_header(arena_of(cells, layout), 0, head, Header(64, (Run(0, head, 3),)))
+        runs = tuple(Run(number, 0, count) for number, count in enumerate(counts))
+        write_header(arena_of(cells, layout), 0, head, Header(64, runs))
     attention.read_kept(cells, 0, kept)
     attention.attention_sums(case.query[:9], cells, ROW, 80, kept, 2)
     launch_received(attention, case)

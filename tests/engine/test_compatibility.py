@@ -197,7 +197,7 @@ def test_full_graphs_are_claimed_for_steps_that_cannot_evict(served: Served) -> 
 
 
 def settings_of(policy: str) -> EngineSettings:
-    return EngineSettings(load_policy(policy), 64, torch.bfloat16, kernels="triton")
+    return EngineSettings(load_policy(policy), 64, torch.bfloat16, kernels="triton", num_layers=30)
 
 
 @pytest.mark.slow

@@ -27,8 +27,9 @@ MORE = (
 PADDED = ("89:kivi-2:160:4:float16", "89:boosted:224:4:bfloat16")  # to 256 channels, on the target with least room
 
 # Codecs that are decoded to rows, of keys and of values: a quick one, the others, and all with much wider blocks.
-QUICK = ("90:table-2+affine-channel:64:4:bfloat16",)
+QUICK = ("90:table-2+affine-channel:64:4:bfloat16", "90:demoting:128:4:bfloat16")  # and two formats of kept tokens
 DECODED = (
+    *("80:demoting:64:4:float16", "89:demoting:256:8:bfloat16"),
     *("90:outlier-table-before-rope+vector:128:4:float16", "90:vector+table-3:128:4:bfloat16"),
     *("90:rank-of-outliers+outliers-symmetric:128:8:float16", "80:before-rope-part+low-rank:64:1:bfloat16"),
     *("100:affine-token+outliers:64:4:bfloat16", "90:affine-clipped+affine-clipped:64:4:bfloat16"),
