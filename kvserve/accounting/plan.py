@@ -31,8 +31,9 @@ class Cut(NamedTuple):
     Attributes:
         end: tokens [sinks, end) are then kept in part; a multiple of the block size.
         kept_blocks: how many blocks hold them, each with a cell of every layer and KV head.
-        chosen_pages: where a retention keeps all tokens, in two formats: pages of each head that hold the chosen ones,
-            in the policy's own. 0: all pages hold such tokens.
+        chosen_pages: of each head, `PageLayout.chosen_unit` tokens each, where heads keep equally many: a retention
+            keeps the others too, in another format, or layers have formats of their own. 0: the budget divides the
+            pages of the kept blocks.
     """
 
     point: int
@@ -185,7 +186,7 @@ def kept_elsewhere(layout: PageLayout, end: int, kept_blocks: int, chosen_pages:
     Where all are kept (chosen_pages), those that are chosen.
     """
     if chosen_pages:
-        return min(chosen_pages * layout.page_tokens(), end - layout.policy.sink_tokens)
+        return min(chosen_pages * layout.chosen_unit, end - layout.policy.sink_tokens)
     spared, num_layers, size = len(layout.spared_layers), layout.num_layers or 1, layout.block_size
     return (kept_blocks * num_layers * size - spared * end) // (num_layers - spared)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvserve.pages.layout import PageLayout
+from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.schedules.base import Limit, Schedule
 
 
@@ -30,10 +30,12 @@ class CutSizes:
         policy, num_layers = layout.policy, layout.num_layers or 1
         assert policy.eviction is not None
         own = (policy.eviction.schedule, limit, layout.block_size, policy.sink_tokens, len(layout.spared_layers))
-        if not layout.other_formats:
+        if not layout.other_formats and not isinstance(layout, MixedLayout):
             return cls(*own, num_layers)
-        pages = tuple(layout.page_tokens(number) for number in range(len(layout.formats)))
-        return RunSizes(*own, num_layers, pages, layout.pages_per_strip(num_layers))
+        layers = layout.layers if isinstance(layout, MixedLayout) else (layout,) * num_layers
+        pages = tuple(layer.page_tokens() for layer in layers)
+        others = layout.page_tokens(1) if layout.other_formats else 0
+        return RunSizes(*own, num_layers, layout.chosen_unit, pages, others, layout.pages_per_strip(num_layers))
 
     def kept_blocks(self, point: int) -> int:
         """Kept blocks of a cut at `point`.
@@ -76,26 +78,29 @@ class CutSizes:
 
 @dataclass(frozen=True)
 class RunSizes(CutSizes):
-    """The same of a request that is cut once and keeps every token: those chosen in the policy's own format, the others
-    in the one behind it.
+    """The same of a request that is cut once, and of which every head keeps equally many tokens in its layer's format.
 
-    Pages are whole for each (layer, KV head), and every head has as many. Within a block a longer sequence keeps no
-    more blocks: a page of chosen tokens holds no more tokens than one of the others.
+    The others are gone, or stay in the format behind it. Pages are whole for each (layer, KV head). Within a block a
+    longer sequence keeps no more blocks: a page of chosen tokens holds no more tokens than one of the others.
 
     Attributes:
-        page_tokens: by format, ascending.
+        unit: chosen tokens are a multiple of it, or all that there are.
+        page_tokens: tokens of a page, by layer.
+        other_tokens: those of a page of the others; 0: they are gone.
         pages_per_strip: kept pages of one (block, KV head).
     """
 
+    unit: int
     page_tokens: tuple[int, ...]
+    other_tokens: int
     pages_per_strip: int
 
     def chosen_pages(self, point: int) -> int:
-        """Pages of each head for its chosen tokens: the limit's, of which sinks and the last tokens take their share.
+        """As Cut: the limit's tokens, of which sinks and the last ones take their share.
 
-        A rate is rounded up to whole pages, a maximum of tokens down; protected tokens and one page stay in any case.
+        A rate is rounded up to whole units, a maximum of tokens down; protected tokens and one unit stay in any case.
         """
-        size, others = self.page_tokens[0], self.sink_tokens + point % self.block_size
+        size, others = self.unit, self.sink_tokens + point % self.block_size
         wanted = self.schedule.kept_at(self.limit, point) - others
         pages = -(-wanted // size) if self.limit.rate else wanted // size
         return max(min(max(pages, -(-(self.limit.protected - others) // size), 1), -(-self._held(point) // size)), 0)
@@ -104,9 +109,12 @@ class RunSizes(CutSizes):
         """Kept blocks of a cut at `point`."""
         if self.schedule.kept_at(self.limit, point) >= point:
             return point // self.block_size
-        held, pages = self._held(point), self.chosen_pages(point)
-        left = max(held - pages * self.page_tokens[0], 0)
-        return -(-self.num_layers * (pages - (-left // self.page_tokens[1])) // self.pages_per_strip)
+        held = self._held(point)
+        chosen = min(self.chosen_pages(point) * self.unit, held)
+        pages = sum(-(-chosen // tokens) for tokens in self.page_tokens)
+        if self.other_tokens:
+            pages -= -(held - chosen) // self.other_tokens * self.num_layers
+        return -(-pages // self.pages_per_strip)
 
     def first_saving(self, count: int, max_len: int) -> int:
         """No later than the first length at which a cut saves `count` blocks."""

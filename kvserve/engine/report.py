@@ -13,7 +13,7 @@ from kvserve.codecs.tile import Half, TileShape
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import MixedLayout, PageLayout
-from kvserve.pages.page_size import page_size
+from kvserve.pages.page_size import PageSize
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -221,16 +221,23 @@ def describe_retention(layout: PageLayout) -> str:
         return "nothing"
     mass = layout.tile_format is not None and layout.tile_format.mass is not None
     if layout.other_formats:
-        page = page_size(tuple(tile_format.tile_bytes for tile_format in layout.formats))
-        tiles = " or ".join(
-            f"{count} of {tile_format.tile_bytes} ({waste:.1%} unused)"
-            for count, tile_format, waste in zip(page.tiles, layout.formats, page.waste, strict=True)
-        )
-        return (
-            f"{eviction.retention.name}: the others stay as {describe_codecs(layout, 1)}; pages of {page.page_bytes} "
-            f"bytes hold tiles, {tiles}"
-        )
+        return f"{eviction.retention.name}: the others stay as {describe_codecs(layout, 1)}; {_describe_pages(layout)}"
+    if isinstance(layout, MixedLayout):
+        return f"{eviction.retention.name}; {_describe_pages(layout)}"
     return f"{eviction.retention.name}{', with a log-mass beside each token of a page' if mass else ''}"
+
+
+def _describe_pages(layout: PageLayout) -> str:
+    """The kept pages that tiles of several sizes share, and what stays unused of them and of a strip."""
+    layers = layout.layers if isinstance(layout, MixedLayout) else (layout,)
+    sizes = sorted({tile_format.tile_bytes for layer in layers for tile_format in layer.formats}, reverse=True)
+    page, strip = PageSize.of(layout.kept_page_bytes, sizes), (layout.num_layers or 1) * layout.cell_bytes
+    tiles = " or ".join(
+        f"{count} of {size} bytes ({waste:.1%} unused)"
+        for count, size, waste in zip(page.tiles, sizes, page.waste, strict=True)
+    )
+    rest = strip % page.page_bytes / strip
+    return f"pages of {page.page_bytes} bytes hold tiles, {tiles}, and fill a block but for {rest:.1%}"
 
 
 def describe_switched_off(layout: PageLayout) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from kvserve.accounting.plan import RowStep, kept_elsewhere
 from kvserve.attention.base import Batch, PagedAttention, Received
+from kvserve.budgets.base import filled_pages
 from kvserve.eviction.collector import Collector
 from kvserve.eviction.observer import EvictionObserver, Selection
 from kvserve.eviction.query_memory import Rows, recall, remember, rows_to_remember
@@ -195,17 +196,19 @@ class StepEvictor:
             [head for layer in layers for head in layer.scores[number]], batch_first=True, padding_value=-torch.inf
         ).unflatten(0, (len(layers), -1))  # [layers, kv_heads, most candidates]
         layout = layers[0].attention.layout
-        total_pages = len(request.cut.blocks) * pages_per_block(layout, scores.shape[1], len(layers))
-        if request.step.chosen_pages:
-            total_pages = request.step.chosen_pages * scores.shape[0] * scores.shape[1]
+        total_pages = request.step.chosen_pages * scores.shape[0] * scores.shape[1]
+        if not total_pages:
+            total_pages = len(request.cut.blocks) * pages_per_block(layout, scores.shape[1], len(layers))
         spec = layers[0].attention.spec
         heads = range(spec.first_head, spec.first_head + spec.num_kv_heads)
         budget = self.eviction.budget.part(range(self.num_layers), heads)
-        pages, counts, tokens = budget.choose(scores, layout.page_tokens(), total_pages, self.spared)
+        _, counts, tokens = budget.choose(scores, layout.chosen_unit, total_pages, self.spared)
         held = torch.tensor([[len(head) for head in layer.scores[number]] for layer in layers])
         demoted = held - counts if layout.other_formats else torch.zeros_like(counts)
-        if layout.other_formats:
-            pages = pages + (demoted + layout.page_tokens(1) - 1) // layout.page_tokens(1)
+        pages = torch.stack([
+            _pages_of(layer.attention.layout, *of_layer)
+            for layer, of_layer in zip(layers, zip(counts, demoted, strict=True), strict=True)
+        ])  # fmt: skip
         first_page = (pages.flatten().cumsum(0) - pages.flatten()).view_as(pages)
         sources = [
             self._pack(i, layer, request, first_page[i].tolist(), (tokens[i], layer.scores[number]))
@@ -257,6 +260,12 @@ class StepEvictor:
         rows = _rows_of(packed, layer.attention.layout)
         layer.attention.write_kept(layer.cells, request.state_block, request.cut, first_page, rows)
         return sources
+
+
+def _pages_of(layout: PageLayout, chosen: torch.Tensor, demoted: torch.Tensor) -> torch.Tensor:
+    """Kept pages of heads that keep so many tokens in format 0 and in format 1, int64 of the same shape."""
+    pages = filled_pages(chosen, layout.page_tokens())
+    return pages + filled_pages(demoted, layout.page_tokens(1)) if layout.other_formats else pages
 
 
 def _candidates(held: KeptRows, head: int, sinks: int, scores: torch.Tensor) -> HeldTokens:

@@ -132,6 +132,8 @@ class Arena(NamedTuple):
 def num_layers_of(cells: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
     """Layers of the arena, and the index of the one that `cells` (uint8 [blocks, heads, ...]) shows."""
     head_stride = cells.stride(1)
+    if layout.strip_starts:
+        return len(layout.strip_starts), layout.strip_starts.index(strip_offset(cells))
     return head_stride // layout.cell_bytes, cells.storage_offset() % head_stride // layout.cell_bytes
 
 

@@ -18,7 +18,7 @@ slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class PageLayout:
         tile_format: the bytes of a sealed page; None for the dense policy.
         other_formats: of the tiles of kept pages beside tile_format, which is format 0 (kvserve/pages/kept.py).
         kept_page_bytes: of a kept page, which holds whole tiles of one format; 0 for the dense policy.
+        strip_starts: where the layers of the pool have pages of their own, where each one's cell begins in a strip.
         state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
             headers of its kept pages and the queries it remembers.
         query_group: query heads of a KV head whose queries are remembered; 0: none are.
@@ -62,6 +63,7 @@ class PageLayout:
     least_sink_blocks: int = 0
     other_formats: tuple[TileFormat, ...] = ()
     kept_page_bytes: int = 0
+    strip_starts: tuple[int, ...] = ()
 
     @classmethod
     def build(
@@ -144,6 +146,15 @@ class PageLayout:
     def page_tokens(self, number: int = 0) -> int:
         """Tokens of format `number` that a kept page holds."""
         return self.tiles_per_page(number) * self.tile_tokens
+
+    @property
+    def chosen_unit(self) -> int:
+        """Tokens of one of the pages that a budget divides among heads.
+
+        Where tokens that are not chosen are kept too, whole kept pages; else a tile, also in layers whose kept pages
+        hold several.
+        """
+        return self.page_tokens() if self.other_formats else self.tile_tokens
 
     def run_pages(self, num_tokens: int, number: int = 0) -> int:
         """Kept pages that so many tokens of one KV head fill in format `number`."""
@@ -259,12 +270,19 @@ class MixedLayout(PageLayout):
             raise ValueError(f"policy {policy.name} names layers, so its layout needs num_layers")
         policies = policy.of_layers(num_layers)
         built = [PageLayout.build(layer, head_dim, block_size, model_dtype) for layer in policies]
-        tail, sinks = max(layer.tail_blocks for layer in built), max(layer.sink_blocks for layer in built)
-        layers = tuple(replace(layer, least_tail_blocks=tail, least_sink_blocks=sinks) for layer in built)
+        shared = {
+            "least_tail_blocks": max(layer.tail_blocks for layer in built),
+            "least_sink_blocks": max(layer.sink_blocks for layer in built),
+            "strip_starts": tuple(accumulate((layer.cell_bytes for layer in built[:-1]), initial=0)),
+        }
         own = PageLayout.build(policy.model_copy(update={"layers": ()}), head_dim, block_size, model_dtype)
+        if policy.eviction:  # pages of one size, whichever layer's tiles they hold
+            tile_bytes = tuple(sorted({layer.kept_page_bytes for layer in built}))
+            shared["kept_page_bytes"] = page_size(tile_bytes).page_bytes
+        layers = tuple(replace(layer, **shared) for layer in built)
         return cls(
-            policy, head_dim, block_size, own.dense_dtype, own.tile_format, num_layers=num_layers,
-            least_tail_blocks=tail, least_sink_blocks=sinks, layers=layers,
+            policy, head_dim, block_size, own.dense_dtype, own.tile_format, own.state_blocks, num_layers=num_layers,
+            layers=layers, **{**shared, "strip_starts": ()},
         )  # fmt: skip
 
     @property

@@ -207,9 +207,7 @@ class Policy(_Part):
         if (self.key is None) != (self.value is None):
             raise ValueError("give both key and value, or neither (every token then keeps the model's dtype)")
         if self.layers and self.eviction:
-            raise ValueError(
-                "a policy that evicts has one codec; leave out layers (eviction.spare_layers keeps layers whole)"
-            )
+            self._check_evicting_layers(self.eviction)
         if not self.has_pages:
             if self.layers:
                 raise ValueError("layers needs pages: use codec: dense, or one that compresses, for example int8")
@@ -242,6 +240,20 @@ class Policy(_Part):
                 f"a {half} of {codec.name} is read with its position, which the pages that an eviction leaves do not "
                 "keep; leave out eviction, or choose another codec"
             )
+
+    def _check_evicting_layers(self, eviction: Eviction) -> None:
+        """Refuse what layers with codecs of their own cannot have.
+
+        Their pages hold different numbers of tokens: blocks are counted for heads that all keep as many, once.
+        """
+        wrong = {
+            "budget: uniform": not eviction.budget.even,
+            "retention: evict": bool(eviction.formats or eviction.retention.has_mass),
+            "schedule: end-of-prefill, without chunk_tokens": eviction.schedule.repeats,
+            "no spare_layers": bool(eviction.spare_layers),
+        }
+        if needed := [words for words, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(f"layers with their own codecs are evicted with {', and '.join(needed)}")
 
     def _check_formats(self, eviction: Eviction) -> None:
         """Refuse formats of kept tokens beside the policy's own that it cannot have."""

@@ -16,7 +16,7 @@ from kvserve.attention.native import NativeAttention
 from kvserve.eviction.collector import Collector
 from kvserve.eviction.evictor import StepEvictor
 from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
-from kvserve.pages.layout import PageLayout
+from kvserve.pages.layout import MixedLayout, PageLayout
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.probe.distances import ProbeReport, complaints
@@ -90,6 +90,7 @@ class Machine:
         shape = (blocks, KV_HEADS, NUM_LAYERS, self.layout.cell_bytes)
         self.arena = torch.full(shape, POISON, dtype=torch.uint8)
         self.free = torch.randperm(blocks, generator=self.generator).tolist()
+        self.layouts = self.layout.layers if isinstance(self.layout, MixedLayout) else (self.layout,) * NUM_LAYERS
         self.attention = [self._attention(layer) for layer in range(NUM_LAYERS)]
         self.probe = Probe([LayerProbe(i, attention) for i, attention in enumerate(self.attention)])
         rotary = Rotary(1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
@@ -98,9 +99,14 @@ class Machine:
         self.offset = self._random(NUM_LAYERS, KV_HEADS, HEAD_DIM)
 
     def _attention(self, layer: int) -> NativeAttention:
-        tile_format = self.layout.tile_format
+        tile_format = self.layouts[layer].tile_format
         tables = random_layer_tables(tile_format, KV_HEADS, self.seed + layer) if tile_format else {}
-        return NativeAttention(self.layout, self.spec, tables=tables)
+        return NativeAttention(self.layouts[layer], self.spec, tables=tables)
+
+    def cells(self, layer: int) -> torch.Tensor:
+        """What the layer's kernels get."""
+        cells = self.arena[:, :, layer]
+        return self.layout.cells_of(cells, layer) if isinstance(self.layout, MixedLayout) else cells
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -176,7 +182,7 @@ class Request:
         if eviction and plan:
             evictor = StepEvictor(eviction, {0: plan}, batch, NUM_LAYERS, machine.probe, machine.collector)
         for layer, attention in enumerate(machine.attention):
-            cells = machine.arena[:, :, layer]
+            cells = machine.cells(layer)
             received = evictor.before_layer(attention, cells) if evictor else None
             query, key, value = (part[before:after] for part in rows[layer])
             output = torch.full_like(query, torch.nan)

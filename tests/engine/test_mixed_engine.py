@@ -14,6 +14,7 @@ from tests.cases.engine_cases import (
     assert_preempted_with_same_texts,
     encode,
     engine,
+    free_blocks,
     generate,
     prompt_logprobs,
     steps,
@@ -51,6 +52,34 @@ def test_one_codec_named_for_every_layer_gives_the_texts_of_its_policy(
     assert texts[0] == texts[1]
     for found, expected in zip(*logprobs, strict=True):
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_layers_of_one_codec_evict_as_its_policy_does(model: Path) -> None:
+    """Every layer of 2-bit snapkv in 8 bits: the tokens that stay, their texts, and the blocks given back."""
+    outcomes = []
+    for changes in ({"codec": "kivi-2bit", "sink_tokens": 0} | every_layer("int8"), {"sink_tokens": 0}):
+        with engine(model, "snapkv", changes, kv_cache_memory_bytes=256 * MIB) as llm:
+            before = free_blocks(llm)
+            outputs = generate(llm, [encode(llm, STORY * 8 + "In the morning")], max_tokens=40)
+            outcomes.append(([tokens(output) for output in outputs], outputs[0].kv_transfer_params["kvserve"]))
+            assert free_blocks(llm) == before
+    (found, report), (expected, alone) = outcomes
+    assert found == expected
+    for name in ("tokens_cached", "tokens_kept", "rate_effective", "bytes_held"):
+        assert report[name] == alone[name]
+    assert report["rate_effective"] > 2
+
+
+def test_layers_that_differ_give_back_what_they_evict(model: Path) -> None:
+    changes = {"codec": "kivi-2bit", "layers": {0: "int8", -1: "boost-2bit"}}
+    with engine(model, "snapkv", changes, kv_cache_memory_bytes=256 * MIB) as llm:
+        prompts = [encode(llm, f"{name} told this story. " + STORY * 8 + "Then") for name in ("Anna", "Bo")]
+        alone = [tokens(generate(llm, [prompt], max_tokens=40)[0]) for prompt in prompts]
+        outputs = generate(llm, prompts, max_tokens=40)
+    assert [tokens(output) for output in outputs] == alone
+    for output in outputs:
+        report = output.kv_transfer_params["kvserve"]
+        assert report["tokens_kept"] < 0.5 * report["tokens_cached"]
 
 
 def test_a_prefix_hit_gives_the_text_of_a_miss(model: Path) -> None:

@@ -147,7 +147,8 @@ def test_a_policy_with_layers_survives_the_way_to_another_process(tmp_path: Path
         ("int8", "layers={0: {key: {bits: 8, group_size: 64}}}", "layers.0: give both key and value"),
         ("int8", "layers={0: {key: {bits: 2, group_size: 128}, value: {bits: 8}}}", "at most tile_tokens (64)"),
         ("none", "layers={0: int8}", "layers needs pages"),
-        ("snapkv", "layers={0: int8}", "a policy that evicts has one codec"),
+        ("pyramidkv", "layers={0: int8}", "layers with their own codecs are evicted with budget: uniform"),
+        ("kv-compress-live", "layers={0: int8}", "and schedule: end-of-prefill, without chunk_tokens"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(name: str, override: str, part: str) -> None:

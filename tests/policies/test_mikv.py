@@ -299,7 +299,7 @@ def test_the_policy_survives_the_way_to_another_process() -> None:
         (["eviction.retention.key={name: table, bits: 2}"], "the key of demote reads tables"),
         (["eviction.retention=demote"], "key"),
         (["eviction.retention.key=4"], "must be a codec's name and parameters"),
-        (["layers={0: int8}"], "leave out layers"),
+        (["layers={0: int8}"], "layers with their own codecs are evicted with retention: evict"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_sentence(changes: list[str], message: str) -> None:

@@ -152,6 +152,24 @@ def test_layers_that_keep_all_their_tokens_raise_no_alarm() -> None:
     assert all(len(kept) > len(few) for kept, few in zip(spared.kept, cut.kept, strict=True))
 
 
+@pytest.mark.parametrize("layers", ["{0: int8}", "{1: dense}", "{0: dense, 1: int8}"])
+@pytest.mark.parametrize("scorer", ["window-attention", "key-norm", "accumulated-attention"])
+def test_evicted_layers_with_pages_of_their_own_raise_no_alarm(layers: str, scorer: str) -> None:
+    changes = ["codec=kivi-2bit", f"layers={layers}", f"eviction.scorer={scorer}", "eviction.rate=2"]
+    machine = Machine(load_policy("snapkv", changes))
+    assert machine.complaints() == []
+    histories = [layer.history for layer in machine.probe.layers]
+    (kept,) = {len(head) for history in histories for head in history.kept}
+    assert histories[0].end and kept
+
+
+def test_pages_of_one_layer_do_not_lie_where_those_of_another_are() -> None:
+    changes = ["codec=kivi-2bit", "layers={1: int8}", "eviction.scorer=key-norm"]
+    machine = Machine(load_policy("snapkv", changes), block_tiles=3)
+    assert machine.complaints() == []
+    assert [layer.tiles_per_page() for layer in machine.layouts] == [3, 1]
+
+
 RETENTIONS = [
     ("snapkv", ["eviction.retention=compensate"]),
     ("snapkv", ["eviction.retention={name: merge, threshold: 0.2}"]),

@@ -1,4 +1,7 @@
-"""How many blocks a request holds whose tokens are demoted, against pages that are filled token by token."""
+"""How many blocks a request holds whose kept tokens have several formats, against pages filled token by token.
+
+Tokens that are demoted, and layers with pages of their own.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from hypothesis import strategies as st
 from kvserve.accounting.plan import plan_eviction, policy_plan, widest_request, widest_under
 from kvserve.codecs.affine import Affine
 from kvserve.pages.layout import PageLayout
+from kvserve.policies.base import Eviction, LayerCodec
 from kvserve.policies.loading import load_policy
 from kvserve.schedules.base import Limit
+from tests.accounting.test_eviction_manager import EvictingSimulation
 from tests.cases.attention_cases import make_policy
 from tests.cases.kept_cases import demoting
 
 KV_HEADS = 3
-HIGH = {"int8": (8, 64, 0), "kivi-4": (4, 64, 64)}
 LOW = {"2 bits": (Affine(bits=2, group_size=32), Affine(bits=2, group_size=64)),
        "4 and 2 bits": (Affine(bits=4, group_size=64), Affine(bits=2, group_size=64))}  # fmt: skip
 
@@ -27,11 +31,16 @@ LOW = {"2 bits": (Affine(bits=2, group_size=32), Affine(bits=2, group_size=64)),
 @st.composite
 def cases(draw) -> tuple[PageLayout, Limit]:
     tile_tokens, sinks, recent = (draw(st.sampled_from(of)) for of in ([64, 128], [0, 4, 63], [0, 8, 200]))
-    policy = demoting(make_policy(draw(st.sampled_from(list(HIGH))), tile_tokens, sinks),
-                      *LOW[draw(st.sampled_from(list(LOW)))])  # fmt: skip
+    own = make_policy(draw(st.sampled_from(["int8", "kivi-4"])), tile_tokens, sinks)
+    if draw(st.booleans()):
+        policy = demoting(own, *LOW[draw(st.sampled_from(list(LOW)))])
+    else:
+        eviction = Eviction(scorer="random", budget="uniform", rate=2)
+        layers = [LayerCodec(index=0), LayerCodec(index=-1, key=LOW["2 bits"][0], value=LOW["2 bits"][1])]
+        policy = own.model_copy(update={"eviction": eviction, "layers": layers[draw(st.integers(0, 1)) :]})
     layout = PageLayout.build(
         policy, draw(st.sampled_from([64, 128])), tile_tokens * draw(st.integers(1, 3)), torch.float32,
-        num_layers=draw(st.sampled_from([4, 7, 28])),
+        num_layers=draw(st.sampled_from([7, 28])),
     )  # fmt: skip
     if draw(st.booleans()):
         return layout, Limit(max_tokens=draw(st.integers(max(sinks + recent, 1), 700)), protected=sinks + recent)
@@ -56,14 +65,19 @@ def kept_by_hand(layout: PageLayout, limit: Limit, point: int) -> int:
     if target >= point:
         return point // size
     end = point // size * size
-    held, page = max(end - sinks, 0), layout.tile_tokens * (layout.kept_page_bytes // layout.formats[0].tile_bytes)
+    held, page, demotes = max(end - sinks, 0), layout.tile_tokens, bool(layout.other_formats)
+    if demotes:
+        page *= layout.kept_page_bytes // layout.formats[0].tile_bytes
     elsewhere = Fraction(target - sinks - (point - end), page)
     protected = ceil(Fraction(limit.protected - sinks - (point - end), page))
     chosen = min(max(ceil(elsewhere) if limit.rate else floor(elsewhere), protected, 1) * page, held)
-    high, low = (tile_format.tile_bytes for tile_format in layout.formats)
-    pages = pages_filled(chosen, high, layout) + pages_filled(held - chosen, low, layout)
+    layers = (layout,) * layout.num_layers if demotes else layout.layers
+    pages = {size: pages_filled(chosen, size, layout) for size in {layer.formats[0].tile_bytes for layer in layers}}
+    total = sum(pages[layer.formats[0].tile_bytes] for layer in layers)
+    if demotes:
+        total += pages_filled(held - chosen, layout.formats[1].tile_bytes, layout) * layout.num_layers
     strip = layout.num_layers * layout.cell_bytes // layout.kept_page_bytes
-    return ceil(Fraction(pages * layout.num_layers * KV_HEADS, strip * KV_HEADS))
+    return ceil(Fraction(total * KV_HEADS, strip * KV_HEADS))
 
 
 def grow(layout: PageLayout, limit: Limit, prompt_len: int, max_len: int) -> tuple[int, list[int], list[int]]:
@@ -114,7 +128,7 @@ def test_the_chosen_tokens_are_the_limits_to_a_page(case, point: int) -> None:
     plan = plan_eviction(layout, limit, point, point)
     if plan is None:
         return
-    cut, page = plan.last_cut(point), layout.page_tokens()
+    cut, page = plan.last_cut(point), layout.chosen_unit
     chosen = min(cut.chosen_pages * page, cut.end - layout.policy.sink_tokens)
     others = layout.policy.sink_tokens + point - cut.end
     if chosen > page and chosen + others > limit.protected + page:
@@ -130,3 +144,11 @@ def test_mikv_holds_about_half_of_what_int8_does(prompt_len: int) -> None:
     assert held <= ceil(tiles / 5) + ceil(tiles * 4 / 5 / 3) + 1 + layout.private_blocks
     assert held / plain.blocks_for(prompt_len) < 0.6
     assert widest_request(layout, 131072) < 1.5 * plain.blocks_for(131072)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_free_and_held_blocks_add_up_where_layers_differ(seed: int) -> None:
+    policy = load_policy("snapkv", ["codec=kivi-4bit", "layers={-1: int8}"])
+    simulation = EvictingSimulation(PageLayout.build(policy, 64, 64, torch.float32, num_layers=12), 120, seed)
+    simulation.run(30)
+    assert simulation.num_cuts > 0
