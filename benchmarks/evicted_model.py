@@ -131,14 +131,15 @@ class EvictedModel:
         layout = PageLayout.build(policy, self.head_dim, policy.tile_tokens, torch.float32, num_layers=num_layers)
         plan = policy_plan(layout, n)
         kept = torch.ones(num_layers, prompt.layers[0].keys.shape[0], n, dtype=torch.bool)
-        if plan is None:
+        if plan is None or eviction.formats:  # demoted tokens stay
             return kept
         cut, sinks = plan.last_cut(n), policy.sink_tokens
-        pages = cut.kept_blocks * layout.tiles_per_block
+        pages = cut.chosen_pages or cut.kept_blocks * layout.tiles_per_block
         others = sinks + n - cut.end
-        views = self._views(prompt, policy, kept_elsewhere(layout, cut.end, cut.kept_blocks) + others, request_id)
+        elsewhere = kept_elsewhere(layout, cut.end, cut.kept_blocks, cut.chosen_pages)
+        views = self._views(prompt, policy, elsewhere + others, request_id)
         scores = torch.stack([eviction.scorer.score(view) for view in views])[..., sinks : cut.end]
-        choice = eviction.budget.choose(scores, layout.tile_tokens, pages * kept[..., 0].numel(), layout.spared_layers)
+        choice = eviction.budget.choose(scores, layout.chosen_unit, pages * kept[..., 0].numel(), layout.spared_layers)
         kept[..., sinks : cut.end] = False
         for layer, heads in enumerate(choice.tokens):
             for head, index in enumerate(heads):

@@ -270,19 +270,19 @@ class MixedLayout(PageLayout):
             raise ValueError(f"policy {policy.name} names layers, so its layout needs num_layers")
         policies = policy.of_layers(num_layers)
         built = [PageLayout.build(layer, head_dim, block_size, model_dtype) for layer in policies]
-        shared = {
-            "least_tail_blocks": max(layer.tail_blocks for layer in built),
-            "least_sink_blocks": max(layer.sink_blocks for layer in built),
-            "strip_starts": tuple(accumulate((layer.cell_bytes for layer in built[:-1]), initial=0)),
-        }
+        tail, sinks = max(layer.tail_blocks for layer in built), max(layer.sink_blocks for layer in built)
         own = PageLayout.build(policy.model_copy(update={"layers": ()}), head_dim, block_size, model_dtype)
+        page_bytes = own.kept_page_bytes
         if policy.eviction:  # pages of one size, whichever layer's tiles they hold
-            tile_bytes = tuple(sorted({layer.kept_page_bytes for layer in built}))
-            shared["kept_page_bytes"] = page_size(tile_bytes).page_bytes
-        layers = tuple(replace(layer, **shared) for layer in built)
+            page_bytes = page_size(tuple(sorted({layer.kept_page_bytes for layer in built}))).page_bytes
+            built = [replace(layer, kept_page_bytes=page_bytes) for layer in built]
+        starts = tuple(accumulate((layer.cell_bytes for layer in built[:-1]), initial=0))
+        layers = tuple(
+            replace(layer, least_tail_blocks=tail, least_sink_blocks=sinks, strip_starts=starts) for layer in built
+        )
         return cls(
             policy, head_dim, block_size, own.dense_dtype, own.tile_format, own.state_blocks, num_layers=num_layers,
-            layers=layers, **{**shared, "strip_starts": ()},
+            least_tail_blocks=tail, least_sink_blocks=sinks, kept_page_bytes=page_bytes, layers=layers,
         )  # fmt: skip
 
     @property

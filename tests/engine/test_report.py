@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from kvserve.attention.gpu import measured_kernels
-from kvserve.engine.report import EngineReport, describe_codecs, describe_eviction, describe_switched_off
+from kvserve.engine.report import (
+    EngineReport,
+    describe_codecs,
+    describe_eviction,
+    describe_retention,
+    describe_switched_off,
+)
 from kvserve.engine.settings import EngineSettings
 from kvserve.errors import UnsupportedError
 from kvserve.pages.layout import PageLayout
@@ -109,3 +115,22 @@ def test_the_startup_table_says_when_tokens_are_dropped_and_what_that_switches_o
     layout = PageLayout.build(load_policy(policy, changes), 64, 64, torch.bfloat16, query_group=3)
     assert when in describe_eviction(layout)
     assert describe_switched_off(layout).startswith(switched_off)
+
+
+def test_the_startup_table_says_that_nothing_is_evicted_and_what_pages_leave_unused() -> None:
+    layout = PageLayout.build(load_policy("mikv"), 128, 64, torch.bfloat16, num_layers=30)
+    assert describe_eviction(layout).startswith("nothing; divides prompts at their end: 1 of 5 tokens a KV head keep")
+    told = describe_retention(layout)
+    assert "demote: the others stay as K 2-bit per channel" in told and "2.75 bits per element" in told
+    assert "pages of 17152 bytes hold tiles, 1 of 17152 bytes (0.0% unused) or 3 of 5632 bytes (1.5% unused)" in told
+    assert replace(
+        report("int8", torch.bfloat16), layout=layout, max_model_len=100_000
+    ).requested_ratio == pytest.approx(16 / (0.2 * 8.375 + 0.8 * 2.75), rel=1e-3)
+
+
+def test_the_startup_table_says_what_pages_of_several_layers_leave_unused() -> None:
+    policy = load_policy("snapkv", ["codec=kivi-2bit", "layers={0: int8}"])
+    told = describe_retention(PageLayout.build(policy, 128, 64, torch.bfloat16, num_layers=28))
+    assert told.startswith("evict; pages of 17152 bytes hold tiles, 1 of 17152 bytes (0.0% unused) or 3 of 5632")
+    # 28 cells of 6080 bytes, the mean of one layer of 17152 and 27 of 5632 in whole bytes a token, hold 9 pages.
+    assert told.endswith("and fill a block but for 9.3%")

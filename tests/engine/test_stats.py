@@ -93,6 +93,21 @@ def test_ranks_bring_their_own_heads() -> None:
     assert merged.requests["a"].mean_kept == 25 / 4
 
 
+def test_demoted_tokens_are_no_evicted_ones() -> None:
+    """Of two ranks with one head each, 8 of 10 tokens are in another codec, and 7."""
+    nothing, all_held = torch.zeros(1, 1).long(), torch.full((1, 1), 10)
+    logs = WorkerLog(), WorkerLog()
+    for log, demoted in zip(logs, (8, 7), strict=True):
+        log.evicted("a", 10, nothing, all_held, torch.full((1, 1), demoted))
+    mine, theirs = (log.take().requests["a"] for log in logs)
+    both = mine.beside(theirs)
+    assert (both.evicted, both.demoted, both.mean_kept, both.mean_demoted) == (0, 15, 10, 7.5)
+    stats = CacheStats.of([both], Holding(), Holding())
+    assert stats.aggregate(stats).reduce()["demoted head tokens"] == 30
+    report = request_report(12, 1000, Limit(5.0), both)
+    assert (report["tokens_kept"], report["tokens_demoted"], report["rate_effective"]) == (12, 7.5, 1)
+
+
 @pytest.fixture
 def accounting() -> Accounting:
     simulation = EvictingSimulation(evicting(sinks=0), 60, seed=0)

@@ -28,6 +28,7 @@ STORMS = {
     "kv-compress-live-2bit": ({}, MAXIMA),
     "expected-attention": (SMALL, MAXIMA),
     "h2o": (SMALL, MAXIMA),
+    "mikv": ({}, RATES),
 }
 IN_FLIGHT = 32
 
