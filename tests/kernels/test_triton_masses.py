@@ -36,7 +36,7 @@ def answer(case: KeptCase, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moved(rows: KeptRows) -> KeptRows:
-    return KeptRows(*([head.to(DEVICE) for head in part] for part in rows))
+    return KeptRows(*([head.to(DEVICE) for head in part] for part in rows[:3]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

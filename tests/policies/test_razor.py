@@ -28,7 +28,7 @@ def razor_case() -> tuple[Case, Kept]:
     case = build_case(policy, computed=[PROMPT], new_tokens=[PROMPT], num_kv_heads=KV_HEADS, group=GROUP)
     row = case.batch.block_table[0, : case.layout.blocks_for(PROMPT + 1)]
     unused = sorted(set(range(len(case.cells))) - set(row.tolist()))
-    _, end, blocks = policy_plan(case.layout, PROMPT).last_cut(PROMPT)
+    _, end, blocks, _ = policy_plan(case.layout, PROMPT).last_cut(PROMPT)
     assert end == END
     case.batch = make_batch(case.layout, [0], [PROMPT], row[None].contiguous())
     return case, Kept(END, tuple(unused[:blocks]))
