@@ -428,11 +428,28 @@ def test_a_question_is_in_the_prompt_or_forced_behind_the_compressed_context(sou
     assert len(counted) == item.num_requests == 2
 
 
+def test_policies_that_are_written_otherwise_and_mean_the_same_are_gone_on_with(fake_engines, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    for policy in content["policies"].values():
+        policy["tile_tokens"] = 64  # the default
+        del policy["layers"]
+    out.write_text(json.dumps(content))
+    assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["raw"] == content["raw"]
+
+
 def test_a_result_file_of_another_run_is_not_mixed_in(fake_engines, tmp_path: Path, capsys) -> None:
     out = tmp_path / "result.json"
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 0
     assert main(["eval", *ARGUMENTS, "--seed", "1", "--out", str(out)]) == 2
     assert "holds results made with other settings" in capsys.readouterr().err
+    changed = json.loads(out.read_text())
+    changed["policies"]["int8"]["sink_tokens"] = 4
+    out.write_text(json.dumps(changed))
+    assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 2
+    assert "holds results made with other policy int8" in capsys.readouterr().err
     out.write_text("[]")
     assert main(["eval", *ARGUMENTS, "--out", str(out)]) == 2
     assert "is no result of kvserve eval" in capsys.readouterr().err
