@@ -113,7 +113,7 @@ def test_layers_answer_by_their_own_tables(content, method, model: Path, tmp_pat
     [
         {"key": ["rotation"], "value": ["rotation"]},
         {"key": ["permutation", "rotation"], "value": ["permutation"]},
-        {"value": ["rotation", "permutation"]},
+        pytest.param({"value": ["rotation", "permutation"]}, marks=pytest.mark.slow),
     ],
     ids=["rotation", "both", "values"],
 )

@@ -34,9 +34,9 @@ def every_layer(codec: str) -> dict:
     return {"layers": dict.fromkeys(range(NUM_LAYERS), codec)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("base", "codec", "alone"),
-    [("kivi-2bit", "dense", "none"), pytest.param("dense", "kivi-2bit", "kivi-2bit", marks=pytest.mark.slow)],
+    ("base", "codec", "alone"), [("kivi-2bit", "dense", "none"), ("dense", "kivi-2bit", "kivi-2bit")]
 )
 def test_one_codec_named_for_every_layer_gives_the_texts_of_its_policy(
     base: str, codec: str, alone: str, model: Path
@@ -54,6 +54,7 @@ def test_one_codec_named_for_every_layer_gives_the_texts_of_its_policy(
         assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_of_one_codec_evict_as_its_policy_does(model: Path) -> None:
     """Every layer of 2-bit snapkv in 8 bits: the tokens that stay, their texts, and the blocks given back."""
     outcomes = []

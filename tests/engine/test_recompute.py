@@ -40,7 +40,8 @@ def test_a_prompt_in_many_chunks_scores_like_one_in_few(policy: str, model: Path
     assert many_chunks == pytest.approx(one_chunk, abs=0.02)
 
 
-@pytest.mark.parametrize("policy", [pytest.param("kivi-2bit", marks=pytest.mark.slow), "boost-2bit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["kivi-2bit", "boost-2bit"])
 def test_preemption_under_a_tiny_budget_gives_the_same_text(policy: str, model: Path) -> None:
     with engine(model, policy, kv_cache_memory_bytes=256 * MIB) as llm:
         prompts = [encode(llm, f"{name} told this story. " + STORY * 3 + f"And {name} said:") for name in NAMES]

@@ -112,11 +112,12 @@ def test_the_text_is_that_of_a_dense_cache_cut_to_the_same_tokens(
     assert_same_texts(expected, actual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "score", "options"),
     [
         ("streaming-llm", newest, {"eviction.schedule.name": "over-budget", "eviction.schedule.chunk_tokens": 192}),
-        pytest.param("knorm", smallest_keys, {"eviction.schedule.name": "over-budget"}, marks=pytest.mark.slow),
+        ("knorm", smallest_keys, {"eviction.schedule.name": "over-budget"}),
     ],
     ids=["chunked", "whole-prompt"],
 )

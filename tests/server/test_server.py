@@ -92,6 +92,7 @@ def test_a_prefix_hit_gives_the_text_of_a_miss(client: OpenAI, base_url: str) ->
     assert hit == miss
 
 
+@pytest.mark.slow
 def test_concurrent_requests_that_preempt_each_other_give_the_text_they_give_alone(
     client: OpenAI, base_url: str
 ) -> None:
