@@ -122,7 +122,10 @@ class Atlas:
     def memory(self, label: str, num_tokens: int) -> float:
         """Of a shipped policy in a 16-bit model, tail, sinks and partly filled blocks counted."""
         policy, group = load_policy(label), self.shape["heads"] // self.shape["kv_heads"]
-        layout = PageLayout.build(policy, self.shape["head_dim"], policy.tile_tokens, torch.float16, query_group=group)
+        layout = PageLayout.build(
+            policy, self.shape["head_dim"], policy.tile_tokens, torch.float16, query_group=group,
+            num_layers=self.shape["layers"],
+        )  # fmt: skip
         return context_ratio(layout, num_tokens)
 
 
