@@ -344,17 +344,9 @@ class FakeEngine:
 
 
 ARGUMENTS = [
-    "--policies",
-    "int8",
-    "--tasks",
-    "text,key-value",
-    "--examples",
-    "1",
-    "--windows",
-    "2",
-    "--text",
+    "--policies", "int8", "--tasks", "text,key-value", "--examples", "1", "--windows", "2", "--text",
     "text.txt",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
