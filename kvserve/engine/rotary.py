@@ -72,9 +72,14 @@ def _shared_embedding() -> Any:
 
 def _in_use(embeddings: list[Any]) -> list[Any]:
     """Those that a layer has; vLLM also keeps those of models that are gone."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()  # vLLM freezes the heap of an engine that has started, and what is frozen is not listed
     gc.collect()
     layers = [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
     held = {id(child) for layer in layers for child in layer._modules.values()}
+    del layers
+    if is_frozen:
+        gc.freeze()
     return [rope for rope in embeddings if id(rope) in held]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,9 +263,13 @@ def test_an_embedding_of_a_model_that_is_gone_is_none_of_this_models(
         get_rope(64, 512, True, {"rope_theta": 10000.0, **more}, torch.float32) for more in ({}, ROPES["linear"])
     )
     monkeypatch.setattr(rotary, "_ROPE_DICT", {"a": plain, "b": scaled, "again": scaled})
-    for own in (plain, scaled):
+    for own, is_frozen in ((plain, False), (scaled, False), (plain, True), (scaled, True)):
         layer = torch.nn.ModuleList([own])
+        if is_frozen:
+            gc.freeze()  # as vLLM does once an engine has started
         found = model_rotary(OWN_CODE, torch.device("cpu"))
+        assert (gc.get_freeze_count() > 0) == is_frozen
+        gc.unfreeze()
         fast = own.forward_native(torch.tensor([100]), torch.ones(1, 64))[0].view(1, 1, 64)
         torch.testing.assert_close(found.rotate(torch.ones(1, 1, 64), torch.tensor([100])), fast, atol=2e-4, rtol=1e-4)
         del layer
