@@ -20,9 +20,9 @@ from kvserve.kernels.pages import (
     request_of,
     rotated_columns,
 )
+from kvserve.kernels.sealed import LOG2_E
 from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
 
-LOG2_E = 1.4426950408889634
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SEALED_STAGES: tl.constexpr = tl.constexpr(3)  # chunks of a sealed page in flight
 MAX_SPLITS = 64

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.kernels.decode import LN_2, LOG2_E, store_rows
+from kvserve.kernels.decode import LN_2, store_rows
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
 from kvserve.kernels.pages import kept_of, kept_run, page_of_chunk, request_of
+from kvserve.kernels.sealed import LOG2_E
 from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
 
 EXTEND_ROWS = 64  # rows of one program's dots

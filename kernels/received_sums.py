@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.kernels.decode import LOG2_E, warps_of
+from kvserve.kernels.decode import warps_of
 from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device, formats_of
 from kvserve.kernels.pages import (
     dense_row,
@@ -24,7 +24,7 @@ from kvserve.kernels.pages import (
     slot_of,
 )
 from kvserve.kernels.scores import other_scores, place_of_chunk
-from kvserve.kernels.sealed import sealed_masses, sealed_scores
+from kvserve.kernels.sealed import LOG2_E, sealed_masses, sealed_scores
 
 if TYPE_CHECKING:
     from kvserve.attention.base import Received

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
-from kvserve.kernels.decode import LOG2_E, warps_of
+from kvserve.kernels.decode import warps_of
 from kvserve.kernels.geometry import (
     CHUNK_TOKENS,
     Geometry,
@@ -24,7 +24,7 @@ from kvserve.kernels.geometry import (
     strips_of,
 )
 from kvserve.kernels.pages import dense_row, dot, kept_run, kept_tile_at, page_of_chunk, slot_of
-from kvserve.kernels.sealed import sealed_masses, sealed_scores
+from kvserve.kernels.sealed import LOG2_E, sealed_masses, sealed_scores
 
 SCORE_ROWS = 32
 

@@ -14,7 +14,8 @@ from kvserve.kernels.codecs.chain import read_rows
 from kvserve.kernels.pages import dense_row, dot
 
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2_E = 1.4426950408889634
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 
 @triton.jit

@@ -118,12 +118,12 @@ def rotary_table(model: ModelConfig, num_positions: int) -> RotaryTable:
     """
     if model.using_transformers_backend():
         return transformers_table(model.hf_text_config, num_positions, model.dtype)
-    interleaved = model_rotary(model, torch.device("cpu")).interleaved
     rope = _shared_embedding()
+    _inverse_frequencies(rope)  # refuses a kind whose angles are not known to be a multiple of the position
     angles = rope.cos_sin_cache[:num_positions].detach().cpu().float()
     if len(angles) < num_positions:
         raise NoRotaryError(f"that of this model has {len(angles)} positions and requests may have {num_positions}")
-    return RotaryTable(torch.stack(angles.chunk(2, 1)).mT.contiguous(), interleaved)
+    return RotaryTable(torch.stack(angles.chunk(2, 1)).mT.contiguous(), interleaved=not rope.is_neox_style)
 
 
 def transformers_table(config: Any, num_positions: int, dtype: torch.dtype) -> RotaryTable:
