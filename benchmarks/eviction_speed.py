@@ -26,7 +26,7 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 import torch
 import yaml
 
-from kvserve.attention.base import Batch, LayerSpec, Received
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, Received, Stored
 from kvserve.attention.native import NativeAttention
 from kvserve.default_model import prepare_default_model
 from kvserve.measuring.engines import Engine, EngineConfig
@@ -61,7 +61,7 @@ def decode_case(name: str) -> tuple[NativeAttention, torch.Tensor, Batch]:
 def _evict(attention: NativeAttention, cells: torch.Tensor, table: torch.Tensor, request: int, count: int) -> Kept:
     first = table.numel() + request * count
     kept = Kept(CONTEXT, tuple(range(first, first + count)))
-    keys, values = attention.read(cells[:, :, 0], table[request], 0, CONTEXT)
+    keys, values = attention.read(Stored(cells[:, :, 0], table[request], CONTEXT), 0, CONTEXT)
     assert values is not None
     chosen = torch.arange(0, CONTEXT, RATE)
     rows = KeptRows(*([head[chosen] for head in kind] for kind in (keys, values)))
@@ -80,7 +80,7 @@ def decode_attention(repeats: int) -> dict[str, Any]:
         for name, (attention, cells, batch) in cases.items():
             start = time.perf_counter()
             for _ in range(20):
-                attention.forward(query, key, value, cells, batch, output)
+                attention.forward(NewRows(query, key, value), cells, batch, Answers(output))
             samples[name].append((time.perf_counter() - start) / 20 * 1e3)
     return {name: times[1:] for name, times in samples.items()}
 
@@ -96,7 +96,7 @@ def adding_up(repeats: int) -> dict[str, list[float]]:
         for name, received in ways.items():
             start = time.perf_counter()
             for _ in range(50):
-                attention.forward(query, key, value, cells, batch, output, received=received)
+                attention.forward(NewRows(query, key, value), cells, batch, Answers(output), received)
             samples[name].append((time.perf_counter() - start) / 50 * 1e3)
     return {name: times[1:] for name, times in samples.items()}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec, Received
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, Received, Stored
 from kvserve.attention.cuda import CudaAttention
 from kvserve.attention.gpu import CUDA_HEAD_DIMS, CUDA_LIBRARY
 from kvserve.attention.reference import ReferenceAttention
@@ -125,22 +125,22 @@ class Step:
 
     def forward(self) -> None:
         """All that a layer does in the step."""
-        self.attention.forward(self.query, *self.new, self.cells, self.batch, self.output)
+        self.attention.forward(NewRows(self.query, *self.new), self.cells, self.batch, Answers(self.output))
 
     def attend(self) -> None:
-        self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output)
+        self.attention.attend(self.query, self.cells, self.batch, self.staged, Answers(self.output))
 
     def attend_with(self, **launch: int) -> None:
         """`attend` with other launch parameters than the kernel's own."""
         tables = Tables.of(self.attention.layout, self.cells, self.batch, 1)
-        self.attention.decode(self.query, tables, self.staged, self.output, None, **launch)
+        self.attention.decode(self.query, tables, self.staged, Answers(self.output), **launch)
 
     def receiver(self) -> Callable[[], None]:
         """A call that adds up the attention that tokens receive in the step."""
         heads, columns = self.cells.shape[1], int(self.batch.seq_lens.max())
         sums = {r: torch.zeros(heads, columns, device=self.cells.device) for r in range(self.batch.num_reqs)}
         lse = torch.empty(self.query.shape[:2], device=self.cells.device)
-        self.attention.attend(self.query, self.cells, self.batch, self.staged, self.output, lse)
+        self.attention.attend(self.query, self.cells, self.batch, self.staged, Answers(self.output, lse))
         asked = (self.query, self.cells, self.batch, self.staged, lse, Received(2, sums))
         return lambda: self.attention.add_received(*asked)
 
@@ -235,7 +235,7 @@ def compaction(name: str, work: Workload, dtype: torch.dtype, device: torch.devi
     state_block, first_pages = int(row[0]), [head * pages for head in range(heads)]
 
     def compact() -> None:
-        key, value = step.attention.read(cells, row, 0, end)
+        key, value = step.attention.read(Stored(cells, row, end), 0, end)
         assert value is not None
         keys, values = (list(rows[:, positions]) for rows in (key, value))
         step.attention.write_kept(cells, state_block, kept, first_pages, KeptRows(keys, values))
@@ -264,7 +264,9 @@ def check(
             starts = torch.tensor([0, last - first], dtype=torch.int32, device=where)
             batch = Batch(starts, torch.tensor([last], dtype=torch.int32, device=where), table.to(where))
             output = torch.empty_like(query, device=where)
-            kernel.forward(query.to(where), key.to(where), value.to(where), arenas[where], batch, output)
+            kernel.forward(
+                NewRows(query.to(where), key.to(where), value.to(where)), arenas[where], batch, Answers(output)
+            )
             outputs.append(output.float().cpu())
         error = max(error, float((outputs[0] - outputs[1]).abs().max()))
     differs = (arenas["cpu"] != arenas[device].cpu()).float().mean()

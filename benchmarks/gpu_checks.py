@@ -26,6 +26,7 @@ from zlib import crc32
 
 from benchmarks.gpu_steps import write_result
 from benchmarks.gpu_workers import Limits, Pool, serve_cases
+from kvserve.attention.base import Answers, NewRows, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -135,10 +136,10 @@ class Check:
         batch = self._on_device(self._batch(computed, [1, 1, 1]))
         arena, output = self.arena.clone().to(self.device), torch.empty_like(moved[0])
         lengths = batch.seq_lens.clone()
-        self.kernels.forward(*moved, arena[:, :, LAYER], batch, output)  # compiles
+        self.kernels.forward(NewRows(*moved), arena[:, :, LAYER], batch, Answers(output))  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.kernels.forward(*moved, arena[:, :, LAYER], batch, output)
+            self.kernels.forward(NewRows(*moved), arena[:, :, LAYER], batch, Answers(output))
         for shorter in (0, 9, 65):
             batch.seq_lens.copy_(lengths - shorter)
             arena.copy_(self.arena)
@@ -146,7 +147,7 @@ class Check:
             graph.replay()
             past = self._batch([count - shorter for count in computed], [1, 1, 1])
             expected = torch.full_like(query, torch.nan)
-            self.reference.forward(query, key, value, self.arena.clone()[:, :, LAYER], past, expected)
+            self.reference.forward(NewRows(query, key, value), self.arena.clone()[:, :, LAYER], past, Answers(expected))
             self._compare(f"replayed, {shorter} tokens fewer", output, expected, LIMITS[self.name.dtype])
         return self.found
 
@@ -180,7 +181,7 @@ class Check:
             lse = torch.full(rows[0].shape[:2], torch.nan, device=device)
             moved = batch if attention is self.reference else self._on_device(batch)
             query, key, value = (part.to(device) for part in rows)
-            attention.forward(query, key, value, arena[:, :, LAYER], moved, output, lse)
+            attention.forward(NewRows(query, key, value), arena[:, :, LAYER], moved, Answers(output, lse))
             answers.append((output, lse))
         limit = LIMITS[self.name.dtype]
         self._compare(part, answers[1][0], answers[0][0], limit)
@@ -198,8 +199,11 @@ class Check:
         mine = self.arena.to(self.device)[:, :, LAYER]
         for power, reduce in ((1, "sum"), (2, "max")):
             how: Any = {"power": power, "reduce": reduce}
-            expected = self.reference.attention_sums(query, self.arena[:, :, LAYER], row, stored, **how)
-            found = self.kernels.attention_sums(query.to(self.device), mine, row.to(self.device), stored, **how)
+            there = Stored(mine, row.to(self.device), stored)
+            there = Stored(mine, row.to(self.device), stored)
+            there = Stored(mine, row.to(self.device), stored)
+            expected = self.reference.attention_sums(query, Stored(self.arena[:, :, LAYER], row, stored), **how)
+            found = self.kernels.attention_sums(query.to(self.device), there, **how)
             self._compare(f"attention, {reduce}", found, expected, LIMITS[self.name.dtype])
 
     def _cut(self, stored: int) -> None:
@@ -210,14 +214,14 @@ class Check:
 
         kept, state_block = Kept(END, tuple(self.spare)), int(self.table[0, 0])
         cells, row = self.arena[:, :, LAYER], self.table[0].contiguous()
-        rows = self.reference.read(cells, row, 0, END, stored)
+        rows = self.reference.read(Stored(cells, row, stored), 0, END)
         sinks = self.layout.policy.sink_tokens
         chosen = [sinks + torch.randperm(END - sinks, generator=self.generator)[:count].sort().values for count in KEPT]
         assert rows[1] is not None
         keys, values = ([side[head][tokens] for head, tokens in enumerate(chosen)] for side in (rows[0], rows[1]))
         mine = self.arena.clone().to(self.device)
         if self.name.kernels == "triton":
-            found = self.kernels.read(mine[:, :, LAYER], row.to(self.device), 0, END, stored)
+            found = self.kernels.read(Stored(mine[:, :, LAYER], row.to(self.device), stored), 0, END)
             for side, expected in zip(found, rows, strict=True):
                 assert side is not None and expected is not None
                 self._compare("read", side, expected, READ_LIMIT)
@@ -254,7 +258,7 @@ class Check:
             moved = batch if attention is self.reference else self._on_device(batch)
             output = torch.empty_like(rows[0], device=device)
             query, key, value = (part.to(device) for part in rows)
-            attention.forward(query, key, value, arena[:, :, LAYER], moved, output, received=Received(2, sums))
+            attention.forward(NewRows(query, key, value), arena[:, :, LAYER], moved, Answers(output), Received(2, sums))
             tables.append(sums)
         for r, expected in tables[0].items():
             self._compare("received", tables[1][r], expected, LIMITS[self.name.dtype])

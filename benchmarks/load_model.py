@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.load_distance import OTHERS, PRODUCTS, PROMPTS, compare
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.default_model import prepare_default_model
 from kvserve.pages.layout import PageLayout
@@ -121,7 +121,7 @@ class PackedModel:
         assert self.batch is not None
         q_rows, k_rows, v_rows = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
         output = torch.empty_like(q_rows)
-        self.kernels.forward(q_rows, k_rows, v_rows, self.cells[module.layer_idx], self.batch, output)
+        self.kernels.forward(NewRows(q_rows, k_rows, v_rows), self.cells[module.layer_idx], self.batch, Answers(output))
         return output[None], None
 
 

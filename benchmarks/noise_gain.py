@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.loading import load_policy
@@ -38,7 +38,7 @@ def answers(policy: str, query: torch.Tensor, key: torch.Tensor, value: torch.Te
     for i in range(QUERIES):
         own = slice(TOKENS + i, TOKENS + i + 1)
         batch = step(TOKENS + i, 1, row)
-        attention.forward(query[i : i + 1], key[own], value[own], cells, batch, found[i : i + 1])
+        attention.forward(NewRows(query[i : i + 1], key[own], value[own]), cells, batch, Answers(found[i : i + 1]))
     return found
 
 

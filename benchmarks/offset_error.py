@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
@@ -98,8 +98,8 @@ def kernel_answers(rows: Rows, layout: PageLayout, scale: float) -> torch.Tensor
     for each in query:
         own = -each[None, None] * 1e4 / each.norm() ** 2 / scale
         output = torch.empty(1, 1, HEAD_DIM)
-        step = (each[None, None], own, torch.zeros_like(own), cells, batch_of(TOKENS, 1, row), output)
-        attention.forward(*step)
+        new = NewRows(each[None, None], own, torch.zeros_like(own))
+        attention.forward(new, cells, batch_of(TOKENS, 1, row), Answers(output))
         answers.append(output[0, 0])
     return torch.stack(answers).double()
 

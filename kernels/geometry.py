@@ -94,14 +94,14 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         group=spec.group,
         group_rows=group_rows,
         sliding_window=spec.sliding_window or 0,
-        dense=layout.tile_format is None,
+        dense=not layout.has_pages,
         block_size=layout.block_size,
         slot_dtype=TRITON_DTYPES[layout.dense_dtype],
         slot_bytes=layout.slot_bytes,
         saturates=layout.saturates,
     )
     tile_format = layout.tile_format
-    if tile_format is None:
+    if not layout.has_pages:
         return common
     if layout.tile_tokens % CHUNK_TOKENS:
         raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
@@ -145,7 +145,7 @@ def _of_format(paged: Geometry, layout: PageLayout, number: int) -> Geometry:
 def codec_tables_of(layout: PageLayout, tables: LayerTables) -> CodecTables:
     """The tables that kernels read of a layer; those have been checked, and are contiguous."""
     tile_format = layout.tile_format
-    if tile_format is None or tile_format.key is None:
+    if tile_format.key is None:
         return NO_TABLES
     halves: dict[str, dict[str, Any]] = {half: {} for half in Half}
     for name in table_specs(tile_format):

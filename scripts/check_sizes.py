@@ -25,18 +25,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 40, 6
 EXCEPTIONS = {
     "kvserve/engine/backend.py:KvserveImpl.__init__": "vLLM's signature",
     "kvserve/engine/backend.py:KvserveImpl.forward": "vLLM's signature",
-    **dict.fromkeys(
-        (
-            "kvserve/attention/base.py:PagedAttention.forward",
-            "kvserve/attention/base.py:PagedAttention.attention_sums",
-            "kvserve/attention/cuda.py:CudaAttention.decode",
-            "kvserve/attention/native.py:NativeAttention.forward",
-            "kvserve/attention/native.py:NativeAttention.attention_sums",
-            "kvserve/attention/reference.py:ReferenceAttention.attention_sums",
-            "kvserve/attention/triton.py:TritonAttention.attention_sums",
-        ),
-        "PagedAttention's methods take tensors one by one, until they take them as tuples",
-    ),
     "kvserve/pages/layout.py:PageLayout.build": "everything a layout depends on, most of it optional",
     "benchmarks/eviction_prompts.py:PromptSet.draw": "the options of a command line, one by one as a record names them",
     "benchmarks/eviction_quality.py:main": "parses, measures and writes one record",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.layout import PageLayout
 from kvserve.schedules.base import Limit, Schedule
 
 
@@ -30,10 +30,9 @@ class CutSizes:
         policy, num_layers = layout.policy, layout.num_layers or 1
         assert policy.eviction is not None
         own = (policy.eviction.schedule, limit, layout.block_size, policy.sink_tokens, len(layout.spared_layers))
-        if not layout.other_formats and not isinstance(layout, MixedLayout):
+        if not layout.other_formats and layout.is_uniform:
             return cls(*own, num_layers)
-        layers = layout.layers if isinstance(layout, MixedLayout) else (layout,) * num_layers
-        pages = tuple(layer.page_tokens() for layer in layers)
+        pages = tuple(layer.page_tokens() for layer in layout.each_layer(num_layers))
         others = layout.page_tokens(1) if layout.other_formats else 0
         return RunSizes(*own, num_layers, layout.chosen_unit, pages, others, layout.pages_per_strip(num_layers))
 

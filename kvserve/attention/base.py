@@ -14,7 +14,7 @@ import torch
 
 from kvserve.codecs.layer_tables import LayerTables, check_tables
 from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, KeptTable
-from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.layout import PageLayout
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM_MULTIPLE = 16
@@ -70,6 +70,47 @@ class Batch:
         return self.seq_lens.shape[0]
 
 
+class NewRows(NamedTuple):
+    """What the model gives one layer in a step; float32, float16 or bfloat16.
+
+    Attributes:
+        query: [num_tokens, num_heads, head_dim].
+        key, value: [num_tokens, num_kv_heads, head_dim].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class Answers(NamedTuple):
+    """Where attention writes.
+
+    Attributes:
+        output: [num_tokens, num_heads, head_dim], a dtype as of the query.
+        lse: float32 [num_tokens, num_heads], contiguous: the natural log of the softmax denominator; None: unwanted.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor | None = None
+
+
+class Stored(NamedTuple):
+    """What one request has in one layer's arena.
+
+    Attributes:
+        cells: of the layer (PagedAttention).
+        block_table_row: int32 [>= blocks], contiguous.
+        num_tokens: stored ones; they say which tile is the unfinished one.
+        kept: where the request was evicted.
+    """
+
+    cells: torch.Tensor
+    block_table_row: torch.Tensor
+    num_tokens: int
+    kept: Kept = NOT_KEPT
+
+
 class Received(NamedTuple):
     """Where a step adds up the attention that stored tokens receive.
 
@@ -99,7 +140,7 @@ class PagedAttention(ABC):
         Raises:
             ValueError: the kernels do not cover the layout or the layer, or a table is missing.
         """
-        if isinstance(layout, MixedLayout):
+        if not layout.is_uniform:
             raise ValueError("kernels need the layout of one layer, not of a pool whose layers differ")
         if spec.num_heads % spec.num_kv_heads:
             raise ValueError(f"num_heads {spec.num_heads} is not a multiple of num_kv_heads {spec.num_kv_heads}")
@@ -110,39 +151,28 @@ class PagedAttention(ABC):
         self.layout = layout
         self.spec = spec
         self.tables = tables or {}
-        if layout.tile_format is not None:
-            check_tables(self.tables, layout.tile_format, spec.num_kv_heads)
+        check_tables(self.tables, layout.tile_format, spec.num_kv_heads)
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        received: Received | None = None,
+        self, rows: NewRows, cells: torch.Tensor, batch: Batch, answers: Answers, received: Received | None = None
     ) -> None:
         """Store this step's tokens and attend.
 
         Args:
-            query: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16.
-            key, value: [num_tokens, num_kv_heads, head_dim], the same dtypes.
-            output: [num_tokens, num_heads, head_dim], written.
-            lse: float32 [num_tokens, num_heads], contiguous; written with the natural log of the softmax denominator.
             received: asks for the attention that each token receives, summed over the query heads of its KV head.
         """
         if received:
             self.check_received(received)
-            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse is None else lse
-        staged = self.stage(key, value)
+            if answers.lse is None:
+                lse = torch.empty(rows.query.shape[:2], dtype=torch.float32, device=rows.query.device)
+                answers = answers._replace(lse=lse)
+        staged = self.stage(rows.key, rows.value)
         self.store_sealed(cells, batch, staged)
-        self.attend(query, cells, batch, staged, output, lse)
+        self.attend(rows.query, cells, batch, staged, answers)
         self.store_tail(cells, batch, staged)
         if received:
-            assert lse is not None
-            self.add_received(query, cells, batch, staged, lse, received)
+            assert answers.lse is not None
+            self.add_received(rows.query, cells, batch, staged, answers.lse, received)
 
     def add_received(
         self,
@@ -161,8 +191,8 @@ class PagedAttention(ABC):
         for request, sums in received.sums.items():
             row = int(batch.query_start_loc[request])
             kept = batch.kept.of_request(request) if batch.kept else NOT_KEPT
-            stored = (cells, batch.block_table[request], int(batch.seq_lens[request]))
-            paid = self.attention_sums(query[row : row + 1], *stored, kept, received.power)
+            stored = Stored(cells, batch.block_table[request], int(batch.seq_lens[request]), kept)
+            paid = self.attention_sums(query[row : row + 1], stored, received.power)
             sums[:, : paid.shape[1]] += paid.unflatten(0, (self.spec.num_kv_heads, -1)).sum(1)
 
     def store(self, key: torch.Tensor, value: torch.Tensor, cells: torch.Tensor, batch: Batch) -> None:
@@ -184,15 +214,9 @@ class PagedAttention(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
+        self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, staged: torch.Tensor, answers: Answers
     ) -> None:
-        """Attention of this step's queries; see `forward` for shapes."""
+        """Attention of this step's queries, [num_tokens, num_heads, head_dim]."""
 
     @abstractmethod
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
@@ -200,21 +224,13 @@ class PagedAttention(ABC):
 
     @abstractmethod
     def read(
-        self,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        first: int,
-        last: int,
-        num_tokens: int | None = None,
-        with_values: bool = True,
+        self, stored: Stored, first: int, last: int, with_values: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is stored of the tokens [first, last) of one request; not for the dense policy.
 
         Of an evicted request, only sinks and tokens from its `Kept.end` on are there to be read.
 
         Args:
-            block_table_row: int32 [>= blocks], contiguous.
-            num_tokens: tokens stored of the request; None: `last`. It says which tile is the unfinished one.
             with_values: False: only keys are read, which costs half.
 
         Returns:
@@ -249,22 +265,14 @@ class PagedAttention(ABC):
 
     @abstractmethod
     def attention_sums(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        num_tokens: int,
-        kept: Kept = NOT_KEPT,
-        power: Power = 1,
-        reduce: Reduction = "sum",
+        self, query: torch.Tensor, stored: Stored, power: Power = 1, reduce: Reduction = "sum"
     ) -> torch.Tensor:
         """How much attention the newest tokens of one request pay to each token it holds, from stored keys alone.
 
         Args:
             query: [rows, num_heads, head_dim], float32, float16 or bfloat16: the query rows of the last `rows` of the
-                `num_tokens` stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1.
-            block_table_row: int32 [>= blocks], contiguous.
-            kept: the request's `Kept`, if it was evicted; its rows then stand at kept.end or later.
+                stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1.
+            stored: if the request was evicted, the rows stand at kept.end or later.
             power: of each probability, before the reduction.
             reduce: over the rows.
 
@@ -293,18 +301,17 @@ class PagedAttention(ABC):
         if batch.kept is not None and (self.layout.state_blocks == 0 or self.spec.sliding_window is not None):
             raise ValueError("evicted requests need a layout with state_blocks and a layer without sliding window")
 
-    def check_span(self, row: torch.Tensor, first: int, last: int, num_tokens: int) -> None:
+    def check_span(self, stored: Stored, first: int, last: int) -> None:
         """Reject tokens that `read` cannot give."""
-        check_row(row)
-        if self.layout.tile_format is None:
-            raise ValueError("read needs a policy with codecs: the dense policy keeps no pages")
-        if not 0 <= first <= last <= num_tokens:
-            raise ValueError(f"tokens [{first}, {last}) are not among the {num_tokens} stored ones")
+        check_row(stored.block_table_row)
+        if not self.layout.has_pages:
+            raise ValueError("read needs a policy with pages: the dense policy keeps none")
+        if not 0 <= first <= last <= stored.num_tokens:
+            raise ValueError(f"tokens [{first}, {last}) are not among the {stored.num_tokens} stored ones")
 
-    def check_sums(
-        self, query: torch.Tensor, row: torch.Tensor, num_tokens: int, kept: Kept, power: int, reduce: str
-    ) -> None:
+    def check_sums(self, query: torch.Tensor, stored: Stored, power: int, reduce: str) -> None:
         """Reject what `attention_sums` cannot answer."""
+        (_, row, num_tokens, kept) = stored
         check_row(row)
         check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
         if self.spec.sliding_window is not None:
@@ -345,7 +352,7 @@ class PagedAttention(ABC):
         return rows.runs
 
     def _check_masses(self, log_mass: Sequence[torch.Tensor], counts: list[int]) -> None:
-        if self.layout.tile_format is None or self.layout.tile_format.mass is None:
+        if self.layout.tile_format.mass is None:
             raise ValueError("these pages have no log-masses; choose a retention that has them, for example compensate")
         for mass, count in zip(log_mass, counts, strict=True):
             if mass.dtype != torch.float32 or mass.shape != (count,):

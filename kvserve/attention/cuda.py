@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec
 from kvserve.attention.gpu import CUDA_LIBRARY
 from kvserve.attention.structs import (
     KvsArena,
@@ -59,31 +59,25 @@ class CudaAttention(TritonAttention):
         if reason is not None:
             raise ValueError(reason.decode())
 
-    def decode(  # type: ignore[override]  # it names the parameters of its launch
-        self,
-        query: torch.Tensor,
-        tables: Tables,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        splits: int = 0,
-        warps: int = 0,
-        stages: int = 0,
+    def decode(
+        self, query: torch.Tensor, tables: Tables, staged: torch.Tensor, answers: Answers, **launch: int
     ) -> None:
         """Attention of the requests that bring exactly one token; rows of the others are not written.
 
         Args:
-            query, output: [num_tokens, num_heads, head_dim] in the dtype of dense slots.
-            splits: blocks that share a sequence; 0: by the shapes.
-            warps: of a block, 1, 2 or 4; 0: as many as fit.
-            stages: pages that a warp has in flight, 2 to 4; 0: as many as fit, up to 3.
+            query: [num_tokens, num_heads, head_dim] in the dtype of dense slots, as `answers.output`.
+            launch: the numbers of a `KvsLaunch`. splits: blocks that share a sequence; 0: by the shapes. warps: of a
+                block, 1, 2 or 4; 0: as many as fit. stages: pages that a warp has in flight, 2 to 4; 0: as many as fit,
+                up to 3.
 
         Raises:
             ValueError: the message of the kernels, for a dtype, an alignment or launch parameters that they refuse.
         """
-        cells, batch, device = tables.cells, tables.batch, query.device
+        cells, batch, device, (output, lse) = tables.cells, tables.batch, query.device, answers
         check_device(cells=cells, query=query, staged=staged, output=output, lse=lse, block_table=batch.block_table)
-        splits = splits or self.num_splits(batch.num_reqs, batch.block_table.shape[1], processors(device))
+        splits = launch.pop("splits", 0) or self.num_splits(
+            batch.num_reqs, batch.block_table.shape[1], processors(device)
+        )
         floats = self._library.kvs_cuda_workspace_floats(self._layout, batch.num_reqs, splits)
         workspace = torch.empty(floats, dtype=torch.float32, device=device)
         on_gpu = device.type == "cuda"
@@ -97,7 +91,7 @@ class CudaAttention(TritonAttention):
                 kvs_rows("query", query, self.spec.num_heads, self.layout.head_dim),
                 kvs_rows("output", output, self.spec.num_heads, self.layout.head_dim),
                 None if lse is None else lse.data_ptr(),
-                KvsLaunch(splits, warps, stages, workspace.data_ptr(), stream),
+                KvsLaunch(splits=splits, workspace=workspace.data_ptr(), stream=stream, **launch),
             )
         if wrong is not None:
             raise ValueError(wrong.decode())

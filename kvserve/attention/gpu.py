@@ -12,7 +12,7 @@ from kvserve.codecs.affine_family import is_in_family
 from kvserve.codecs.format import TileFormat
 from kvserve.codecs.symmetric import Symmetric
 from kvserve.codecs.tile import Half
-from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.layout import PageLayout
 
 CUDA_LIBRARY = Path(__file__).resolve().parent.parent / "native" / "_cuda.so"
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -39,18 +39,15 @@ def uncovered_by_cuda(layout: PageLayout) -> str | None:
         return f"the retention {layout.policy.eviction.retention.name}"
     if layout.head_dim not in CUDA_HEAD_DIMS:
         return f"head_dim {layout.head_dim}"
-    if isinstance(layout, MixedLayout):
-        wrong = [
-            f"layer {index} ({codecs})" for index, layer in enumerate(layout.layers) if (codecs := _other_codecs(layer))
-        ]
-        return wrong[0] if wrong else None
-    codecs = _other_codecs(layout)
-    return f"policy {layout.policy.name} ({codecs})" if codecs else None
+    for index, layer in enumerate(layout.each_layer(layout.num_layers or 1)):
+        if codecs := _other_codecs(layer):
+            return f"{f'policy {layout.policy.name}' if layout.is_uniform else f'layer {index}'} ({codecs})"
+    return None
 
 
 def _other_codecs(layout: PageLayout) -> str | None:
     tile_format = layout.tile_format
-    if tile_format is None or tile_format.dense_dtype is not None:
+    if tile_format.dense_dtype is not None:
         return "dense"
     words = [f"{half[0].upper()} {word}" for half in Half if (word := _other_codec(tile_format, half))]
     if layout.other_formats:

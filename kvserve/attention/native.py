@@ -14,12 +14,15 @@ from typing import Any
 import torch  # loads libgomp.so.1 first: the kernels share its thread pool
 
 from kvserve.attention.base import (
+    Answers,
     Batch,
     LayerSpec,
+    NewRows,
     PagedAttention,
     Power,
     Received,
     Reduction,
+    Stored,
     check_batch,
     check_cells,
     check_lse,
@@ -44,7 +47,6 @@ from kvserve.attention.structs import (
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.native import LIBRARY_DIR, library_path
 from kvserve.pages.kept import (
-    NOT_KEPT,
     Header,
     Kept,
     KeptRows,
@@ -103,13 +105,7 @@ class NativeAttention(PagedAttention):
         self._library.kvs_store_sealed(self._layout, self._batch(batch), self._arena(cells), staged.data_ptr())
 
     def attend(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
+        self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, staged: torch.Tensor, answers: Answers
     ) -> None:
         self._library.kvs_attend(
             self._layout,
@@ -117,38 +113,30 @@ class NativeAttention(PagedAttention):
             self._arena(cells),
             staged.data_ptr(),
             self._query_rows("query", query),
-            self._query_rows("output", output),
-            _lse_pointer(lse),
+            self._query_rows("output", answers.output),
+            _lse_pointer(answers.lse),
             None,
         )
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        received: Received | None = None,
+        self, rows: NewRows, cells: torch.Tensor, batch: Batch, answers: Answers, received: Received | None = None
     ) -> None:
         if received:
             self.check_received(received)
-        num_tokens = key.shape[0]
+        num_tokens = rows.key.shape[0]
         staged = _staging_buffer(num_tokens, self.spec.num_kv_heads, self.layout.head_dim)
         self._library.kvs_forward(
             self._layout,
             self._batch(batch),
             self._arena(cells),
-            self._kv_rows("key", key),
-            self._kv_rows("value", value),
+            self._kv_rows("key", rows.key),
+            self._kv_rows("value", rows.value),
             num_tokens,
             staged.data_ptr(),
             self._beyond.data_ptr(),
-            self._query_rows("query", query),
-            self._query_rows("output", output),
-            _lse_pointer(lse),
+            self._query_rows("query", rows.query),
+            self._query_rows("output", answers.output),
+            _lse_pointer(answers.lse),
             kvs_received(received, batch.num_reqs) if received else None,
         )
 
@@ -156,21 +144,15 @@ class NativeAttention(PagedAttention):
         self._library.kvs_store_tail(self._layout, self._batch(batch), self._arena(cells), staged.data_ptr())
 
     def read(
-        self,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        first: int,
-        last: int,
-        num_tokens: int | None = None,
-        with_values: bool = True,
+        self, stored: Stored, first: int, last: int, with_values: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stored = last if num_tokens is None else num_tokens
-        self.check_span(block_table_row, first, last, stored)
-        self._check_positions(stored)
+        self.check_span(stored, first, last)
+        self._check_positions(stored.num_tokens)
         key = torch.empty(self.spec.num_kv_heads, last - first, self.layout.head_dim)
         value = torch.empty_like(key) if with_values else None
-        row, pointers = block_table_row.data_ptr(), (key.data_ptr(), None if value is None else value.data_ptr())
-        self._library.kvs_read(self._layout, self._arena(cells), row, stored, first, last, *pointers)
+        place = (self._layout, self._arena(stored.cells), stored.block_table_row.data_ptr(), stored.num_tokens)
+        pointers = (key.data_ptr(), None if value is None else value.data_ptr())
+        self._library.kvs_read(*place, first, last, *pointers)
         return key, value
 
     def read_kept(self, cells: torch.Tensor, state_block: int, kept: Kept) -> KeptRows:
@@ -203,24 +185,18 @@ class NativeAttention(PagedAttention):
         self._library.kvs_write_kept(self._layout, arena, state_block, blocks, table, offsets, *pointers)
 
     def attention_sums(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        num_tokens: int,
-        kept: Kept = NOT_KEPT,
-        power: Power = 1,
-        reduce: Reduction = "sum",
+        self, query: torch.Tensor, stored: Stored, power: Power = 1, reduce: Reduction = "sum"
     ) -> torch.Tensor:
+        cells, block_table_row, num_tokens, kept = stored
         arena = self._arena(cells)
-        self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        self.check_sums(query, stored, power, reduce)
         self._check_positions(num_tokens)
         columns = max(held_tokens(cells, self.layout, int(block_table_row[0]), num_tokens, kept))
         sums = torch.empty(self.spec.num_heads, columns)
         row, blocks = block_table_row.data_ptr(), (_int32 * len(kept.blocks))(*kept.blocks)
         rows, how = self._query_rows("query", query), (power, reduce == "max")
-        stored = (self._layout, arena, row, kept.end, blocks, num_tokens)
-        self._library.kvs_attention_sums(*stored, rows, query.shape[0], *how, sums.data_ptr(), columns)
+        place = (self._layout, arena, row, kept.end, blocks, num_tokens)
+        self._library.kvs_attention_sums(*place, rows, query.shape[0], *how, sums.data_ptr(), columns)
         return sums
 
     def _batch(self, batch: Batch) -> KvsBatch:

@@ -9,10 +9,12 @@ import torch
 from torch.nn import functional
 
 from kvserve.attention.base import (
+    Answers,
     Batch,
     PagedAttention,
     Power,
     Reduction,
+    Stored,
     check_batch,
     check_cells,
     check_rows,
@@ -44,6 +46,10 @@ class _Request(NamedTuple):
     blocks: list[int]
     kept: Kept = NOT_KEPT
 
+    @classmethod
+    def of(cls, stored: Stored) -> _Request:
+        return cls(0, stored.num_tokens, stored.num_tokens, stored.block_table_row.tolist(), stored.kept)
+
 
 class _History(NamedTuple):
     """What one KV head sees of a request, float32; dense and sealed are zero where a token has no such row."""
@@ -72,10 +78,6 @@ class ReferenceAttention(PagedAttention):
         tile_tokens, sinks = self.layout.tile_tokens, self.layout.policy.sink_tokens
         for request in self._requests(cells, batch):
             for head in range(self.spec.num_kv_heads):
-                if self.layout.tile_format is None:
-                    for t in range(request.computed, request.seq_len):
-                        self._slot(cells, request, head, t)[:] = self._new(request, head, t, staged)
-                    continue
                 for tile in range(request.computed // tile_tokens, request.seq_len // tile_tokens):
                     positions = range(tile * tile_tokens, (tile + 1) * tile_tokens)
                     rows = torch.stack([self._dense_row(cells, request, head, t, staged) for t in positions])
@@ -97,12 +99,9 @@ class ReferenceAttention(PagedAttention):
 
     def _tables(self, head: int) -> Tables:
         """What a KV head has of the layer's tables."""
-        tile_format = self.layout.tile_format
-        return tables_of_head(self.tables, tile_format, head) if self.tables and tile_format else {}
+        return tables_of_head(self.tables, self.layout.tile_format, head) if self.tables else {}
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
-        if self.layout.tile_format is None:
-            return
         tile_tokens = self.layout.tile_tokens
         for request in self._requests(cells, batch):
             first = max(request.computed, request.seq_len // tile_tokens * tile_tokens)
@@ -111,16 +110,10 @@ class ReferenceAttention(PagedAttention):
                     self._tail(cells, request, head, t)[:] = self._new(request, head, t, staged)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
+        self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, staged: torch.Tensor, answers: Answers
     ) -> None:
         check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
-        check_rows("output", output, self.spec.num_heads, self.layout.head_dim)
+        check_rows("output", answers.output, self.spec.num_heads, self.layout.head_dim)
         for request in self._requests(cells, batch):
             rows = slice(request.first_row, request.first_row + request.seq_len - request.computed)
             for kv_head in range(self.spec.num_kv_heads):
@@ -128,9 +121,9 @@ class ReferenceAttention(PagedAttention):
                 heads = slice(kv_head * self.spec.group, (kv_head + 1) * self.spec.group)
                 for p, row in enumerate(range(rows.start, rows.stop), request.computed):
                     result, log_sum = self._attend_row(query[row, heads].float(), p, history)
-                    output[row, heads] = result.to(output.dtype)
-                    if lse is not None:
-                        lse[row, heads] = log_sum
+                    answers.output[row, heads] = result.to(answers.output.dtype)
+                    if answers.lse is not None:
+                        answers.lse[row, heads] = log_sum
 
     def _attend_row(self, query: torch.Tensor, position: int, history: _History) -> tuple[torch.Tensor, torch.Tensor]:
         """One token's heads of one group: query [group, head_dim]."""
@@ -139,10 +132,8 @@ class ReferenceAttention(PagedAttention):
         window = self.spec.sliding_window or position + 1
         t = torch.arange(max(0, position + 1 - window), position + 1)
         t = t[(t < sinks) | (t >= history.end)]
-        is_sealed = torch.zeros_like(t, dtype=torch.bool)
-        if self.layout.tile_format is not None:
-            tile_start = position // self.layout.tile_tokens * self.layout.tile_tokens
-            is_sealed = (t < tile_start) & (t >= sinks)
+        tile_start = position // self.layout.tile_tokens * self.layout.tile_tokens
+        is_sealed = (t < tile_start) & (t >= sinks)
         seen = torch.cat([history.kept, torch.where(is_sealed[:, None, None], history.sealed[t], history.dense[t])])
         scores = query @ seen[:, 0].T * self.spec.scale
         scores[:, : len(history.kept)] += history.kept_mass
@@ -153,10 +144,6 @@ class ReferenceAttention(PagedAttention):
         sealed = torch.zeros_like(dense)
         kept = (self._kept_rows(cells, request, head), self._kept_mass(cells, request, head))
         history = _History(dense, sealed, *kept, request.kept.end)
-        if self.layout.tile_format is None:
-            for t in range(request.seq_len):
-                dense[t] = self._slot(cells, request, head, t).float()
-            return history
         tile_tokens = self.layout.tile_tokens
         for tile in range(request.kept.end // tile_tokens, request.seq_len // tile_tokens):
             sealed[tile * tile_tokens : (tile + 1) * tile_tokens] = self._unsealed(cells, request, head, tile)
@@ -186,17 +173,10 @@ class ReferenceAttention(PagedAttention):
         return KeptPages(arena_of(cells, self.layout), self.layout, kept, header, self._tables(head))
 
     def read(
-        self,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        first: int,
-        last: int,
-        num_tokens: int | None = None,
-        with_values: bool = True,
+        self, stored: Stored, first: int, last: int, with_values: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stored = last if num_tokens is None else num_tokens
-        request = _Request(0, stored, stored, block_table_row.tolist())
-        self.check_span(block_table_row, first, last, stored)
+        self.check_span(stored, first, last)
+        request, cells = _Request.of(stored), stored.cells
         check_cells(cells, self.layout, self.spec.num_kv_heads)
         rows = torch.empty(self.spec.num_kv_heads, last - first, 2, self.layout.head_dim)
         for head in range(self.spec.num_kv_heads):
@@ -223,8 +203,7 @@ class ReferenceAttention(PagedAttention):
         headers = read_headers(cells, self.layout, state_block)
         pages = [self._pages_of(cells, kept, header, head) for head, header in enumerate(headers)]
         rows = [of_head.read() for of_head in pages]
-        has_mass = self.layout.tile_format is not None and self.layout.tile_format.mass is not None
-        masses = [of_head.log_mass() for of_head in pages] if has_mass else None
+        masses = None if self.layout.tile_format.mass is None else [of_head.log_mass() for of_head in pages]
         both = [r[:, 0].contiguous() for r in rows], [self._rotate(r[:, 1]) for r in rows]
         return KeptRows(*both, masses, runs_of(self.layout, headers))
 
@@ -245,18 +224,11 @@ class ReferenceAttention(PagedAttention):
             write_header(arena_of(cells, self.layout), state_block, head, header)
 
     def attention_sums(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        num_tokens: int,
-        kept: Kept = NOT_KEPT,
-        power: Power = 1,
-        reduce: Reduction = "sum",
+        self, query: torch.Tensor, stored: Stored, power: Power = 1, reduce: Reduction = "sum"
     ) -> torch.Tensor:
-        request = _Request(0, num_tokens, num_tokens, block_table_row.tolist(), kept)
+        request, cells = _Request.of(stored), stored.cells
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        self.check_sums(query, block_table_row, num_tokens, request.kept, power, reduce)
+        self.check_sums(query, stored, power, reduce)
         group, sums = self.spec.group, []
         for kv_head in range(self.spec.num_kv_heads):
             rows = query[:, kv_head * group : (kv_head + 1) * group].float().transpose(0, 1)
@@ -273,8 +245,6 @@ class ReferenceAttention(PagedAttention):
 
     def _held_keys(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
         """Keys of the tokens that one KV head holds, float32 [n, head_dim]."""
-        if self.layout.tile_format is None:
-            return torch.stack([self._slot(cells, request, head, t)[0].float() for t in range(request.seq_len)])
         parts, end = [], request.kept.end
         if end:
             sinks = torch.empty(self.layout.policy.sink_tokens, 2, self.layout.head_dim)
@@ -310,7 +280,6 @@ class ReferenceAttention(PagedAttention):
         return staged[request.first_row + t - request.computed, head]
 
     def _page(self, cells: torch.Tensor, request: _Request, head: int, tile: int) -> torch.Tensor:
-        assert self.layout.tile_format is not None
         block, index = divmod(tile, self.layout.tiles_per_block)
         row = self.layout.tile_row(block)
         size = self.layout.tile_format.tile_bytes
@@ -321,10 +290,6 @@ class ReferenceAttention(PagedAttention):
         size = self.layout.slot_bytes
         data = cells[block, head].view(-1)[index * size : (index + 1) * size]
         return data.view(self.layout.dense_dtype).view(2, self.layout.head_dim)
-
-    def _slot(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:
-        block, index = divmod(t, self.layout.block_size)
-        return self._slot_at(cells, request.blocks[block], head, index)
 
     def _tail(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:
         block, index = divmod(t % self.layout.tile_tokens, self.layout.slots_per_cell)

@@ -101,8 +101,7 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
         sliding_window=spec.sliding_window or 0,
         scale=spec.scale,
     )
-    tile_format = layout.tile_format
-    if tile_format is None:
+    if not layout.has_pages:
         return struct
     for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
         setattr(struct, name, getattr(layout, name))
@@ -147,9 +146,9 @@ def kvs_half(tile_format: TileFormat, half: Half, tables: LayerTables) -> KvsHal
     return struct
 
 
-def rotary_positions(tables: LayerTables, tile_format: TileFormat | None) -> int:
+def rotary_positions(tables: LayerTables, tile_format: TileFormat) -> int:
     """Positions that the layer's tables reach to; 0: they have none."""
-    specs = table_specs(tile_format) if tile_format else {}
+    specs = table_specs(tile_format)
     return min((tables[name].shape[-1] for name, spec in specs.items() if POSITIONS in spec.axes), default=0)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from kvserve.attention.base import (
+    Answers,
     Batch,
     LayerSpec,
     PagedAttention,
     Power,
     Received,
     Reduction,
+    Stored,
     check_batch,
     check_cells,
     check_lse,
@@ -23,7 +25,7 @@ from kvserve.codecs.layer_tables import LayerTables
 from kvserve.kernels import decode, extend, received_sums, scores, store
 from kvserve.kernels import kept as kept_pages
 from kvserve.kernels.geometry import Tables, check_device, codec_tables_of, geometry_of
-from kvserve.pages.kept import NOT_KEPT, Kept, KeptRows, held_tokens, make_headers, read_headers, runs_of
+from kvserve.pages.kept import Kept, KeptRows, held_tokens, make_headers, read_headers, runs_of
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import hadamard
 
@@ -58,33 +60,21 @@ class TritonAttention(PagedAttention):
         store.store_sealed(self.geometry, self._tables(cells, batch), staged)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        batch: Batch,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
+        self, query: torch.Tensor, cells: torch.Tensor, batch: Batch, staged: torch.Tensor, answers: Answers
     ) -> None:
         check_rows("query", query, self.spec.num_heads, self.layout.head_dim)
-        check_rows("output", output, self.spec.num_heads, self.layout.head_dim)
-        check_lse(lse)
+        check_rows("output", answers.output, self.spec.num_heads, self.layout.head_dim)
+        check_lse(answers.lse)
         tables = self._tables(cells, batch)
-        self.decode(query, tables, staged, output, lse)
+        self.decode(query, tables, staged, answers)
         if tables.max_query_len > 1:
-            extend.extend(self.geometry, tables, query, staged, output, lse, self.spec.scale)
+            extend.extend(self.geometry, tables, query, staged, *answers, self.spec.scale)
 
     def decode(
-        self,
-        query: torch.Tensor,
-        tables: Tables,
-        staged: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        **launch: int,
+        self, query: torch.Tensor, tables: Tables, staged: torch.Tensor, answers: Answers, **launch: int
     ) -> None:
         """Attention of the requests that bring exactly one token; `launch`: parameters of kernels/decode.py."""
-        decode.decode(self.geometry, tables, query, staged, output, lse, self.spec.scale, **launch)
+        decode.decode(self.geometry, tables, query, staged, *answers, self.spec.scale, **launch)
 
     def add_received(
         self,
@@ -103,18 +93,12 @@ class TritonAttention(PagedAttention):
         store.store_tail(self.geometry, self._tables(cells, batch), staged)
 
     def read(
-        self,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        first: int,
-        last: int,
-        num_tokens: int | None = None,
-        with_values: bool = True,
+        self, stored: Stored, first: int, last: int, with_values: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stored = last if num_tokens is None else num_tokens
-        self.check_span(block_table_row, first, last, stored)
+        self.check_span(stored, first, last)
+        cells, block_table_row, num_tokens, _ = stored
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        asked = (block_table_row, first, last, stored, with_values)
+        asked = (block_table_row, first, last, num_tokens, with_values)
         key, value = kept_pages.read(self.geometry, cells, *asked, self.codec_tables)
         return key, None if value is None else self._rotate(value)
 
@@ -143,17 +127,11 @@ class TritonAttention(PagedAttention):
         kept_pages.write_kept(*place, key, value, mass, self.codec_tables)
 
     def attention_sums(
-        self,
-        query: torch.Tensor,
-        cells: torch.Tensor,
-        block_table_row: torch.Tensor,
-        num_tokens: int,
-        kept: Kept = NOT_KEPT,
-        power: Power = 1,
-        reduce: Reduction = "sum",
+        self, query: torch.Tensor, stored: Stored, power: Power = 1, reduce: Reduction = "sum"
     ) -> torch.Tensor:
+        cells, block_table_row, num_tokens, kept = stored
         check_cells(cells, self.layout, self.spec.num_kv_heads)
-        self.check_sums(query, block_table_row, num_tokens, kept, power, reduce)
+        self.check_sums(query, stored, power, reduce)
         state_block = int(block_table_row[0]) if kept.end else 0
         held = held_tokens(cells, self.layout, state_block, num_tokens, kept)
         place, how = (self.geometry, cells, block_table_row, num_tokens), (power, reduce == "max", self.codec_tables)

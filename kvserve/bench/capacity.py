@@ -48,7 +48,7 @@ class CapacityHost:
         spec = FullAttentionSpec(
             block_size=layout.block_size, num_kv_heads=shape.num_kv_heads, head_size=shape.head_dim, dtype=self.dtype
         )
-        if layout.tile_format is not None:
+        if layout.has_pages:
             spec = (EvictingPageSpec if layout.state_blocks else PageSpec).from_attention(spec, layout)
         plan = policy_plan(layout, num_tokens)
         found = self._fill(spec, num_tokens, plan)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.bench.stock_attention import StockAttention
 from kvserve.measuring.engines import STOCK
@@ -101,7 +101,7 @@ class PageCache:
     def _rewind(self, num_tokens: int) -> None:
         """Bring every layer's tails to the state of `num_tokens` tokens."""
         start = num_tokens // self.layout.tile_tokens * self.layout.tile_tokens
-        if self.layout.tile_format is None or start == num_tokens:
+        if start == num_tokens:
             return
         batch = self._batch(list(range(self.rows.num_seqs)), num_tokens - start, num_tokens)
         key = torch.cat([rows[start:num_tokens] for rows in self.rows.key])
@@ -122,7 +122,7 @@ class PageCache:
 
         def decode() -> torch.Tensor:
             for layer in range(self.arena.shape[2]):
-                self.attention.forward(query, key, value, self.arena[:, :, layer], batch, output)
+                self.attention.forward(NewRows(query, key, value), self.arena[:, :, layer], batch, Answers(output))
             return output
 
         return decode
@@ -131,7 +131,7 @@ class PageCache:
         """One layer, sequence 0."""
         query, batch = self.rows.query[:num_tokens], self._batch([0], num_tokens, num_tokens)
         key, value = self.rows.key[0][:num_tokens], self.rows.value[0][:num_tokens]
-        self.attention.forward(query, key, value, self.arena[:, :, 0], batch, torch.empty_like(query))
+        self.attention.forward(NewRows(query, key, value), self.arena[:, :, 0], batch, Answers(torch.empty_like(query)))
 
 
 class OperatorHost:

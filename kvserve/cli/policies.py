@@ -154,7 +154,7 @@ def _explain(console: Console, policy: Policy, head_dim: int, num_layers: int) -
     console.print(f"from: {policy.paper or 'no paper'}\n", soft_wrap=True)
     _print_rows(console, "parameters (change one with --policy-set key=value)", _parameters(policy))
     dense_token_bytes = 2 * head_dim * 2
-    if layout.tile_format is None:
+    if not layout.has_pages:
         rows = [("dense token", f"{layout.slot_bytes} bytes per KV head and layer (K and V, 16 bits)")]
         _print_rows(console, f"memory at head_dim {head_dim}", rows)
         return

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.registry import make_attention
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.engine.builder import BatchBuilder, StepMetadata
@@ -32,7 +32,6 @@ from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.errors import UnsupportedError
 from kvserve.pages.kept import num_layers_of
-from kvserve.pages.layout import MixedLayout
 from kvserve.transforms.layer import LayerTransforms
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class KvserveBackend(AttentionBackend):
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
         layout = cls.settings.layout(spec.head_size)
-        if layout.tile_format is None:
+        if not layout.has_pages:
             return spec
         if not layout.state_blocks:
             return PageSpec.from_attention(spec, layout)
@@ -170,23 +169,21 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         window = self.settings.applied_window(sliding_window)
         self.spec = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
-        self.layout = self.own_layout = self.settings.layout(head_size)
-        if isinstance(self.layout, MixedLayout):
-            self.own_layout = self.layout.layers[self._count_layers_before()]
+        self.layout, self.index = self.settings.layout(head_size), self._count_layers_before()
+        try:
+            self.own_layout = self.layout.of_layer(self.index)
+        except IndexError:
+            raise UnsupportedError(
+                f"the model has more attention layers than the {self.layout.num_layers} of its configuration, so "
+                "the policy's layers would name others than it says; drop layers"
+            ) from None
         if not self.settings.policy.reads_tables:
             self._make_attention({})
 
     def _count_layers_before(self) -> int:
         """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
-        assert isinstance(self.layout, MixedLayout)
         context = self.vllm_config.compilation_config.static_forward_context
-        self.index = sum(isinstance(getattr(built, "impl", None), KvserveImpl) for built in context.values())
-        if self.index >= len(self.layout.layers):
-            raise UnsupportedError(
-                f"the model has more attention layers than the {len(self.layout.layers)} of its configuration, so "
-                "the policy's layers would name others than it says; drop layers"
-            )
-        return self.index
+        return sum(isinstance(_impl_of(built), KvserveImpl) for built in context.values())
 
     def _make_attention(self, tables: LayerTables) -> None:
         try:
@@ -243,7 +240,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     ) -> None:  # fmt: skip
         batch, evictor = step.batch, step.evictor
         received = evictor.before_layer(self.attention, cells) if evictor else None
-        self.attention.forward(query, key, value, cells, batch, output, received=received)
+        self.attention.forward(NewRows(query, key, value), cells, batch, Answers(output), received)
         if self.probe:
             self.probe.observe(query, key, value, output, cells, batch)
         if evictor:
@@ -252,7 +249,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""
         cells = kv_cache.view(torch.uint8)
-        if not isinstance(self.layout, MixedLayout):
+        if self.layout.is_uniform:
             return cells
         _, place = num_layers_of(cells, self.layout)
         if place != self.index:

@@ -12,7 +12,7 @@ from kvserve.accounting.plan import held_blocks
 from kvserve.codecs.tile import Half, TileShape
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
-from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.layout import PageLayout
 from kvserve.pages.page_size import PageSize
 from kvserve.policies.limits import request_limit
 
@@ -129,9 +129,9 @@ class EngineReport:
         used = max(self.num_blocks - 1 - free_blocks, 0)
         kept = min(holding.kept, used) if holding else 0
         dense = holding.dense if holding else num_running * self.layout.private_blocks
-        dense = used if self.layout.tile_format is None else min(dense, used - kept)
+        dense = min(dense, used - kept) if self.layout.has_pages else used
         blocks = {"free": free_blocks, "dense": dense, "kept": kept, "sealed": used - kept - dense}
-        per_block = self.cells_per_block * max(self.layout.tiles_per_block, 1)
+        per_block = self.cells_per_block * (self.layout.tiles_per_block if self.layout.has_pages else 1)
         return {state: count * per_block for state, count in blocks.items()}
 
     def held_ratio(self, holding: Holding) -> float | None:
@@ -177,25 +177,26 @@ class EngineReport:
 
 def describe_codecs(layout: PageLayout, number: int = 0) -> str:
     """How sealed K and V are written, in one line; `number`: of the format."""
-    tile_format = layout.formats[number] if layout.formats else None
-    key, value = (tile_format.key, tile_format.value) if tile_format else (None, None)
+    key, value = layout.formats[number].key, layout.formats[number].value
     if key is None or value is None:
         dtype = str(layout.dense_dtype).removeprefix("torch.")
-        return f"dense{' pages' if layout.tile_format else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
+        return f"dense{' pages' if layout.has_pages else ''}, {dtype}: {layout.bits_per_element():g} bits per element"
     shapes = {half: TileShape(half, layout.tile_tokens, layout.head_dim) for half in Half}
     return (
         f"K {key.describe(shapes[Half.KEY])}; V {value.describe(shapes[Half.VALUE])}; "
         f"{layout.bits_per_element(number):.2f} bits per element"
-        + (" on average over the layers" if isinstance(layout, MixedLayout) else "")
+        + ("" if layout.is_uniform else " on average over the layers")
     )
 
 
 def describe_layers(layout: PageLayout) -> str:
     """Which layers have other codecs than the policy's, in one line."""
-    if not isinstance(layout, MixedLayout):
+    if layout.is_uniform:
         return "all the same"
-    named = sorted(layer.index % len(layout.layers) for layer in layout.policy.layers)
-    return "all the same but " + "; ".join(f"layer {index}: {describe_codecs(layout.layers[index])}" for index in named)
+    assert layout.num_layers is not None
+    named = sorted(layer.index % layout.num_layers for layer in layout.policy.layers)
+    own = (f"layer {index}: {describe_codecs(layout.of_layer(index))}" for index in named)
+    return "all the same but " + "; ".join(own)
 
 
 def describe_eviction(layout: PageLayout) -> str:
@@ -219,17 +220,17 @@ def describe_retention(layout: PageLayout) -> str:
     eviction = layout.policy.eviction
     if eviction is None:
         return "nothing"
-    mass = layout.tile_format is not None and layout.tile_format.mass is not None
+    mass = layout.tile_format.mass is not None
     if layout.other_formats:
         return f"{eviction.retention.name}: the others stay as {describe_codecs(layout, 1)}; {_describe_pages(layout)}"
-    if isinstance(layout, MixedLayout):
+    if not layout.is_uniform:
         return f"{eviction.retention.name}; {_describe_pages(layout)}"
     return f"{eviction.retention.name}{', with a log-mass beside each token of a page' if mass else ''}"
 
 
 def _describe_pages(layout: PageLayout) -> str:
     """The kept pages that tiles of several sizes share, and what stays unused of them and of a strip."""
-    layers = layout.layers if isinstance(layout, MixedLayout) else (layout,)
+    layers = layout.each_layer(layout.num_layers or 1)
     sizes = sorted({tile_format.tile_bytes for layer in layers for tile_format in layer.formats}, reverse=True)
     page, strip = PageSize.of(layout.kept_page_bytes, sizes), (layout.num_layers or 1) * layout.cell_bytes
     tiles = " or ".join(
@@ -252,7 +253,7 @@ def describe_switched_off(layout: PageLayout) -> str:
 
 def describe_dense(layout: PageLayout) -> str:
     """Which tokens of a compressed request stay dense."""
-    if layout.tile_format is None:
+    if not layout.has_pages:
         return "every token"
     if layout.policy.dense_pages:
         return f"every token; the unfinished tile of {layout.tile_tokens} tokens in a block of its own"

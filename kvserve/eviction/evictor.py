@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvserve.accounting.plan import RowStep, kept_elsewhere
-from kvserve.attention.base import Batch, PagedAttention, Received
+from kvserve.attention.base import Batch, PagedAttention, Received, Stored
 from kvserve.budgets.base import filled_pages
 from kvserve.eviction.collector import Collector
 from kvserve.eviction.observer import EvictionObserver, Selection
@@ -120,8 +120,9 @@ class StepEvictor:
         _, index = num_layers_of(cells, layout)
         layer = self.layers[index] = _Layer(attention, cells)
         for request in self.collected if index not in self.spared else ():
-            place = (cells, request.row, request.num_tokens, query[request.query_rows], request.step.kept)
-            self.collector.add(request.step.request_id, index, PagedWindow(attention, *place), request.decodes)
+            stored = Stored(cells, request.row, request.num_tokens, request.step.kept)
+            window = PagedWindow(attention, stored, query[request.query_rows])
+            self.collector.add(request.step.request_id, index, window, request.decodes)
         for request in self.requests:
             layer.scores.append(self._score(index, layer, request, query))
         if len(self.layers) == self.num_layers:
@@ -188,7 +189,7 @@ class StepEvictor:
             assert request.step.window_start is not None
             stored = request.num_tokens - request.step.window_start
             rows = recall(layout, layer.cells, request.row, stored)[-count:]
-        return PagedWindow(layer.attention, layer.cells, request.row, request.num_tokens, rows, kept)
+        return PagedWindow(layer.attention, Stored(layer.cells, request.row, request.num_tokens, kept), rows)
 
     def _cut(self, number: int, request: _Request) -> None:
         layers = [self.layers[index] for index in sorted(self.layers)]
@@ -288,13 +289,14 @@ def held_rows(layer: _Layer, request: _Request, with_values: bool = True) -> Kep
 
     Their values may be empty where nobody asked for them. Log-masses are there once a cut has stored some.
     """
-    attention, cells, kept, stored = layer.attention, layer.cells, request.step.kept, request.num_tokens
+    attention, cells, kept = layer.attention, layer.cells, request.step.kept
+    stored = Stored(cells, request.row, request.num_tokens, kept)
     if not kept.end:
-        keys, values = attention.read(cells, request.row, 0, stored, with_values=with_values)
+        keys, values = attention.read(stored, 0, stored.num_tokens, with_values=with_values)
         return KeptRows(list(keys), [] if values is None else list(values))
-    sinks = attention.read(cells, request.row, 0, attention.layout.policy.sink_tokens, stored)
+    sinks = attention.read(stored, 0, attention.layout.policy.sink_tokens)
     between = attention.read_kept(cells, request.state_block, kept)
-    later = attention.read(cells, request.row, kept.end, stored)
+    later = attention.read(stored, kept.end, stored.num_tokens)
     assert sinks[1] is not None and later[1] is not None
     keys = [torch.cat(rows) for rows in zip(sinks[0], between.keys, later[0], strict=True)]
     values = [torch.cat(rows) for rows in zip(sinks[1], between.values, later[1], strict=True)]

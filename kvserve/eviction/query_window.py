@@ -8,8 +8,7 @@ from typing import Literal
 
 import torch
 
-from kvserve.attention.base import PagedAttention
-from kvserve.pages.kept import NOT_KEPT, Kept
+from kvserve.attention.base import PagedAttention, Stored
 from kvserve.scorers.query_window import QueryWindow
 
 
@@ -19,15 +18,12 @@ class PagedWindow(QueryWindow):
 
     Attributes:
         kernels: the layer's attention.
-        cells, block_table_row, num_tokens, kept, query: as `PagedAttention.attention_sums` takes them.
+        stored, query: as `PagedAttention.attention_sums` takes them.
     """
 
     kernels: PagedAttention
-    cells: torch.Tensor
-    block_table_row: torch.Tensor
-    num_tokens: int
+    stored: Stored
     query: torch.Tensor
-    kept: Kept = NOT_KEPT
     _sums: dict[tuple[int, int, str], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -38,8 +34,7 @@ class PagedWindow(QueryWindow):
         """As QueryWindow; of an evicted request, each head's columns as `attention_sums` gives them."""
         asked = (rows, power, reduce)
         if asked not in self._sums:
-            query, place = self.query[self.num_rows - rows :], (self.cells, self.block_table_row, self.num_tokens)
-            self._sums[asked] = self.kernels.attention_sums(query, *place, self.kept, power, reduce)
+            self._sums[asked] = self.kernels.attention_sums(self.query[-rows:], self.stored, power, reduce)
         return self._sums[asked]
 
     def by_head(self, held: Sequence[int]) -> list[QueryWindow]:

@@ -164,8 +164,8 @@ def make_headers(
         ValueError: the layout has no state blocks, `kept.end` is no tile border, or pages lie outside the kept blocks.
     """
     num_kv_heads = cells.shape[1]
-    if layout.tile_format is None or layout.state_blocks == 0:
-        raise ValueError("kept pages need a policy with codecs and a layout with state_blocks")
+    if layout.state_blocks == 0:
+        raise ValueError("kept pages need a policy with pages and a layout with state_blocks")
     if kept.end <= 0 or kept.end % layout.tile_tokens:
         raise ValueError(f"kept.end must be a positive multiple of {layout.tile_tokens}, got {kept.end}")
     if len(first_pages) != num_kv_heads or len(runs) != num_kv_heads:

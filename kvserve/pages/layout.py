@@ -11,8 +11,8 @@ A request's row of blocks, in the order they are allocated (T = tile_tokens):
     | the unfinished T  |              | [0, sink_tokens)   |              |
 
 Tail blocks are the request's own. Tile and sink blocks are written once, when a tile is full, and may be shared.
-The dense policy has no pages and none of this: block i holds tokens [i * block_size, (i + 1) * block_size) as dense
-slots.
+The dense policy has no pages: its tiles are dense slots of one token each, so that it has no tail and no sinks, and
+block i holds tokens [i * block_size, (i + 1) * block_size).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PageLayout:
         head_dim: elements of one K or V row.
         block_size: tokens of one vLLM block.
         dense_dtype: dtype of dense slots.
-        tile_format: the bytes of a sealed page; None for the dense policy.
+        tile_format: the bytes of a sealed page; for the dense policy, of one dense slot.
         other_formats: of the tiles of kept pages beside tile_format, which is format 0 (kvserve/pages/kept.py).
         kept_page_bytes: of a kept page, which holds whole tiles of one format; 0 for the dense policy.
         strip_starts: where the layers of the pool have pages of their own, where each one's cell begins in a strip.
@@ -55,7 +55,7 @@ class PageLayout:
     head_dim: int
     block_size: int
     dense_dtype: torch.dtype
-    tile_format: TileFormat | None
+    tile_format: TileFormat
     state_blocks: int = 0
     query_group: int = 0
     num_layers: int | None = None
@@ -85,7 +85,8 @@ class PageLayout:
         if not policy.has_pages:
             if state_blocks:
                 raise ValueError(f"the dense policy never evicts: state_blocks must be 0, got {state_blocks}")
-            return cls(policy, head_dim, block_size, model_dtype, None)
+            slot = TileFormat.dense(1, head_dim, model_dtype)
+            return cls(policy, head_dim, block_size, model_dtype, slot)
         _check_fits(policy, head_dim, block_size, num_layers)
         # A dense slot of a compressed policy is 16-bit: float16 keeps more of a float32 model than bfloat16 would.
         compressed = not policy.is_dense
@@ -109,13 +110,43 @@ class PageLayout:
         return replace(layout, state_blocks=ceil(policy.eviction.window / layout.queries_per_cell))
 
     @property
+    def has_pages(self) -> bool:
+        """Whether tokens become pages; False for the dense policy, whose blocks are vLLM's own."""
+        return self.policy.has_pages
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers of the pool have the same pages."""
+        return True
+
+    def of_layer(self, index: int) -> PageLayout:
+        """The pages of one layer.
+
+        Raises:
+            IndexError: the layers of the pool differ, and it has fewer.
+        """
+        return self
+
+    def each_layer(self, num_layers: int) -> tuple[PageLayout, ...]:
+        """The pages of all layers of a model that has `num_layers`."""
+        return (self,) * num_layers
+
+    def cells_of(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
+        """The cells of a layer, uint8 [num_blocks, num_kv_heads, ...].
+
+        Args:
+            cells: what vLLM gives that layer, uint8 [num_blocks, num_kv_heads, ...].
+        """
+        return cells
+
+    @property
     def tile_tokens(self) -> int:
-        return self.policy.tile_tokens
+        return self.tile_format.tokens
 
     @property
     def tiles_per_block(self) -> int:
-        """Sealed pages of one cell; 0 for the dense policy."""
-        return 0 if self.tile_format is None else self.block_size // self.tile_tokens
+        """Tiles of one cell."""
+        return self.block_size // self.tile_tokens
 
     @property
     def slot_bytes(self) -> int:
@@ -125,8 +156,6 @@ class PageLayout:
     @property
     def cell_bytes(self) -> int:
         """What one block holds for one KV head of one layer."""
-        if self.tile_format is None:
-            return self.block_size * self.slot_bytes
         return self.tiles_per_block * self.tile_format.tile_bytes
 
     @property
@@ -136,8 +165,8 @@ class PageLayout:
 
     @property
     def formats(self) -> tuple[TileFormat, ...]:
-        """Of the tiles of kept pages, by number; none for the dense policy."""
-        return () if self.tile_format is None else (self.tile_format, *self.other_formats)
+        """Of the tiles of kept pages, by number."""
+        return (self.tile_format, *self.other_formats)
 
     def tiles_per_page(self, number: int = 0) -> int:
         """Tiles of format `number` that a kept page holds."""
@@ -208,8 +237,8 @@ class PageLayout:
 
     @property
     def tail_blocks(self) -> int:
-        """Blocks a request owns for its unfinished tile."""
-        own = 0 if self.tile_format is None else ceil(self.tile_tokens / self.slots_per_cell)
+        """Blocks a request owns for its unfinished tile; a tile of one token is never unfinished."""
+        own = 0 if self.tile_tokens == 1 else ceil(self.tile_tokens / self.slots_per_cell)
         return max(own, self.least_tail_blocks)
 
     @property
@@ -224,8 +253,6 @@ class PageLayout:
 
     def tile_blocks_for(self, num_tokens: int) -> int:
         """Tile blocks of a sequence with `num_tokens` cached tokens (dense policy: all its blocks)."""
-        if self.tile_format is None:
-            return ceil(num_tokens / self.block_size)
         return ceil(num_tokens // self.tile_tokens / self.tiles_per_block)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -242,8 +269,6 @@ class PageLayout:
 
     def bits_per_element(self, number: int = 0) -> float:
         """Bits of a sealed K or V element of format `number`, scales and padding included."""
-        if self.tile_format is None:
-            return float(self.dense_dtype.itemsize * 8)
         return self.formats[number].tile_bytes * 8 / (2 * self.tile_tokens * self.head_dim)
 
 
@@ -260,6 +285,17 @@ class MixedLayout(PageLayout):
     """
 
     layers: tuple[PageLayout, ...] = ()
+
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def of_layer(self, index: int) -> PageLayout:
+        return self.layers[index]
+
+    def each_layer(self, num_layers: int) -> tuple[PageLayout, ...]:
+        assert num_layers == len(self.layers)
+        return self.layers
 
     @classmethod
     def of_layers(
@@ -300,11 +336,6 @@ class MixedLayout(PageLayout):
         return self.least_sink_blocks
 
     def cells_of(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
-        """The cells of a layer, uint8 [num_blocks, num_kv_heads, cell_bytes].
-
-        Args:
-            cells: what vLLM gives that layer, uint8 [num_blocks, num_kv_heads, ...].
-        """
         first = cells.storage_offset() - layer * self.cell_bytes
         offset = sum(before.cell_bytes for before in self.layers[:layer])
         shape = (*cells.shape[:2], self.layers[layer].cell_bytes)

@@ -51,7 +51,6 @@ def encode_page(
     Returns:
         uint8 [layout.tile_format.tile_bytes]; padding is zero.
     """
-    assert layout.tile_format is not None
     keys, values = (Tile.of(rows, first_counted, first_position) for rows in (key, value))
     return layout.tile_format.encode_tile(keys, values, tables)
 
@@ -60,6 +59,5 @@ def decode_page(
     page: torch.Tensor, layout: PageLayout, first_position: int = 0, tables: Tables | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read one sealed page back: (key, value), float32 [tile_tokens, head_dim]; value stays rotated."""
-    assert layout.tile_format is not None
     positions = first_position + torch.arange(layout.tile_tokens)
     return layout.tile_format.decode_tile(page, positions, tables)

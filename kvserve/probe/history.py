@@ -55,8 +55,7 @@ class LayerHistory:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"a request begins with {num_tokens} tokens in its cache, {self.num_tokens} were seen")
         self.exact, self.staged = self.exact[:, :num_tokens], self.staged[:, :num_tokens]
-        if self.layout.tile_format is not None:
-            self.sealed = self.sealed[:, : num_tokens // self.layout.tile_tokens * self.layout.tile_tokens]
+        self.sealed = self.sealed[:, : num_tokens // self.layout.tile_tokens * self.layout.tile_tokens]
         self._forget_cuts()
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -65,9 +64,10 @@ class LayerHistory:
         rows = torch.stack([key.float(), value.float()], 2).transpose(0, 1)
         self.exact = torch.cat([self.exact, rows], 1)
         self.staged = torch.cat([self.staged, self._reference.stage(key, value).transpose(0, 1)], 1)
-        if self.layout.tile_format is None:
-            return
         size = self.layout.tile_tokens
+        if self.layout.tile_format.dense_dtype is not None:  # its pages are rows as they are staged
+            self.sealed = self.staged[:, : self.num_tokens // size * size]
+            return
         for first in range(self.sealed.shape[1], self.num_tokens // size * size, size):
             tiles = self.staged[:, first : first + size]
             heads = [self._coded_tile(tile, first, self._tables(head)) for head, tile in enumerate(tiles)]
@@ -172,9 +172,7 @@ class LayerHistory:
         """
         tile_tokens, sinks = self.layout.tile_tokens, self.layout.policy.sink_tokens
         is_seen, tokens = self._seen_since_cut(len(query))
-        is_sealed = torch.zeros_like(is_seen)
-        if self.layout.tile_format is not None:
-            is_sealed = (tokens < self._positions(len(query)) // tile_tokens * tile_tokens) & (tokens >= sinks)
+        is_sealed = (tokens < self._positions(len(query)) // tile_tokens * tile_tokens) & (tokens >= sinks)
         sealed = self.sealed.shape[1]
         rows = torch.cat([self._padded(self.kept), self.sealed, self.staged], 1)
         masks = [self._kept_mask(len(query)), (is_seen & is_sealed)[:, :sealed], is_seen & ~is_sealed]
@@ -238,7 +236,7 @@ class LayerHistory:
     def _tables(self, head: int) -> Tables:
         """What a KV head has of the layer's tables."""
         tile_format, tables = self.layout.tile_format, self._reference.tables
-        return tables_of_head(tables, tile_format, head) if tables and tile_format else {}
+        return tables_of_head(tables, tile_format, head) if tables else {}
 
 
 def _masses(rows: Rows) -> torch.Tensor:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.affine import Affine
 from kvserve.codecs.layer_tables import LayerTables
@@ -67,7 +67,7 @@ class Case:
         output = torch.full_like(self.query, torch.nan)
         lse = torch.full(self.query.shape[:2], torch.nan)
         cells = copy_cells(self.cells) if cells is None else cells
-        attention.forward(self.query, self.key, self.value, cells, self.batch, output, lse)
+        attention.forward(NewRows(self.query, self.key, self.value), cells, self.batch, Answers(output, lse))
         return output, lse
 
 

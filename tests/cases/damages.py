@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.codecs.tile import Half
 from kvserve.pages.kept import HEADER_BYTES
@@ -155,7 +155,7 @@ def shifted_table_of_a_head(step: Step) -> None:
     row = step.batch.block_table[0]
     batch = replace(step.batch, block_table=torch.cat([row[1:3], row[2:]])[None].contiguous())
     output = torch.zeros_like(step.output)
-    step.attention.forward(step.query, step.key, step.value, copy_cells(step.cells), batch, output)
+    step.attention.forward(NewRows(step.query, step.key, step.value), copy_cells(step.cells), batch, Answers(output))
     step.output[:, :GROUP] = output[:, :GROUP]
 
 
@@ -250,7 +250,6 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 def shifted_sections(policy: Policy) -> dict[str, Damage]:
     """For each section of a page, the damage that moves its elements on by one."""
     tile_format = PageLayout.build(policy, HEAD_DIM, policy.tile_tokens, torch.float32, num_layers=2).tile_format
-    assert tile_format is not None
     return {
         name: section(name, lambda part: part.roll(1), place.section.dtype)
         for half in Half

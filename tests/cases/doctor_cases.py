@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from kvserve.accounting.plan import EvictionPlan, RowStep, plan_eviction
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.native import NativeAttention
 from kvserve.eviction.collector import Collector
 from kvserve.eviction.evictor import StepEvictor
 from kvserve.pages.kept import NOT_KEPT, Kept, KeptTable
-from kvserve.pages.layout import MixedLayout, PageLayout
+from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.probe.distances import ProbeReport, complaints
@@ -90,7 +90,7 @@ class Machine:
         shape = (blocks, KV_HEADS, NUM_LAYERS, self.layout.cell_bytes)
         self.arena = torch.full(shape, POISON, dtype=torch.uint8)
         self.free = torch.randperm(blocks, generator=self.generator).tolist()
-        self.layouts = self.layout.layers if isinstance(self.layout, MixedLayout) else (self.layout,) * NUM_LAYERS
+        self.layouts = self.layout.each_layer(NUM_LAYERS)
         self.attention = [self._attention(layer) for layer in range(NUM_LAYERS)]
         self.probe = Probe([LayerProbe(i, attention) for i, attention in enumerate(self.attention)])
         rotary = Rotary(1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
@@ -100,13 +100,13 @@ class Machine:
 
     def _attention(self, layer: int) -> NativeAttention:
         tile_format = self.layouts[layer].tile_format
-        tables = random_layer_tables(tile_format, KV_HEADS, self.seed + layer) if tile_format else {}
+        tables = random_layer_tables(tile_format, KV_HEADS, self.seed + layer)
         return NativeAttention(self.layouts[layer], self.spec, tables=tables)
 
     def cells(self, layer: int) -> torch.Tensor:
         """What the layer's kernels get."""
         cells = self.arena[:, :, layer]
-        return self.layout.cells_of(cells, layer) if isinstance(self.layout, MixedLayout) else cells
+        return self.layout.cells_of(cells, layer)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -154,7 +154,6 @@ class Request:
         self.row = machine.take(layout.blocks_for(max_len))
         if other and shared:
             first, last = layout.tile_row(0), layout.tile_row(shared)
-            last = last if layout.tile_format is not None else shared
             self.row[first:last] = other.row[first:last]
         self.cuts: EvictionPlan | None = None
         if layout.policy.eviction:
@@ -191,7 +190,7 @@ class Request:
             damage = machine.damage if layer == DAMAGED_LAYER else Damage()
             damage.before(given)
             given.attention.forward(
-                given.query, given.key, given.value, given.cells, given.batch, given.output, received=received
+                NewRows(given.query, given.key, given.value), given.cells, given.batch, Answers(given.output), received
             )
             damage.after(given)
             machine.probe.layers[layer].observe(query, key, value, given.output, cells, batch)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec, PagedAttention, Received
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, PagedAttention, Received, Stored
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.base import Codec
 from kvserve.codecs.registry import codec_content
@@ -61,7 +61,7 @@ class KeptCase:
         query = torch.cat(self.query[layer])
         output, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
         key, value = (self.new_rows(rows) for rows in (self.key[layer], self.value[layer]))
-        attention.forward(query, key, value, arena[:, :, layer], batch or self.batch, output, lse)
+        attention.forward(NewRows(query, key, value), arena[:, :, layer], batch or self.batch, Answers(output, lse))
         return output, lse
 
     def received(
@@ -78,9 +78,8 @@ class KeptCase:
         sums = {r: torch.ones(self.spec.num_kv_heads, n, device=device) for r, n in columns.items()}
         key, value = (self.new_rows(rows).to(device) for rows in (self.key[layer], self.value[layer]))
         cells, query = self.arena.clone().to(device)[:, :, layer], query.to(device)
-        attention.forward(
-            query, key, value, cells, batch, torch.empty_like(query), received=Received(power, sums)
-        )  # fmt: skip
+        answers = Answers(torch.empty_like(query))
+        attention.forward(NewRows(query, key, value), cells, batch, answers, Received(power, sums))
         return {r: table.cpu() for r, table in sums.items()}
 
     def new_rows(self, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -321,7 +320,7 @@ def _choose(case: KeptCase, reference: ReferenceAttention, r: int) -> None:
         page += _pages(case.layout, counts[owner])
     for i, layer in enumerate(LAYERS):
         mine = slice(i * heads, (i + 1) * heads)
-        key, value = reference.read(case.arena[:, :, layer], case.full_table[r], 0, ask.end)
+        key, value = reference.read(Stored(case.arena[:, :, layer], case.full_table[r], ask.end), 0, ask.end)
         runs = [run_counts(case.layout, min(count, ask.end - sinks)) for count in counts[mine]]
         chosen = []
         for of_head in runs:

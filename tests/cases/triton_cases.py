@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvserve.attention.base import Batch
+from kvserve.attention.base import Answers, Batch, NewRows
 from kvserve.attention.triton import TritonAttention
 from kvserve.pages.kept import KeptTable
 from tests.cases.attention_cases import Case
@@ -46,7 +46,7 @@ def run(
     output = torch.full_like(query, torch.nan, device=DEVICE)
     lse = torch.full(query.shape[:2], torch.nan, device=DEVICE)
     rows = (tensor.to(DEVICE) for tensor in (query, key, value))
-    attention.forward(*rows, arena, batch_on(DEVICE, batch), output, lse)
+    attention.forward(NewRows(*rows), arena, batch_on(DEVICE, batch), Answers(output, lse))
     return output.cpu(), lse.cpu(), cells_on(torch.device("cpu"), arena)
 
 

@@ -17,10 +17,10 @@ import torch
 import triton
 
 from benchmarks.gpu_compile import SHARED_BYTES, compile_only, use_target
-from kvserve.attention.base import Received
+from kvserve.attention.base import Answers, NewRows, Received, Stored
 from kvserve.attention.triton import TritonAttention
 from kvserve.codecs.affine import Affine
-from kvserve.pages.kept import NOT_KEPT, Header, Kept, KeptRows, KeptTable, Run, arena_of, write_header
+from kvserve.pages.kept import Header, Kept, KeptRows, KeptTable, Run, arena_of, write_header
 from tests.cases.attention_cases import NUM_LAYERS, Case, build_case, make_policy
 from tests.cases.kept_cases import demoting, with_masses
 
@@ -41,15 +41,17 @@ def launch_plain(case: Case) -> None:
     """The kernels of one layer without evicted requests."""
     attention = TritonAttention(case.layout, case.spec, case.tables)
     case.run(attention)
-    attention.attention_sums(case.query[:9], case.cells, ROW, 80, NOT_KEPT, 2)
+    attention.attention_sums(case.query[:9], Stored(case.cells, ROW, 80), 2)
     if case.layout.tile_format:
-        attention.read(torch.zeros_like(case.cells), ROW, 0, 100)
+        attention.read(Stored(torch.zeros_like(case.cells), ROW, 100), 0, 100)
         launch_received(attention, case)
 
 
 def launch_received(attention: TritonAttention, case: Case) -> None:
     received = Received(2, {0: torch.zeros(case.spec.num_kv_heads, 80)})
-    attention.forward(case.query, case.key, case.value, case.cells, case.batch, case.query.clone(), received=received)
+    attention.forward(
+        NewRows(case.query, case.key, case.value), case.cells, case.batch, Answers(case.query.clone()), received
+    )
 
 
 def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
@@ -59,7 +61,7 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
     kept, cells = Kept(64, (4, 5)), torch.zeros_like(case.cells)
     case.batch.kept = KeptTable.of([kept, kept])
     case.run(attention)
-    attention.read(cells, ROW, 0, 100)
+    attention.read(Stored(cells, ROW, 100), 0, 100)
     rows, masses = [torch.zeros(3, head_dim)] * 2, [torch.zeros(3)] * 2 if attention.geometry.mass else None
     counts = (1, 2) if layout.other_formats else (3,)
     attention.write_kept(cells, 0, kept, [0, 2], KeptRows(rows, rows, masses, [counts] * 2))
@@ -67,7 +69,7 @@ def launch_evicted(case: Case, head_dim: int, dtype: torch.dtype) -> None:
         runs = tuple(Run(number, 0, count) for number, count in enumerate(counts))
         write_header(arena_of(cells, layout), 0, head, Header(64, runs))
     attention.read_kept(cells, 0, kept)
-    attention.attention_sums(case.query[:9], cells, ROW, 80, kept, 2)
+    attention.attention_sums(case.query[:9], Stored(cells, ROW, 80, kept), 2)
     launch_received(attention, case)
 
 

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
 from kvserve.accounting.plan import RowStep, policy_plan
-from kvserve.attention.base import Batch
+from kvserve.attention.base import Answers, Batch, NewRows
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.engine import connector
 from kvserve.engine.backend import KvserveBackend
@@ -210,7 +210,7 @@ def test_a_replayed_graph_follows_lengths_tables_and_kept_pages(
     output = torch.zeros_like(query)
     attention = TritonAttention(case.layout, case.spec)
     captured = runner.capture(builder)
-    attention.forward(query, key, value, arena[:, :, LAYER], captured.batch, output)
+    attention.forward(NewRows(query, key, value), arena[:, :, LAYER], captured.batch, Answers(output))
 
     arena.copy_(case.arena)
     query[:3] = torch.cat(case.query[LAYER])
@@ -246,7 +246,7 @@ def test_launches_of_a_decode_step_do_not_depend_on_lengths(build: Any, monkeypa
         with monkeypatch.context() as patch:
             launches = Launches(patch)
             cells, output = case.arena.clone()[:, :, LAYER], torch.zeros(ROWS, 4, 64)
-            attention.forward(*rows, cells, metadata.batch, output)
+            attention.forward(NewRows(*rows), cells, metadata.batch, Answers(output))
         found.append(launches.host_values())
     assert len(found[0]) == 5 and found[0] == found[1]
 

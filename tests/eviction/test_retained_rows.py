@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvserve.accounting.plan import RowStep
+from kvserve.attention.base import Stored
 from kvserve.attention.native import NativeAttention
 from kvserve.eviction.collector import Collector
 from kvserve.eviction.evictor import StepEvictor
@@ -46,7 +47,7 @@ def test_a_compensation_row_is_the_mean_of_all_that_goes_and_weighs_as_much() ->
     policy = retaining("compensate")
     case, _, kept = prompt_case(policy)
     kernels, row, sinks = NativeAttention(case.layout, case.spec), case.batch.block_table[0], policy.sink_tokens
-    keys, values = kernels.read(case.cells, row, sinks, 256, PROMPT)
+    keys, values = kernels.read(Stored(case.cells, row, PROMPT), sinks, 256)
     chosen = plain_choice(case, policy)
     cells = copy_cells(case.cells)
     cut(policy, cells, case, RowStep("a", Kept(), kept))
@@ -68,11 +69,11 @@ def test_a_second_cut_goes_on_with_the_rows_and_log_masses_of_the_first(retentio
     kernels, row, sinks = NativeAttention(case.layout, case.spec), case.batch.block_table[0], policy.sink_tokens
     state, cells = int(row[0]), copy_cells(case.cells)
     earlier, second = Kept(192, first.blocks[:1]), Kept(256, first.blocks[1:])
-    stored = kernels.read(cells, row, sinks, 192, PROMPT)
+    stored = kernels.read(Stored(cells, row, PROMPT), sinks, 192)
     mass = None if retention == "evict" else [torch.arange(60.0) / 30] * 2
     rows = KeptRows(*([head[::3][:60] for head in part] for part in stored), mass)
     kernels.write_kept(cells, state, earlier, [0, 1], rows)
-    held, later = kernels.read_kept(cells, state, earlier), kernels.read(cells, row, 192, 256, PROMPT)
+    held, later = kernels.read_kept(cells, state, earlier), kernels.read(Stored(cells, row, PROMPT), 192, 256)
     selection = cut(policy, cells, case, RowStep("a", earlier, second))
     found = kernels.read_kept(cells, state, second)
     for h in (0, 1):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvserve.accounting.plan import RowStep, check_limit, plan_eviction, policy_plan
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec, NewRows
 from kvserve.attention.native import NativeAttention
 from kvserve.budgets.base import Budget
 from kvserve.checks import check_model
@@ -187,7 +187,7 @@ class Worker:
             query = self.query[layer, rows]
             received = evictor.before_layer(self.kernels, cells)
             stored = self.key[layer, rows], self.value[layer, rows]
-            self.kernels.forward(query, *stored, cells, batch, torch.empty_like(query), received=received)
+            self.kernels.forward(NewRows(query, *stored), cells, batch, Answers(torch.empty_like(query)), received)
             evictor.after_layer(self.kernels, cells, query)
         if cut:
             self.expect(cut)

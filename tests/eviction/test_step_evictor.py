@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvserve.accounting.plan import EvictionPlan, RowStep, policy_plan
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, Stored
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.budgets.base import held_counts, select
@@ -56,7 +56,7 @@ def prompt_case(policy: Policy) -> tuple[Case, EvictionPlan, Kept]:
 def plain_choice(case: Case, policy: Policy) -> list[torch.Tensor]:
     """The 128 candidates that each of the two heads keeps, by the scorer on plain tensors."""
     row, count = case.batch.block_table[0], policy.eviction.window
-    keys, values = ReferenceAttention(case.layout, case.spec).read(case.cells, row, 0, PROMPT)
+    keys, values = ReferenceAttention(case.layout, case.spec).read(Stored(case.cells, row, PROMPT), 0, PROMPT)
     positions, queries = torch.arange(PROMPT), case.query[-count:].transpose(0, 1)
     view = LayerView(
         kv_heads=2, positions=positions, scale=case.spec.scale, keys=keys, values=values, layer=1, request_id="a",
@@ -79,7 +79,7 @@ def test_each_head_keeps_what_the_scorer_chooses_on_plain_tensors(scorer: dict):
     row, chosen = case.batch.block_table[0], plain_choice(case, policy)
     expected, cells = copy_cells(case.cells), copy_cells(case.cells)
     kernels = NativeAttention(case.layout, case.spec)
-    keys, values = kernels.read(cells, row, policy.sink_tokens, 256, PROMPT)
+    keys, values = kernels.read(Stored(cells, row, PROMPT), policy.sink_tokens, 256)
     rows = [[part[index] for part, index in zip(of, chosen, strict=True)] for of in (keys, values)]
     kernels.write_kept(expected, int(row[0]), kept, [0, 2], KeptRows(*rows))
     evict(case, policy, cells, RowStep("a", Kept(), kept))
@@ -104,8 +104,12 @@ def test_a_second_cut_chooses_among_what_the_first_one_kept_and_what_came_later(
     case, _, first = prompt_case(policy)
     kernels, cells, row = NativeAttention(case.layout, case.spec), copy_cells(case.cells), case.batch.block_table[0]
     sinks = policy.sink_tokens
-    before = kernels.read(cells, row, 0, 192, PROMPT)
-    state, earlier, later = int(row[0]), Kept(192, first.blocks[:1]), kernels.read(cells, row, 192, PROMPT)
+    before = kernels.read(Stored(cells, row, PROMPT), 0, 192)
+    state, earlier, later = (
+        int(row[0]),
+        Kept(192, first.blocks[:1]),
+        kernels.read(Stored(cells, row, PROMPT), 192, PROMPT),
+    )
     survivors = [torch.arange(sinks, 192)[h::3][:60] for h in (0, 1)]
     packed = KeptRows(*([rows[h][survivors[h]] for h in (0, 1)] for rows in before))
     kernels.write_kept(cells, state, earlier, [0, 1], packed)
@@ -139,7 +143,7 @@ def test_a_ranks_heads_are_scored_by_their_place_in_the_whole_model(cut_before: 
         if cut_before:
             kernels, row = NativeAttention(case.layout, case.spec), case.batch.block_table[0]
             earlier, sinks = Kept(192, first.blocks[:1]), policy.sink_tokens
-            stored = kernels.read(cells, row, sinks, sinks + 64, PROMPT)
+            stored = kernels.read(Stored(cells, row, PROMPT), sinks, sinks + 64)
             kernels.write_kept(cells, int(row[0]), earlier, [0, 1], KeptRows(*map(list, stored)))
             step = RowStep("a", earlier, Kept(256, first.blocks[1:]))
         evict(case, policy, cells, step, replace(case.spec, first_head=2 * rank))
@@ -217,7 +221,9 @@ def test_what_is_accumulated_is_what_a_scorer_declares():
 
 def check_accumulated(scorer: Scorer, power: int) -> None:
     case, _, _ = prompt_case(evicting({"name": scorer.name}))
-    keys, _ = ReferenceAttention(case.layout, case.spec).read(case.cells, case.batch.block_table[0], 0, PROMPT)
+    keys, _ = ReferenceAttention(case.layout, case.spec).read(
+        Stored(case.cells, case.batch.block_table[0], PROMPT), 0, PROMPT
+    )
     plain = PlainWindow(case.query.transpose(0, 1), keys, torch.arange(PROMPT), case.spec.scale)
     expected = (plain.probabilities(PROMPT) ** power).sum(1).unflatten(0, (2, -1)).sum(1)
     for chunks in ([PROMPT], [64, 128, 68]):  # the case's tiles are sealed: chunks that end with one see the same keys
@@ -277,7 +283,7 @@ def test_attention_received_while_generating_counts_at_the_next_cut():
         evictor = StepEvictor(eviction, {0: RowStep("a", kept, cut, None, True)}, batch, 1, collector=collector)
         received = evictor.before_layer(kernels, case.cells)
         query, output = case.query[rows], torch.empty_like(case.query[rows])
-        kernels.forward(query, case.key[rows], case.value[rows], case.cells, batch, output, received=received)
+        kernels.forward(NewRows(query, case.key[rows], case.value[rows]), case.cells, batch, Answers(output), received)
         evictor.after_layer(kernels, case.cells, query)
 
     def pay(sums: torch.Tensor, head: int, tokens: torch.Tensor, queries: range) -> None:
@@ -326,7 +332,7 @@ def test_on_another_device_the_same_tokens_stay(budget: str, scorer: str, again:
     earlier, kept = (Kept(192, kept.blocks[:1]), Kept(256, kept.blocks[1:])) if again else (Kept(), kept)
     expected = copy_cells(case.cells)
     for arena in (cells, expected) if again else ():
-        rows = kernels.read(arena, row, 4, 192, PROMPT)
+        rows = kernels.read(Stored(arena, row, PROMPT), 4, 192)
         survivors = [[part[h][h::3][:60] for h in (0, 1)] for part in rows]
         kernels.write_kept(arena, int(row[0]), earlier, [0, 1], KeptRows(*survivors))
     window_start = PROMPT - eviction.window if eviction.remembers_queries else None

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.attention.base import LayerSpec, PagedAttention, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.eviction.collector import received
 from kvserve.eviction.query_window import PagedWindow
-from kvserve.pages.kept import NOT_KEPT, held_tokens
+from kvserve.pages.kept import held_tokens
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page
 from kvserve.scorers.base import Accumulation
@@ -46,7 +46,7 @@ def query_rows(rows: int, spec: LayerSpec, head_dim: int, dtype: torch.dtype = t
 def sums_of(attention: PagedAttention, case: Case, request: int, rows: int | torch.Tensor, *how) -> torch.Tensor:
     query = query_rows(rows, case.spec, case.layout.head_dim) if isinstance(rows, int) else rows
     num_tokens = case.past_key[request].shape[0]
-    return attention.attention_sums(query, case.cells, case.batch.block_table[request], num_tokens, NOT_KEPT, *how)
+    return attention.attention_sums(query, Stored(case.cells, case.batch.block_table[request], num_tokens), *how)
 
 
 def kernels(case: Case | KeptCase, isa: str) -> tuple[PagedAttention, PagedAttention]:
@@ -61,8 +61,6 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def tokens_as_stored(layout: PageLayout, keys: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Keys [n, head_dim] of the tokens from `first` (a tile border) on: coded where their tile is full, else dense."""
     keys, size = keys.to(layout.dense_dtype).float(), layout.tile_tokens
-    if layout.tile_format is None:
-        return keys
     parts, sealed = [], len(keys) // size * size
     for start in range(0, sealed, size):
         tile, sinks = keys[start : start + size], 0 if first or start else layout.policy.sink_tokens
@@ -115,7 +113,7 @@ def test_the_reference_pays_to_what_each_head_of_an_evicted_request_holds(family
                 keys.append(torch.cat([own[:sinks].to(case.layout.dense_dtype).float(), packed, later]))
             counts = [len(k) for k in keys]
             assert held_tokens(cells, case.layout, int(row[0]), ask.computed, case.kept_of(r)) == counts
-            sums = reference.attention_sums(query, cells, row, ask.computed, case.kept_of(r), 2)
+            sums = reference.attention_sums(query, Stored(cells, row, ask.computed, case.kept_of(r)), 2)
             assert sums.shape == (6, max(counts))
             for head, expected in enumerate(paid(query, keys, case.spec.scale, 2, "sum")):
                 assert_equal(sums[head, : len(expected)], torch.tensor(expected))
@@ -209,9 +207,9 @@ def test_evicted_requests_match_the_reference(family: str, sinks: int, isa: str)
     for layer in LAYERS:
         for r, ask in enumerate(case.asks):
             for rows in {1, 3, ask.computed - ask.end}:
-                place = case.arena[:, :, layer], case.batch.block_table[r], ask.computed, case.kept_of(r)
+                place = Stored(case.arena[:, :, layer], case.batch.block_table[r], ask.computed, case.kept_of(r))
                 query = query_rows(rows, case.spec, 64)
-                assert_equal(native.attention_sums(query, *place), reference.attention_sums(query, *place))
+                assert_equal(native.attention_sums(query, place), reference.attention_sums(query, place))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -223,10 +221,10 @@ def test_evicted_requests_of_every_geometry_match_the_reference(tile_tokens, til
     case = build_kept_case(policy, asks, **options)
     native, reference = kernels(case, isa)
     for layer in LAYERS:
-        place = case.arena[:, :, layer], case.batch.block_table[0], asks[0].computed, case.kept_of(0)
+        place = Stored(case.arena[:, :, layer], case.batch.block_table[0], asks[0].computed, case.kept_of(0))
         for rows in (1, tile_tokens + 2):
             query = query_rows(rows, case.spec, 128)
-            assert_equal(native.attention_sums(query, *place), reference.attention_sums(query, *place))
+            assert_equal(native.attention_sums(query, place), reference.attention_sums(query, place))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -237,8 +235,8 @@ def test_unused_bytes_and_the_number_of_threads_do_not_change_a_bit(isa: str):
         native, _ = kernels(case, isa)
         torch.set_num_threads(count)
         for r, ask in enumerate(case.asks):
-            place = case.arena[:, :, 2], case.batch.block_table[r], ask.computed, case.kept_of(r)
-            answers.append(native.attention_sums(query_rows(6, case.spec, 64), *place))
+            place = Stored(case.arena[:, :, 2], case.batch.block_table[r], ask.computed, case.kept_of(r))
+            answers.append(native.attention_sums(query_rows(6, case.spec, 64), place))
     torch.set_num_threads(threads)
     half = len(answers) // 2
     for with_poison, clean in zip(answers[:half], answers[half:], strict=True):
@@ -250,9 +248,9 @@ def test_a_window_over_pages_pays_what_a_window_over_tensors_pays(rows: int):
     case = stored_case("kivi-4", (150,))
     native, _ = kernels(case, ISAS[0])
     query, row = query_rows(150, case.spec, 64), case.batch.block_table[0]
-    keys, _ = native.read(case.cells, row, 0, 150)
+    keys, _ = native.read(Stored(case.cells, row, 150), 0, 150)
     plain = PlainWindow(query.transpose(0, 1), keys, torch.arange(150), case.spec.scale)
-    paged = PagedWindow(native, case.cells, row, 150, query)
+    paged = PagedWindow(native, Stored(case.cells, row, 150), query)
     assert paged.num_rows == plain.num_rows == 150
     for how in HOW:
         assert_equal(paged.attention(rows, *how), plain.attention(rows, *how))
@@ -265,14 +263,16 @@ def test_sums_accumulated_over_the_chunks_of_a_prompt_are_those_of_the_prompt():
     native, _ = kernels(case, ISAS[0])
     query, row, sums = query_rows(150, case.spec, 64), case.batch.block_table[0], torch.zeros(2, 150)
     for start, stop in ((0, 63), (63, 64), (64, 150)):
-        sums[:, :stop] += received(PagedWindow(native, case.cells, row, stop, query[start:stop]), 2, Accumulation(2))
-    assert_equal(sums, received(PagedWindow(native, case.cells, row, 150, query), 2, Accumulation(2)))
+        window = PagedWindow(native, Stored(case.cells, row, stop), query[start:stop])
+        sums[:, :stop] += received(window, 2, Accumulation(2))
+    assert_equal(sums, received(PagedWindow(native, Stored(case.cells, row, 150), query), 2, Accumulation(2)))
 
 
 def test_the_windows_of_an_evicted_requests_heads_end_with_their_tokens():
     case = kept_case("int8")
     native, _ = kernels(case, ISAS[0])
-    place = case.arena[:, :, 0], case.batch.block_table[0], 200, query_rows(9, case.spec, 64), case.kept_of(0)
+    stored = Stored(case.arena[:, :, 0], case.batch.block_table[0], 200, case.kept_of(0))
+    place = stored, query_rows(9, case.spec, 64)
     sums = PagedWindow(native, *place).attention(9, 2)
     held = [4 + kept + 72 for kept in (70, 3)]  # sinks, kept, from kept.end on
     for head, (tokens, window) in enumerate(zip(held, PagedWindow(native, *place).by_head(held), strict=True)):
@@ -286,15 +286,15 @@ def test_wrong_arguments_are_refused_by_name():
     query = query_rows(73, case.spec, 64)
     for attention in (ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec)):
         with pytest.raises(ValueError, match=r"at most those of the tokens \[128, 200\), got 73"):
-            attention.attention_sums(query, cells, row, 200, kept)
+            attention.attention_sums(query, Stored(cells, row, 200, kept))
         with pytest.raises(ValueError, match="at least one query row"):
-            attention.attention_sums(query[:0], cells, row, 200, kept)
+            attention.attention_sums(query[:0], Stored(cells, row, 200, kept))
         with pytest.raises(ValueError, match=r"query must be \[tokens, 6, 64\]"):
-            attention.attention_sums(query[:, :3], cells, row, 200, kept)
+            attention.attention_sums(query[:, :3], Stored(cells, row, 200, kept))
         with pytest.raises(ValueError, match="power must be 1 or 2 and reduce sum or max, got 3 and sum"):
-            attention.attention_sums(query[:5], cells, row, 200, kept, 3)
+            attention.attention_sums(query[:5], Stored(cells, row, 200, kept), 3)
         with pytest.raises(TypeError, match="block_table_row must be contiguous int32"):
-            attention.attention_sums(query[:5], cells, row.long(), 200, kept)
+            attention.attention_sums(query[:5], Stored(cells, row.long(), 200, kept))
         windowed = type(attention)(case.layout, LayerSpec(6, 2, 1.0, sliding_window=8))
         with pytest.raises(ValueError, match="without sliding window"):
-            windowed.attention_sums(query[:5], cells, row, 200, kept)
+            windowed.attention_sums(query[:5], Stored(cells, row, 200, kept))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.pages.layout import PageLayout
@@ -79,7 +79,7 @@ class Rows:
             computed = [*stored[:before], done, *stored[before:]]
             new = [*bring[:before], size, *bring[before:]]
             output = torch.full_like(rows[0], torch.nan)
-            attention.forward(*rows, cells, make_batch(layout, computed, new, table), output)
+            attention.forward(NewRows(*rows), cells, make_batch(layout, computed, new, table), Answers(output))
             answers[own], done = output[first : first + size], done + size
             stored = [s + n for s, n in zip(stored, bring, strict=True)]
         row = table[before, layout.tail_blocks : layout.blocks_for(total)].long()

@@ -24,7 +24,7 @@ from tests.cases.kept_cases import Ask, KeptCase, build_kept_case, with_masses
 
 pytest.importorskip("triton")
 from kvserve.attention import gpu
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec
 from kvserve.attention.cuda import CudaAttention, load_library
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.kernels.geometry import Tables
@@ -76,7 +76,7 @@ def decode(library: Path, case: Case, batch: Batch | None = None, **launch: int)
     query = case.query.to(DEVICE)
     output, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan, device=DEVICE)
     staged = attention.stage(case.key.to(DEVICE), case.value.to(DEVICE))
-    attention.decode(query, tables, staged, output, lse, **launch)
+    attention.decode(query, tables, staged, Answers(output, lse), **launch)
     return output.cpu(), lse.cpu()
 
 

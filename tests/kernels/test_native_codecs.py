@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvserve.attention import gpu
-from kvserve.attention.base import LayerSpec, PagedAttention, Received
+from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention, Received, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.base import Codec
@@ -75,7 +75,6 @@ def tolerance_of(pair: str) -> float:
 
 def layer_tables(layout: PageLayout, rows: Mapping[Half, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Random tables of a layer that fit its rows, [tokens, num_kv_heads, head_dim] of each half."""
-    assert layout.tile_format is not None
     made = {}
     for name, spec in table_specs(layout.tile_format).items():
         if POSITIONS in spec.axes:
@@ -130,14 +129,15 @@ class CodedCase:
     def attend(self, attention: PagedAttention, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and lse over an arena whose tiles are sealed."""
         output, lse = torch.full_like(self.query, torch.nan), torch.full(self.query.shape[:2], torch.nan)
-        attention.attend(self.query, cells, self.batch, self.staged, output, lse)
+        attention.attend(self.query, cells, self.batch, self.staged, Answers(output, lse))
         return output, lse
 
     def read(self, attention: PagedAttention, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all whole tiles, [num_kv_heads, tokens, head_dim]."""
         rows = []
         for row, length in zip(self.table, self.batch.seq_lens.tolist(), strict=True):
-            rows.append(attention.read(cells, row, 0, length // self.layout.tile_tokens * self.layout.tile_tokens))
+            sealed = length // self.layout.tile_tokens * self.layout.tile_tokens
+            rows.append(attention.read(Stored(cells, row, sealed), 0, sealed))
         return torch.cat([key for key, _ in rows], 1), torch.cat([value for _, value in rows], 1)
 
 
@@ -218,15 +218,13 @@ def test_attention_sums_and_received_attention_are_the_references(pair: str):
     case = CodedCase(pair, [150, 70], [1, 1], num_kv_heads=2, group=5)
     cells = case.sealed(case.reference)
     case.reference.store_tail(cells, case.batch, case.staged)
-    asked = (case.query[:1], cells, case.table[0], 151)
+    asked = (case.query[:1], Stored(cells, case.table[0], 151))
     expected = case.reference.attention_sums(*asked, power=2)
     for isa in ISAS:
         native, received = case.native(isa), torch.zeros(2, 151)
         torch.testing.assert_close(native.attention_sums(*asked, power=2), expected, rtol=1e-4, atol=1e-6, msg=isa)
-        native.forward(
-            case.query, case.key, case.value, copy_cells(case.cells), case.batch, torch.empty_like(case.query),
-            received=Received(2, {0: received}),
-        )  # fmt: skip
+        rows, answers = NewRows(case.query, case.key, case.value), Answers(torch.empty_like(case.query))
+        native.forward(rows, copy_cells(case.cells), case.batch, answers, Received(2, {0: received}))
         wanted = expected.unflatten(0, (2, -1)).sum(1)
         torch.testing.assert_close(received, wanted, rtol=2e-3, atol=2e-5, msg=isa)
 
@@ -299,7 +297,7 @@ def test_kept_pages_are_written_read_and_attended_to_as_by_the_reference(pair: s
     batch = make_batch(layout, [130], [1], table)
     batch.kept = KeptTable.of([kept])
     read, answer = reference.read_kept(cells, 0, kept), torch.empty_like(query)
-    reference.forward(query, *new, cells.clone(), batch, answer)
+    reference.forward(NewRows(query, *new), cells.clone(), batch, Answers(answer))
     for isa in ISAS:
         native = NativeAttention(layout, spec, isa, tables)
         written, found = torch.zeros_like(cells), torch.empty_like(query)
@@ -308,7 +306,7 @@ def test_kept_pages_are_written_read_and_attended_to_as_by_the_reference(pair: s
         assert different == 0 if is_exact(pair) else different < 5e-3, isa
         for rows_found, rows_read in zip(native.read_kept(cells, 0, kept)[:2], read[:2], strict=True):
             torch.testing.assert_close(torch.cat(rows_found), torch.cat(rows_read), rtol=2e-6, atol=2e-5, msg=isa)
-        native.forward(query, *new, cells.clone(), batch, found)
+        native.forward(NewRows(query, *new), cells.clone(), batch, Answers(found))
         torch.testing.assert_close(found, answer, rtol=0, atol=INTEGERS, msg=isa)
 
 

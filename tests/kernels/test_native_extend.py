@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from kvserve.attention.base import Answers
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from tests.cases.attention_cases import POISON, Case, build_case, copy_cells, make_batch, make_policy
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="no kernel library is built")
 def attend(attention, case: Case, cells: torch.Tensor, staged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.full_like(case.query, torch.nan)
     lse = torch.full(case.query.shape[:2], torch.nan)
-    attention.attend(case.query, cells, case.batch, staged, output, lse)
+    attention.attend(case.query, cells, case.batch, staged, Answers(output, lse))
     return output, lse
 
 
@@ -133,7 +134,7 @@ def test_strided_query_and_output_rows_match_contiguous_ones():
     wide = torch.full((2, tokens, heads + 3, head_dim + 16), torch.nan)
     query, output = wide[:, :, 1:-2, :head_dim]
     query.copy_(case.query)
-    attention.attend(query, cells, case.batch, staged, output, None)
+    attention.attend(query, cells, case.batch, staged, Answers(output))
     assert torch.equal(output, expected)
     assert wide[1].isnan().sum() == wide[1].numel() - expected.numel()
 
@@ -169,7 +170,7 @@ def test_several_chunks_give_the_same_arena_bytes_and_bitwise_the_same_outputs_a
         part = staged[rows].contiguous()
         reference.store_sealed(cells, batch, part)
         for kernel, (output, lse) in zip(kernels, results, strict=True):
-            kernel.attend(case.query[rows], cells, batch, part, output[rows], lse[rows])
+            kernel.attend(case.query[rows], cells, batch, part, Answers(output[rows], lse[rows]))
         reference.store_tail(cells, batch, part)
     for isa, whole, chunked in zip(ISAS, expected, results, strict=True):
         assert torch.equal(chunked[0], whole[0]) and torch.equal(chunked[1], whole[1]), isa
@@ -189,7 +190,7 @@ def test_a_request_gives_bitwise_the_same_outputs_alone_and_in_a_batch(family):
         computed = int(case.batch.seq_lens[r]) - (rows.stop - rows.start)
         batch = make_batch(case.layout, [computed], [rows.stop - rows.start], case.batch.block_table[r : r + 1])
         output = torch.empty_like(case.query[rows])
-        native.attend(case.query[rows], cells, batch, staged[rows].contiguous(), output, None)
+        native.attend(case.query[rows], cells, batch, staged[rows].contiguous(), Answers(output))
         assert torch.equal(output, expected[rows])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvserve.attention.base import PagedAttention, Received
+from kvserve.attention.base import Answers, NewRows, PagedAttention, Received
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from tests.cases.attention_cases import make_policy
@@ -53,4 +53,6 @@ def test_sums_that_kernels_cannot_add_to_are_refused(kernels: type[PagedAttentio
     for table in (torch.zeros(3, 300), torch.zeros(2, 300).double(), torch.zeros(300, 2).T):
         with pytest.raises(ValueError, match=r"received.sums must be contiguous float32 \[2, columns\]"):
             received = Received(1, {0: table})
-            attention.forward(query, *rows, case.arena[:, :, 0], case.batch, torch.empty_like(query), received=received)
+            attention.forward(
+                NewRows(query, *rows), case.arena[:, :, 0], case.batch, Answers(torch.empty_like(query)), received
+            )

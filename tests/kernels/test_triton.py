@@ -13,11 +13,10 @@ from tests.cases.attention_cases import build_case, copy_cells, make_policy
 pytest.importorskip("triton")
 from benchmarks import gpu as gpu_benchmark
 from benchmarks.gpu_cases import FORMATS, layout_of
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, Stored
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.kernels import decode
-from kvserve.pages.kept import NOT_KEPT
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page
 from kvserve.policies.loading import load_policy
@@ -212,10 +211,10 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, head_dim: int):
     cells, table = cells_on(DEVICE, case.cells), case.batch.block_table.to(DEVICE)
     attention, reference = TritonAttention(case.layout, case.spec), ReferenceAttention(case.layout, case.spec)
     for first, last in ((0, 150), (62, 66), (5, 5)):
-        expected = reference.read(case.cells, case.batch.block_table[0], first, last, 150)
-        rows = attention.read(cells, table[0], first, last, 150)
+        expected = reference.read(Stored(case.cells, case.batch.block_table[0], 150), first, last)
+        rows = attention.read(Stored(cells, table[0], 150), first, last)
         torch.testing.assert_close([row.cpu() for row in rows], list(expected), rtol=1e-6, atol=2e-6)
-        alone, nothing = attention.read(cells, table[0], first, last, 150, with_values=False)
+        alone, nothing = attention.read(Stored(cells, table[0], 150), first, last, with_values=False)
         assert torch.equal(alone, rows[0]) and nothing is None
 
 
@@ -227,10 +226,11 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, head_dim: int):
 def test_attention_sums_are_the_references(family: str, stored: int, power: int, reduce: str):
     case = build_case(make_policy(family), computed=[stored], new_tokens=[1], num_kv_heads=2, group=3)
     row, query = case.batch.block_table[0], torch.randn(36, 6, 64, generator=torch.Generator().manual_seed(3))
-    how = stored, NOT_KEPT, power, reduce
-    expected = ReferenceAttention(case.layout, case.spec).attention_sums(query, case.cells, row, *how)
+    expected = ReferenceAttention(case.layout, case.spec).attention_sums(
+        query, Stored(case.cells, row, stored), power, reduce
+    )
     attention, cells = TritonAttention(case.layout, case.spec), cells_on(DEVICE, case.cells)
-    sums = attention.attention_sums(query.to(DEVICE), cells, row.to(DEVICE), *how)
+    sums = attention.attention_sums(query.to(DEVICE), Stored(cells, row.to(DEVICE), stored), power, reduce)
     torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 
@@ -247,7 +247,7 @@ def test_wrong_tensors_are_refused_by_name():
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         attention.store(case.key.to(DEVICE), case.value.to(DEVICE), shifted, case.batch)
     with pytest.raises(ValueError, match="at least one query row"):
-        attention.attention_sums(case.query[:0], case.cells, case.batch.block_table[0], 2)
+        attention.attention_sums(case.query[:0], Stored(case.cells, case.batch.block_table[0], 2))
 
 
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'pydantic', 'yaml', 'rich'])); "
@@ -311,10 +311,10 @@ def test_a_cuda_graph_of_a_decode_step_follows_lengths_and_tables(family: str):
     cells = cells_on(DEVICE, case.cells)
     query, key, value = (tensor.to(DEVICE) for tensor in (case.query, case.key, case.value))
     output, lengths = torch.empty_like(query), batch.seq_lens.clone()
-    attention.forward(query, key, value, cells, batch, output)  # compiles
+    attention.forward(NewRows(query, key, value), cells, batch, Answers(output))  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attention.forward(query, key, value, cells, batch, output)
+        attention.forward(NewRows(query, key, value), cells, batch, Answers(output))
     for shorter in (0, 9, 70):
         batch.seq_lens.copy_(lengths - shorter)
         cells.copy_(case.cells)

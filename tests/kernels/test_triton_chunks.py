@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kvserve.attention.base import Batch
+from kvserve.attention.base import Answers, Batch, NewRows
 from kvserve.attention.triton import TritonAttention
 from tests.cases.triton_cases import DEVICE, batch_on, cells_on
 from tests.kernels.test_chunks_and_company import EXACT, Rows, distance
@@ -17,11 +17,10 @@ slow = pytest.mark.slow
 class TritonThere(TritonAttention):
     """Takes the CPU's tensors to the kernels' device, and the results back."""
 
-    def forward(self, query, key, value, cells, batch: Batch, output, lse=None, received=None) -> None:
-        there, answers = cells_on(DEVICE, cells), output.to(DEVICE)
-        rows = (tensor.to(DEVICE) for tensor in (query, key, value))
-        super().forward(*rows, there, batch_on(DEVICE, batch), answers)
-        output.copy_(answers)
+    def forward(self, rows, cells, batch: Batch, answers, received=None) -> None:
+        there, found = cells_on(DEVICE, cells), Answers(answers.output.to(DEVICE))
+        super().forward(NewRows(*(tensor.to(DEVICE) for tensor in rows)), there, batch_on(DEVICE, batch), found)
+        answers.output.copy_(found.output)
         cells.copy_(cells_on(torch.device("cpu"), there))
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
 
 pytest.importorskip("triton")
-from kvserve.attention.base import LayerSpec, Received
+from kvserve.attention.base import Answers, LayerSpec, NewRows, Received, Stored
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
 from kvserve.codecs.affine import Affine
@@ -41,7 +41,8 @@ def kinds(policy: Policy) -> set[str]:
 
 def stored_rows(case: Case, cells: torch.Tensor, request: int) -> list[torch.Tensor]:
     """What is stored of a request after the step."""
-    return list(case.reference.read(cells, case.batch.block_table[request], 0, int(case.batch.seq_lens[request])))
+    seq_len = int(case.batch.seq_lens[request])
+    return list(case.reference.read(Stored(cells, case.batch.block_table[request], seq_len), 0, seq_len))
 
 
 def check(case: Case) -> None:
@@ -119,10 +120,10 @@ def test_tokens_are_read_as_the_reference_reads_them(key: str, value: str):
     case = build_case(make_policy(f"{key}+{value}"), computed=[150, 40], new_tokens=[1, 1], **SMALL)
     cells, table = cells_on(DEVICE, case.cells), case.batch.block_table.to(DEVICE)
     for first, last in ((0, 150), (62, 66), (5, 5)):
-        expected = case.reference.read(case.cells, case.batch.block_table[0], first, last, 150)
-        rows = attention_of(case).read(cells, table[0], first, last, 150)
+        expected = case.reference.read(Stored(case.cells, case.batch.block_table[0], 150), first, last)
+        rows = attention_of(case).read(Stored(cells, table[0], 150), first, last)
         torch.testing.assert_close([row.cpu() for row in rows], list(expected), rtol=1e-5, atol=1e-5)
-        alone, nothing = attention_of(case).read(cells, table[0], first, last, 150, with_values=False)
+        alone, nothing = attention_of(case).read(Stored(cells, table[0], 150), first, last, with_values=False)
         assert torch.equal(alone, rows[0]) and nothing is None
 
 
@@ -131,15 +132,17 @@ def test_attention_that_tokens_get_is_the_references(key: str):
     """Of several rows over stored keys, and of one in its own step."""
     case = build_case(make_policy(f"{key}+affine"), computed=[150], new_tokens=[1], **SMALL)
     row, query = case.batch.block_table[0], torch.randn(9, 4, 64, generator=torch.Generator().manual_seed(3))
-    expected = case.reference.attention_sums(query, case.cells, row, 150)
-    sums = attention_of(case).attention_sums(query.to(DEVICE), cells_on(DEVICE, case.cells), row.to(DEVICE), 150)
+    expected = case.reference.attention_sums(query, Stored(case.cells, row, 150))
+    sums = attention_of(case).attention_sums(
+        query.to(DEVICE), Stored(cells_on(DEVICE, case.cells), row.to(DEVICE), 150)
+    )
     torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
     received = {}
     for where, attention in (("cpu", case.reference), (DEVICE, attention_of(case))):
         paid = torch.zeros(2, 151, device=where)
         rows = (tensor.to(where) for tensor in (case.query, case.key, case.value))
         cells, batch = cells_on(torch.device(where), case.cells), batch_on(torch.device(where), case.batch)
-        attention.forward(*rows, cells, batch, case.query.to(where).clone(), received=Received(2, {0: paid}))
+        attention.forward(NewRows(*rows), cells, batch, Answers(case.query.to(where).clone()), Received(2, {0: paid}))
         received[where] = paid.cpu()
     torch.testing.assert_close(received[DEVICE], received["cpu"], rtol=1e-4, atol=1e-5)
 

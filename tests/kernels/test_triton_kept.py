@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvserve.attention.base import Answers, NewRows, Stored
 from tests.cases.attention_cases import POISON, make_policy
 from tests.cases.kept_cases import LAYERS, SPARE, Ask, KeptCase, build_kept_case, write_kept
 
@@ -102,9 +103,10 @@ def test_attention_sums_over_what_each_head_holds_equal_the_reference(family: st
     reference, attention = ReferenceAttention(case.layout, case.spec), TritonAttention(case.layout, case.spec)
     query = torch.randn(9, case.spec.num_heads, case.layout.head_dim, generator=torch.Generator().manual_seed(3))
     for r, tokens in ((0, 200), (2, 70)):
-        cells, row, how = case.arena[:, :, 2], case.batch.block_table[r], (tokens, case.kept_of(r), 2)
-        expected = reference.attention_sums(query, cells, row, *how)
-        sums = attention.attention_sums(query.to(DEVICE), cells_on(DEVICE, cells), row.to(DEVICE), *how)
+        cells, row, held = case.arena[:, :, 2], case.batch.block_table[r], (tokens, case.kept_of(r))
+        expected = reference.attention_sums(query, Stored(cells, row, *held), 2)
+        there = Stored(cells_on(DEVICE, cells), row.to(DEVICE), *held)
+        sums = attention.attention_sums(query.to(DEVICE), there, 2)
         torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 
@@ -141,8 +143,8 @@ def test_sums_of_requests_with_several_rows_and_columns_that_a_table_lacks_are_l
     query = torch.cat(case.query[2]).to(DEVICE)
     key, value = (case.new_rows(rows).to(DEVICE) for rows in (case.key[2], case.value[2]))
     cells, output = case.arena.clone().to(DEVICE)[:, :, 2], torch.empty_like(query)
-    attention.forward(query, key, value, cells, batch, output, received=Received(1, {1: short}))
-    attention.forward(query, key, value, cells, batch, output, received=Received(1, {}))
+    attention.forward(NewRows(query, key, value), cells, batch, Answers(output), Received(1, {1: short}))
+    attention.forward(NewRows(query, key, value), cells, batch, Answers(output), Received(1, {}))
     assert (short > 1).all() and (room[short.numel() :] == 1).all()
 
 

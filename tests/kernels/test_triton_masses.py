@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from kvserve.attention.base import Stored
 from tests.cases.attention_cases import POISON, build_case, copy_cells, make_policy
 from tests.cases.kept_cases import LAYERS, Ask, KeptCase, build_kept_case, with_masses, write_kept
 
@@ -114,9 +115,10 @@ def test_attention_sums_count_log_masses_as_the_reference_does(family: str, powe
     reference, attention = ReferenceAttention(case.layout, case.spec), TritonAttention(case.layout, case.spec)
     query = torch.randn(9, case.spec.num_heads, case.layout.head_dim, generator=torch.Generator().manual_seed(3))
     for r, tokens in ((0, 200), (2, 70)):
-        cells, row, how = case.arena[:, :, 2], case.batch.block_table[r], (tokens, case.kept_of(r), power, reduce)
-        expected = reference.attention_sums(query, cells, row, *how)
-        sums = attention.attention_sums(query.to(DEVICE), cells_on(DEVICE, cells), row.to(DEVICE), *how)
+        cells, row, held = case.arena[:, :, 2], case.batch.block_table[r], (tokens, case.kept_of(r))
+        expected = reference.attention_sums(query, Stored(cells, row, *held), power, reduce)
+        there = Stored(cells_on(DEVICE, cells), row.to(DEVICE), *held)
+        sums = attention.attention_sums(query.to(DEVICE), there, power, reduce)
         torch.testing.assert_close(sums.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 

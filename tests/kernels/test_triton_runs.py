@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvserve.attention.base import Stored
+
 pytest.importorskip("triton")
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.triton import TritonAttention
@@ -75,9 +77,9 @@ def test_attention_sums_over_both_runs_equal_the_reference(formats: str) -> None
     case = case_of(formats)
     attention, reference = kernels(case)
     query = torch.randn(9, case.spec.num_heads, 64, generator=torch.Generator().manual_seed(3))
-    cells, row, how = case.arena[:, :, LAYER], case.batch.block_table[0], (392, case.kept_of(0), 2)
-    found = attention.attention_sums(query.to(DEVICE), cells_on(DEVICE, cells), row.to(DEVICE), *how)
-    expected = reference.attention_sums(query, cells, row, *how)
+    cells, row, held = case.arena[:, :, LAYER], case.batch.block_table[0], (392, case.kept_of(0))
+    found = attention.attention_sums(query.to(DEVICE), Stored(cells_on(DEVICE, cells), row.to(DEVICE), *held), 2)
+    expected = reference.attention_sums(query, Stored(cells, row, *held), 2)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec, NewRows, Stored
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.tile import Half, Tile, TileShape
 from kvserve.pages.kept import Kept, KeptRows
@@ -75,7 +75,7 @@ def test_attention_over_pages_of_any_codec_is_attention_over_the_rows_they_hold(
     for first, last in ((0, PROMPT), *((t, t + 1) for t in range(PROMPT, LENGTH))):
         new, batch = slice(first, last), make_batch(layout, [first], [last - first], table)
         output = torch.empty_like(query[new])
-        attention.forward(query[new], keys[new], values[new], cells, batch, output)
+        attention.forward(NewRows(query[new], keys[new], values[new]), cells, batch, Answers(output))
         history.append(keys[new], values[new])
     expected = torch.empty(SPEC.num_heads, HEAD_DIM)
     for head in range(SPEC.num_heads):
@@ -85,7 +85,7 @@ def test_attention_over_pages_of_any_codec_is_attention_over_the_rows_they_hold(
         expected[head] = answer @ hadamard(HEAD_DIM) if layout.rotates else answer
     assert torch.allclose(output[-1], expected, atol=2e-5)
     assert torch.allclose(history.expected(query[-1:])[0], expected, atol=2e-5)
-    read_keys, _ = attention.read(cells, table[0], 0, LENGTH)
+    read_keys, _ = attention.read(Stored(cells, table[0], LENGTH), 0, LENGTH)
     assert torch.allclose(read_keys[1], stored(policy, Half.KEY, keys[:, 1], 1, tables), atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from kvserve.attention.base import Batch, LayerSpec
+from kvserve.attention.base import Answers, Batch, LayerSpec, NewRows, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.packing import pack_codes, unpack_codes
@@ -149,7 +149,9 @@ def test_a_request_gets_bitwise_the_same_answer_alone_and_beside_evicted_ones(
         if not ask.end:
             batch.kept = None
         output = torch.empty_like(query[rows])
-        attention.forward(query[rows], key[rows], value[rows], case.arena.clone()[:, :, 2], batch, output)
+        attention.forward(
+            NewRows(query[rows], key[rows], value[rows]), case.arena.clone()[:, :, 2], batch, Answers(output)
+        )
         assert torch.equal(output, together[rows])
 
 
@@ -220,7 +222,7 @@ def test_decoding_token_by_token_seals_tiles_behind_the_kept_blocks(family: str,
             for step in range(6):
                 batch, rows = token_step(case, layer, step)
                 output = torch.empty_like(rows[0])
-                attention.forward(*rows, arena[:, :, layer], batch, output)
+                attention.forward(NewRows(*rows), arena[:, :, layer], batch, Answers(output))
                 assert (output - expected[layer][:, step]).abs().max() <= DECODE_TOLERANCE
     assert torch.equal(*arenas.values())
 
@@ -303,14 +305,16 @@ def test_read_gives_sinks_pages_and_tail_as_stored(family: str, sinks: int, isa:
         expected[:, :, 1] = expected[:, :, 1] @ hadamard(case.layout.head_dim)
     for first, last in SPANS:
         for attention in (reference, native):
-            key, value = attention.read(case.cells, case.batch.block_table[0], first, last, 200)
+            key, value = attention.read(Stored(case.cells, case.batch.block_table[0], 200), first, last)
             assert key.shape == value.shape == (2, last - first, 64)
             torch.testing.assert_close(key, expected[:, first:last, 0], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(value, expected[:, first:last, 1], rtol=1e-6, atol=2e-6)
-            alone, nothing = attention.read(case.cells, case.batch.block_table[0], first, last, 200, with_values=False)
+            alone, nothing = attention.read(
+                Stored(case.cells, case.batch.block_table[0], 200), first, last, with_values=False
+            )
             assert torch.equal(alone, key) and nothing is None
     # A request without a full tile has its sinks in the tail.
-    short = [a.read(case.cells, case.batch.block_table[1], 0, 40) for a in (reference, native)]
+    short = [a.read(Stored(case.cells, case.batch.block_table[1], 40), 0, 40) for a in (reference, native)]
     torch.testing.assert_close(short[0], short[1], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(short[0][0], case.past_key[1].to(case.layout.dense_dtype).float().transpose(0, 1))
 
@@ -325,7 +329,7 @@ def test_dense_pages_give_back_every_bit(dtype: torch.dtype, isa: str):
         written = [torch.stack([key, value], 2) for key, value in zip(case.key[layer], case.value[layer], strict=True)]
         cells, step = arena[:, :, layer], make_batch(case.layout, [0], [200], case.full_table)
         attention.store(case.key[layer][0], case.value[layer][0], cells, step)
-        found = torch.stack(attention.read(cells, row, 0, 200), 2).transpose(0, 1)
+        found = torch.stack(attention.read(Stored(cells, row, 200), 0, 200), 2).transpose(0, 1)
         assert torch.equal(found.to(dtype), written[0]) and case.layout.dense_dtype == dtype
         write_kept(case, attention, layer, 0, arena)
         for head, tokens in enumerate(case.chosen[layer, 0]):
@@ -341,7 +345,8 @@ def test_read_matches_the_reference_in_every_geometry(family, tile_tokens, tiles
     policy, options = make_policy(family, tile_tokens, 16), dict(head_dim=head_dim, tiles_per_block=tiles_per_block)
     case = build_case(policy, computed=[2 * tile_tokens + 9], new_tokens=[1], model_dtype=torch.bfloat16, **options)
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
-    rows = [kernel.read(case.cells, case.batch.block_table[0], 5, 2 * tile_tokens + 9) for kernel in kernels]
+    stored = Stored(case.cells, case.batch.block_table[0], 2 * tile_tokens + 9)
+    rows = [kernel.read(stored, 5, stored.num_tokens) for kernel in kernels]
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=2e-6)
 
 
@@ -352,7 +357,7 @@ def test_of_an_evicted_request_sinks_and_later_tokens_can_be_read(family: str, i
     cells, row = case.arena[:, :, 0], case.batch.block_table[0]
     kernels = ReferenceAttention(case.layout, case.spec), NativeAttention(case.layout, case.spec, isa)
     for first, last in ((0, 4), (128, 200), (150, 195)):
-        rows = [kernel.read(cells, row, first, last, 200) for kernel in kernels]
+        rows = [kernel.read(Stored(cells, row, 200), first, last) for kernel in kernels]
         torch.testing.assert_close(rows[0], rows[1], rtol=1e-6, atol=2e-6)
 
 
@@ -391,9 +396,9 @@ def test_wrong_arguments_are_refused_by_name():
         with pytest.raises(ValueError, match="keys and values differ"):
             attention.write_kept(cells, state, kept, [0, 2], KeptRows(rows, rows[::-1]))
         with pytest.raises(ValueError, match="not among the 64 stored"):
-            attention.read(cells, row, 0, 65, 64)
+            attention.read(Stored(cells, row, 64), 0, 65)
         with pytest.raises(TypeError, match="block_table_row must be contiguous int32"):
-            attention.read(cells, row.long(), 0, 64)
+            attention.read(Stored(cells, row.long(), 64), 0, 64)
         windowed = type(attention)(case.layout, LayerSpec(6, 2, 1.0, sliding_window=8))
         with pytest.raises(ValueError, match="without sliding window"):
             case.run(windowed, 0)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import LayerSpec, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.affine import Affine
@@ -140,9 +140,9 @@ def test_what_is_paid_to_both_runs_matches_the_reference(formats: str, isa: str)
     kernels = native(isa)(case.layout, case.spec), ReferenceAttention(case.layout, case.spec)
     for layer in LAYERS:
         for r, ask in enumerate(case.asks[:2]):
-            place = case.arena[:, :, layer], case.batch.block_table[r], ask.computed, case.kept_of(r)
+            place = Stored(case.arena[:, :, layer], case.batch.block_table[r], ask.computed, case.kept_of(r))
             query = torch.randn(1, case.spec.num_heads, 64, generator=torch.Generator().manual_seed(3))
-            found, expected = (attention.attention_sums(query, *place) for attention in kernels)
+            found, expected = (attention.attention_sums(query, place) for attention in kernels)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -151,11 +151,11 @@ def test_sums_count_a_heads_tokens_run_by_run() -> None:
     case = case_of("int8, 2 bits", DECODE)
     reference, sinks, ask = ReferenceAttention(case.layout, case.spec), 4, DECODE[0]
     query = torch.randn(1, case.spec.num_heads, 64, generator=torch.Generator().manual_seed(3))
-    place = case.arena[:, :, 0], case.batch.block_table[0], ask.computed, case.kept_of(0)
-    sums = reference.attention_sums(query, *place)
+    place = Stored(case.arena[:, :, 0], case.batch.block_table[0], ask.computed, case.kept_of(0))
+    sums = reference.attention_sums(query, place)
     kept = reference.read_kept(case.arena[:, :, 0], int(case.batch.block_table[0, 0]), case.kept_of(0))
     assert kept.runs[0] == run_counts(case.layout, 70) == (23, 47)
-    parts = [reference.read(*place[:2], *span, ask.computed)[0][0] for span in ((0, sinks), (ask.end, ask.computed))]
+    parts = [reference.read(place, *span)[0][0] for span in ((0, sinks), (ask.end, ask.computed))]
     keys = torch.cat([parts[0], kept.keys[0], parts[1]])
     expected = (query[0, :3] @ keys.T * case.spec.scale).softmax(-1)
     torch.testing.assert_close(sums[:3, : len(keys)], expected, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec, NewRows, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.format import TileFormat
@@ -34,8 +34,8 @@ def weighed_case(family: str, asks: tuple[Ask, ...], mass: float | None = 4.0, *
 
 def sums_of(attention, case: KeptCase, layer: int, r: int, rows: int, power: int = 1, reduce: str = "sum"):
     query = torch.randn(rows, case.spec.num_heads, 64, generator=torch.Generator().manual_seed(5))
-    place = case.arena[:, :, layer], case.batch.block_table[r], case.asks[r].computed, case.kept_of(r)
-    return attention.attention_sums(query, *place, power, reduce)
+    place = Stored(case.arena[:, :, layer], case.batch.block_table[r], case.asks[r].computed, case.kept_of(r))
+    return attention.attention_sums(query, place, power, reduce)
 
 
 # -- where they lie ---------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def answer(attention, rows: KeptRows, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     query, key, value = (torch.randn(3, n, 64, generator=generator) for n in (spec.num_heads, 2, 2))
     output = torch.empty_like(query)
-    attention.forward(query, key, value, cells, batch, output)
+    attention.forward(NewRows(query, key, value), cells, batch, Answers(output))
     return output
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvserve.attention.base import LayerSpec
+from kvserve.attention.base import Answers, LayerSpec, NewRows
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.attention.registry import make_attention
 from kvserve.checks import check_model
@@ -97,9 +97,9 @@ def test_each_layer_attends_in_the_shared_arena_as_the_reference_does_in_its_own
             query = torch.randn(new, 4, 64, generator=generator)
             key, value = (torch.randn(new, 2, 64, generator=generator) for _ in range(2))
             found, expected = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
-            kernels[layer].forward(query, key, value, layout.cells_of(view, layer), batch, found)
+            kernels[layer].forward(NewRows(query, key, value), layout.cells_of(view, layer), batch, Answers(found))
             kernels[layer].store(key, value, alone[layer], batch)
-            references[layer].forward(query, key, value, reference_cells[layer], other, expected)
+            references[layer].forward(NewRows(query, key, value), reference_cells[layer], other, Answers(expected))
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     for layer, view in enumerate(views):
         assert torch.equal(layout.cells_of(view, layer), alone[layer])

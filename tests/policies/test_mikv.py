@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvserve.accounting.plan import RowStep, policy_plan
-from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.errors import PolicyError
@@ -191,7 +191,7 @@ class Worker:
             cells, new = self.arena[:, :, layer], slice(computed, computed + count)
             received = evictor.before_layer(self.attention, cells)
             output = torch.full_like(rows.query[new], torch.nan)
-            self.attention.forward(*(part[new] for part in rows), cells, batch, output, received=received)
+            self.attention.forward(NewRows(*(part[new] for part in rows)), cells, batch, Answers(output), received)
             evictor.after_layer(self.attention, cells, rows.query[new])
             outputs.append(output[-1])
         return torch.stack(outputs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvserve.accounting.plan import RowStep, policy_plan
-from kvserve.attention.base import PagedAttention
+from kvserve.attention.base import Answers, NewRows, PagedAttention
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.eviction.evictor import StepEvictor
@@ -44,7 +44,7 @@ def answer(case: Case, kept: Kept, attention: PagedAttention, key: torch.Tensor,
     batch.kept = KeptTable.of([kept])
     query = case.query[:1]
     output = torch.empty_like(query)
-    attention.forward(query, key, value, cells, batch, output)
+    attention.forward(NewRows(query, key, value), cells, batch, Answers(output))
     return output[0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvserve.attention.base import LayerSpec, PagedAttention
+from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention, Stored
 from kvserve.attention.native import NativeAttention, available_isas
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.tile import Half, Tile
@@ -81,16 +81,18 @@ class Step:
         output = torch.empty_like(query)
         if first:
             batch = make_batch(self.layout, [0], [first], self.table)
-            self.kernels.forward(query[:1].expand(first, -1, -1).contiguous(), key[:first], value[:first], self.cells,
-                                 batch, torch.empty(first, *query.shape[1:]))  # fmt: skip
+            past = NewRows(query[:1].expand(first, -1, -1).contiguous(), key[:first], value[:first])
+            self.kernels.forward(past, self.cells, batch, Answers(torch.empty(first, *query.shape[1:])))
         batch = make_batch(self.layout, [first], [TOKENS - first], self.table)
-        self.kernels.forward(query, key[first:], value[first:], self.cells, batch, output)
+        self.kernels.forward(NewRows(query, key[first:], value[first:]), self.cells, batch, Answers(output))
         return self.transforms.outputs(output)
 
     def stored(self) -> dict[Half, torch.Tensor]:
         """What is read back, in the model's order of channels, [kv_heads, tokens, head_dim]."""
         found = {}
-        for half, rows in zip(Half, self.kernels.read(self.cells, self.table[0], 0, TOKENS), strict=True):
+        for half, rows in zip(
+            Half, self.kernels.read(Stored(self.cells, self.table[0], TOKENS), 0, TOKENS), strict=True
+        ):
             order = self.tables[f"{half}.permutation.order"].long()[:, None].expand_as(rows)
             found[half] = torch.empty_like(rows).scatter_(2, order, rows)
         return found
