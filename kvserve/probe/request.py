@@ -53,7 +53,7 @@ def num_queries(prompt_len: int, cached_tokens: int | None, output_tokens: int) 
 
 def plan_test(layout: PageLayout, max_model_len: int) -> TestPlan:
     """The requests for one layout; shorter where the engine takes only short ones."""
-    tile, eviction = layout.tile_tokens, layout.policy.eviction
+    tile, eviction = layout.tile_tokens if layout.has_pages else layout.block_size, layout.policy.eviction
     output_tokens = OUTPUT_TOKENS
     if eviction and eviction.schedule.decodes:
         output_tokens += eviction.schedule.interval

@@ -22,10 +22,10 @@ from kvserve.attention.native import NativeAttention
 forward = NativeAttention.forward
 seen = {}
 
-def damaged(self, query, key, value, cells, batch, output, *args, **more):
+def damaged(self, rows, cells, *args, **more):
     if cells.storage_offset() == self.layout.cell_bytes * 7:  # layer 7
-        key = key.flip(1)
-    forward(self, query, key, value, cells, batch, output, *args, **more)
+        rows = rows._replace(key=rows.key.flip(1))
+    forward(self, rows, cells, *args, **more)
 
 NativeAttention.forward = damaged
 """
