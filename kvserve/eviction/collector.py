@@ -114,11 +114,11 @@ class Collector:
     def _statistics(self, window: PagedWindow, earlier: QueryStatistics | None) -> QueryStatistics | None:
         """The queries of the first tokens are outliers: those that the scorer never evicts are left out."""
         assert self.rotary is not None
-        before = window.num_tokens - window.num_rows
+        before = window.stored.num_tokens - window.num_rows
         skipped = max(getattr(self.scorer, "sinks", 0) - before, 0)
         if skipped >= window.num_rows:
             return earlier
-        positions = torch.arange(before + skipped, window.num_tokens, device=window.query.device)
+        positions = torch.arange(before + skipped, window.stored.num_tokens, device=window.query.device)
         found = QueryStatistics.of(window.query[skipped:].transpose(0, 1), positions, self.rotary)
         return earlier.merge(found) if earlier else found
 

@@ -128,7 +128,7 @@ def build_case(
         num_layers=NUM_LAYERS,
     )  # fmt: skip
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
-    tables = random_layer_tables(layout.tile_format, num_kv_heads) if layout.tile_format else {}
+    tables = random_layer_tables(layout.tile_format, num_kv_heads)
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]
     table, num_blocks = make_table(layout, lengths, generator)
     cells = poisoned_cells(layout, num_blocks, num_kv_heads)

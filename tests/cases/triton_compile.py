@@ -42,7 +42,7 @@ def launch_plain(case: Case) -> None:
     attention = TritonAttention(case.layout, case.spec, case.tables)
     case.run(attention)
     attention.attention_sums(case.query[:9], Stored(case.cells, ROW, 80), 2)
-    if case.layout.tile_format:
+    if case.layout.has_pages:
         attention.read(Stored(torch.zeros_like(case.cells), ROW, 100), 0, 100)
         launch_received(attention, case)
 

@@ -92,7 +92,7 @@ def test_keys_are_read_for_scorers_that_need_them_and_no_others(scorer: str, rea
     case, _, kept = prompt_case(policy)
     spans, read = [], NativeAttention.read
     monkeypatch.setattr(
-        NativeAttention, "read", lambda self, *args, **more: spans.append(args[2:4]) or read(self, *args, **more)
+        NativeAttention, "read", lambda self, *args, **more: spans.append(args[1:3]) or read(self, *args, **more)
     )
     evict(case, policy, copy_cells(case.cells), RowStep("a", Kept(), kept))
     assert spans == [(0, PROMPT)] * reads + [(0, PROMPT)], "the last one packs"
@@ -104,12 +104,9 @@ def test_a_second_cut_chooses_among_what_the_first_one_kept_and_what_came_later(
     case, _, first = prompt_case(policy)
     kernels, cells, row = NativeAttention(case.layout, case.spec), copy_cells(case.cells), case.batch.block_table[0]
     sinks = policy.sink_tokens
-    before = kernels.read(Stored(cells, row, PROMPT), 0, 192)
-    state, earlier, later = (
-        int(row[0]),
-        Kept(192, first.blocks[:1]),
-        kernels.read(Stored(cells, row, PROMPT), 192, PROMPT),
-    )
+    stored = Stored(cells, row, PROMPT)
+    before, later = kernels.read(stored, 0, 192), kernels.read(stored, 192, PROMPT)
+    state, earlier = int(row[0]), Kept(192, first.blocks[:1])
     survivors = [torch.arange(sinks, 192)[h::3][:60] for h in (0, 1)]
     packed = KeptRows(*([rows[h][survivors[h]] for h in (0, 1)] for rows in before))
     kernels.write_kept(cells, state, earlier, [0, 1], packed)
