@@ -103,7 +103,7 @@ def layout_of(name: str, head_dim: int, dtype: torch.dtype, state_blocks: int = 
 def filled_cells(layout: PageLayout, num_blocks: int, heads: int, device: torch.device) -> torch.Tensor:
     """An arena of one layer, uint8 [num_blocks, heads, cell_bytes], in which every cell holds valid contents."""
     rows = torch.randn(2, 64, layout.head_dim, generator=torch.Generator().manual_seed(0))
-    if layout.tile_format is None:
+    if not layout.has_pages:
         cell = rows.transpose(0, 1).to(layout.dense_dtype).contiguous().view(torch.uint8).flatten()
     else:
         cell = encode_page(rows[0], rows[1], layout)
@@ -157,7 +157,7 @@ def decode_step(
     per_request = layout.blocks_for(work.context)
     table = torch.randperm(work.batch * per_request, device=device).int().view(work.batch, per_request)
     cells = filled_cells(layout, work.batch * per_request, work.num_kv_heads, device)
-    if layout.tile_format is not None:  # tail and sink blocks hold slots: zeros are valid ones
+    if layout.has_pages:  # tail and sink blocks hold slots: zeros are valid ones
         dense_blocks = table[:, state_blocks : layout.private_blocks].flatten()
         if layout.sink_blocks:
             first = layout.tile_row(0) + 1
@@ -175,8 +175,6 @@ def decode_step(
 
 def moved_bytes(layout: PageLayout, work: Workload) -> int:
     """Bytes of pages and dense slots that one decode step reads."""
-    if layout.tile_format is None:
-        return work.dense_bytes
     tiles = (work.context - 1) // layout.tile_tokens
     slots = work.context - tiles * layout.tile_tokens + (layout.policy.sink_tokens if tiles else 0)
     per_head = tiles * layout.tile_format.tile_bytes + slots * layout.slot_bytes
@@ -217,7 +215,6 @@ def kept_step(
     key, value = torch.randn(2, work.batch, heads, work.head_dim, device=device).to(dtype)
     attention = attention_of(kernels, layout, work.spec)
     staged = attention.stage(key, value)
-    assert layout.tile_format is not None
     moved = work.batch * int(pages.sum()) * layout.tile_format.tile_bytes
     return Step(attention, cells, batch, query, (key, value), staged, torch.empty_like(query), moved)
 

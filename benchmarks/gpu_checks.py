@@ -120,7 +120,7 @@ class Check:
         self._step("decode", [151, 150, 38], [1, 1, 1])
         if self.name.kernels == "triton":
             self._scores(152)
-        if self.layout.tile_format is not None:
+        if self.layout.has_pages:
             self._cut(152)
         return self.found
 
@@ -158,7 +158,7 @@ class Check:
         import torch
 
         counts = [self.layout.blocks_for(length) for length in lengths]
-        spare = 0 if self.layout.tile_format is None else 2
+        spare = 2 if self.layout.has_pages else 0
         ids = torch.randperm(sum(counts) + spare + 1, generator=self.generator).int()
         wide = torch.full((len(lengths), max(counts) + 3), 1 << 30, dtype=torch.int32)
         for row, first, count in zip(wide, accumulate([0, *counts]), counts, strict=False):

@@ -42,7 +42,7 @@ class Span(NamedTuple):
 def spans(policy: str) -> list[Span]:
     """What one KV head of one layer holds of a request of CONTEXT tokens, on average over the heads: in a row."""
     layout = PageLayout.build(load_policy(policy), HEAD_DIM, 64, torch.float16)
-    if not layout.tiles_per_block:
+    if not layout.has_pages:
         return [Span(CONTEXT, 16, DENSE)]
     plan, sinks = policy_plan(layout, CONTEXT), layout.policy.sink_tokens
     sealed = plan.last_cut(CONTEXT).kept_blocks * layout.block_size if plan else CONTEXT - sinks
