@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvserve.errors import UnsupportedError
+from kvserve.layer_kinds import hybrid_of, num_layers_of, window_of
 from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS, DENSE_HEAD_DIMS, check_compressed
+from kvserve.pages.windows import Hybrid
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import check_rate
 
@@ -249,7 +251,7 @@ def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
 
 
 def check_windows(hf_config: Mapping[str, Any], policy: Policy, max_model_len: int, name: str) -> None:
-    """Refuse a policy that evicts where layers see less than the longest request.
+    """Refuse a policy that does not fit a model of which layers see less than the longest request.
 
     Args:
         hf_config: the content of the model's config.json.
@@ -258,11 +260,31 @@ def check_windows(hf_config: Mapping[str, Any], policy: Policy, max_model_len: i
     Raises:
         UnsupportedError: naming what to change.
     """
-    check_window(window_of(text_config(hf_config)), policy, max_model_len, name)
+    config = text_config(hf_config)
+    hybrid = hybrid_of(config, max_model_len) if policy.has_pages else None
+    if hybrid is None:
+        return check_window(window_of(config), policy, max_model_len, name)
+    named = _names_layers(policy)
+    if named:
+        raise UnsupportedError(
+            f"policy {policy.name} names layers ({named}), and {hybrid.num_windows} layers of {name} attend to the last "
+            f"{hybrid.window:,} tokens only, which stay as they are; drop {named}, or choose another policy, for "
+            "example kivi-2bit"
+        )
+
+
+def _names_layers(policy: Policy) -> str | None:
+    """What of a policy names layers of the model by their number."""
+    eviction = policy.eviction
+    if policy.layers:
+        return "layers"
+    if eviction and eviction.spare_layers:
+        return "eviction.spare_layers"
+    return "eviction.budget" if eviction and eviction.budget.names_heads else None
 
 
 def check_window(window: int | None, policy: Policy, max_model_len: int, name: str = "this model") -> None:
-    """Refuse a policy that evicts on layers that attend to the last `window` tokens (None: to all) only.
+    """Refuse a policy that evicts on a model whose layers all attend to the last `window` tokens (None: to all) only.
 
     A window that no request exceeds never applies.
 
@@ -272,31 +294,34 @@ def check_window(window: int | None, policy: Policy, max_model_len: int, name: s
     if policy.eviction is None or not window or window >= max_model_len:
         return
     raise UnsupportedError(
-        f"{name} has layers that attend to the last {window:,} tokens only, and policy {policy.name} evicts, which "
+        f"the layers of {name} attend to the last {window:,} tokens only, and policy {policy.name} evicts, which "
         f"sliding windows do not allow; serve requests of at most {window:,} tokens with --max-model-len {window}, or "
         "use a policy that evicts nothing, for example kivi-2bit"
     )
 
 
-def window_of(config: Mapping[str, Any]) -> int | None:
-    """Tokens that window layers see, or None where the config has none for sure.
+def check_hybrid(hybrid: Hybrid | None, policy: Policy, num_stages: int = 1, no_hybrid_manager: Any = False) -> None:
+    """Refuse options under which window layers and compressed ones cannot share a pool.
 
-    As vLLM: without layer_types a window is that of all layers. A config.json may leave out what transformers fills in
-    (Qwen2 turns its window off); this only knows those that do.
+    Args:
+        num_stages: of a pipeline.
+        no_hybrid_manager: --disable-hybrid-kv-cache-manager.
+
+    Raises:
+        UnsupportedError: naming the option to drop.
     """
-    window, kinds = config.get("sliding_window"), config.get("layer_types")
-    if not isinstance(window, int) or window <= 0:
-        return None
-    if isinstance(kinds, list):
-        return window if "sliding_attention" in kinds else None
-    is_on = not str(config.get("model_type", "")).startswith(_WINDOW_OFF)
-    if not config.get("use_sliding_window", is_on):
-        return None
-    first, num_layers = config.get("max_window_layers"), num_layers_of(config)
-    return None if isinstance(first, int) and num_layers and first >= num_layers else window
-
-
-_WINDOW_OFF = ("qwen", "smollm3")  # models that have a window only with use_sliding_window: true
+    if hybrid is None:
+        return
+    if no_hybrid_manager:
+        raise UnsupportedError(
+            "--disable-hybrid-kv-cache-manager lets window layers keep every token in the blocks of the others, whose "
+            f"pages policy {policy.name} compresses; drop the option"
+        )
+    if num_stages > 1:
+        raise UnsupportedError(
+            f"{hybrid.num_windows} layers have a sliding window, and the stages of a pipeline would need blocks of "
+            "different sizes; drop --pipeline-parallel-size"
+        )
 
 
 def _check_rotary(config: Mapping[str, Any], policy: Policy, name: str) -> None:
@@ -365,12 +390,6 @@ def head_dim_of(config: Mapping[str, Any]) -> int | None:
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
     return int(hidden) // int(heads) if hidden and heads else None
-
-
-def num_layers_of(config: Mapping[str, Any]) -> int | None:
-    """Layers of the language model, or None where the config does not say."""
-    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return next((int(config[key]) for key in keys if config.get(key)), None)
 
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "moe"}

@@ -15,11 +15,11 @@ from kvserve.arguments.model_folder import check_model_files, read_model_config
 from kvserve.arguments.own_options import split_arguments
 from kvserve.checks import (
     ServeOptions,
+    check_hybrid,
     check_model,
     check_options,
     check_windows,
     head_dim_of,
-    num_layers_of,
     text_config,
 )
 from kvserve.cli.address import check_address
@@ -27,6 +27,7 @@ from kvserve.cli.main import print_help
 from kvserve.compat import check_vllm_version
 from kvserve.default_model import check_default_model
 from kvserve.errors import UnsupportedError, UsageError
+from kvserve.layer_kinds import hybrid_of, num_layers_of
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import request_limit
 from kvserve.policies.loading import load_policy
@@ -180,9 +181,16 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
             longest = options.get("max_model_len") or -1
             if longest > 0 and not options.get("disable_sliding_window"):
                 check_windows(config, policy, longest, str(model))
+                _check_hybrid(config, policy, longest, options)
             _check_maximum(config, policy, options)
     if model:
         check_model_files(str(model), options)
+
+
+def _check_hybrid(config: Mapping[str, Any], policy: Policy, longest: int, options: Mapping[str, Any]) -> None:
+    hybrid = hybrid_of(text_config(config), longest) if policy.has_pages else None
+    is_off = options.get("disable_hybrid_kv_cache_manager") not in (None, False, "false")
+    check_hybrid(hybrid, policy, int(options.get("pipeline_parallel_size") or 1), is_off)
 
 
 def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ keeps no state of its own: everything a request has lies in the arena and is fou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +32,7 @@ from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.errors import UnsupportedError
-from kvserve.pages.kept import num_layers_of
+from kvserve.pages.kept import in_strips, num_layers_of
 from kvserve.transforms.layer import LayerTransforms
 
 if TYPE_CHECKING:
@@ -74,8 +75,11 @@ class KvserveBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """(block, head, layer, token): one page per KV head per layer in one arena."""
-        return (KVCacheLayout.BHLNC,)
+        """(block, head, layer, token): one page per KV head per layer in one arena.
+
+        Where window layers have blocks of their own, vLLM needs (block, layer, head, token); see `in_strips`.
+        """
+        return (KVCacheLayout.BLHNC if cls.settings.hybrid else KVCacheLayout.BHLNC,)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -93,14 +97,20 @@ class KvserveBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Swap vLLM's dense spec for the policy's pages; the dense policy keeps vLLM's spec and manager.
 
-        Window layers join the same group: their pages cover the whole sequence, their kernels skip what lies outside
-        the window. A policy that evicts takes windows that no request exceeds.
+        Window layers beside full ones keep vLLM's, too, in blocks that share the pool best. Where every layer has a
+        window, their pages cover the whole sequence, and their kernels skip what lies outside of it; a policy that
+        evicts takes windows that no request exceeds.
         """
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
         layout = cls.settings.layout(spec.head_size)
         if not layout.has_pages:
             return spec
+        if isinstance(spec, SlidingWindowSpec) and cls.settings.keeps_window(spec.sliding_window):
+            groups = cls.settings.window_groups(spec.head_size)
+            assert groups is not None
+            # vLLM asks for blocks of one token to learn the bytes of one.
+            return spec if spec.block_size == 1 else replace(spec, block_size=groups.block_size)
         if not layout.state_blocks:
             return PageSpec.from_attention(spec, layout)
         if isinstance(spec, SlidingWindowSpec):
@@ -136,6 +146,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     Attributes:
         attention: made when the layer is built, or where it reads tables when all layers are.
         transforms: of keys, queries, values and answers; None: the policy has none.
+        is_window: the layer keeps dense tokens in vLLM's window cache, whatever the policy.
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
             (kvserve/engine/row_worker.py, head_worker.py).
     """
@@ -169,7 +180,10 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         window = self.settings.applied_window(sliding_window)
         self.spec = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
+        self.is_window = self.settings.keeps_window(sliding_window)
         self.layout, self.index = self.settings.layout(head_size), self._count_layers_before()
+        if self.is_window:
+            self.layout = self.settings.window_layout(head_size)
         try:
             self.own_layout = self.layout.of_layer(self.index)
         except IndexError:
@@ -177,7 +191,9 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
                 f"the model has more attention layers than the {self.layout.num_layers} of its configuration, so "
                 "the policy's layers would name others than it says; drop layers"
             ) from None
-        if not self.settings.policy.reads_tables:
+        if self.is_window:
+            self.attention = make_attention(self.settings.window_kernels, self.layout, self.spec, {})
+        elif not self.settings.policy.reads_tables:
             self._make_attention({})
 
     def _count_layers_before(self) -> int:
@@ -200,7 +216,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         own = {name: impl for name, built in context.items() if isinstance(impl := _impl_of(built), KvserveImpl)}
         if next(iter(own.values())) is self:
             check_own_layers(self.vllm_config, KvserveImpl)
-        if self.settings.policy.reads_tables:
+        if self.settings.policy.reads_tables and not self.is_window:
             index = next(extract_layer_index(name) for name, impl in own.items() if impl is self)
             self._make_attention(
                 tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
@@ -249,6 +265,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""
         cells = kv_cache.view(torch.uint8)
+        if self.settings.hybrid and not self.is_window:
+            return in_strips(cells, self.settings.hybrid.num_full)
         if self.layout.is_uniform:
             return cells
         _, place = num_layers_of(cells, self.layout)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvserve.attention.base import Batch
 from kvserve.engine.connector import current_plans, drop_ended, follow_plans
@@ -44,14 +45,19 @@ class StepMetadata:
 
 
 class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
-    """Passes lengths and rows through; positions follow from them."""
+    """Passes lengths and rows through; positions follow from them.
+
+    Each group of layers has one. Those of window layers evict nothing.
+    """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None
-        self.eviction = settings.policy.eviction
-        check_layers(settings, len(layer_names))
+        is_window = settings.hybrid is not None and isinstance(kv_cache_spec, SlidingWindowSpec)
+        self.eviction = None if is_window else settings.policy.eviction
+        if not is_window:
+            check_layers(settings, len(layer_names))
         self.has_graphs = settings.kernels != "native"
         self.range_watch = RangeWatch(device)
         if self.eviction:
@@ -102,6 +108,11 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
 def check_layers(settings: EngineSettings, num_cached: int) -> None:
     """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
     policy = settings.policy
+    if settings.hybrid and num_cached != settings.num_layers:
+        raise UnsupportedError(
+            f"{num_cached} layers of the model see every token, and its configuration says {settings.num_layers}, for "
+            "which blocks were counted; serve it with stock vLLM, without kvserve"
+        )
     named = "layers" if policy.layers else "eviction.spare_layers"
     if policy.eviction and policy.eviction.formats and num_cached != settings.num_layers:
         raise UnsupportedError(

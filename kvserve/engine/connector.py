@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 
 from kvserve.accounting.admission import Admission
@@ -80,8 +81,11 @@ def drop_ended(collector: Collector) -> None:
     _collectors.add(collector)
 
 
-class KvserveConnector(KVConnectorBase_V1):
-    """Carries StepPlans; everything about moving KV is a no-op."""
+class KvserveConnector(KVConnectorBase_V1, SupportsHMA):
+    """Carries StepPlans; everything about moving KV is a no-op.
+
+    Without SupportsHMA vLLM would let window layers keep every token, in the blocks of the others.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -126,13 +130,20 @@ class KvserveConnector(KVConnectorBase_V1):
         self.accounting.start(request, limit)
         most = self.max_model_len if request.resumable else request.max_tokens  # its prompt grows
         admission = Admission(layout, limit, request.num_prompt_tokens, most, self.max_model_len)
-        if not admission.fits(self.manager.usable_blocks):
+        usable = self.manager.usable_blocks(admission.cached_tokens(most))
+        if not admission.fits(usable):
             own_limit = ", ".join(sorted(name for name in arguments if name.startswith(PREFIX)))
-            self.manager.failures.add(request.request_id, admission.refusal(self.manager.usable_blocks, own_limit))
+            self.manager.failures.add(request.request_id, admission.refusal(usable, own_limit))
         elif admission.plan:
             self.manager.plans[request.request_id] = admission.plan
-            if admission.plan.computes_all or not admission.fits_uncut(self.manager.usable_blocks):
+            if admission.plan.computes_all or not admission.fits_uncut(usable):
                 request.skip_reading_prefix_cache = True
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:  # fmt: skip
+        """As `request_finished`, whichever groups there are."""
+        return self.request_finished(request, block_ids[0])
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks are freed at once; the report of what they held goes into the answer."""

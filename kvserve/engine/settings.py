@@ -13,21 +13,25 @@ from kvserve.accounting.plan import check_limit
 from kvserve.checks import (
     ServeOptions,
     check_compiled,
+    check_hybrid,
     check_model,
     check_options,
     check_stages,
     check_window,
     check_windows,
     choose_kernels,
+    text_config,
 )
 from kvserve.compat import check_vllm_version
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
+from kvserve.layer_kinds import hybrid_of
 from kvserve.pages.layout import PageLayout
+from kvserve.pages.windows import Hybrid, WindowGroups
 from kvserve.policies.base import Eviction, Policy
 from kvserve.policies.limits import request_limit
-from kvserve.policies.loading import policy_from_config
+from kvserve.policies.loading import load_policy, policy_from_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
@@ -46,7 +50,12 @@ CPU_WORKER_PATH = "kvserve.engine.cpu_worker.SeededCpuWorker"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The policy in effect and the numbers of the engine that its pages depend on."""
+    """The policy in effect and the numbers of the engine that its pages depend on.
+
+    Attributes:
+        num_layers: layers of this pipeline stage that have the policy's pages.
+        hybrid: which layers do, where window layers keep a cache of their own; None: all.
+    """
 
     policy: Policy
     block_size: int
@@ -54,9 +63,10 @@ class EngineSettings:
     query_group: int = 1  # query heads that share one KV head
     kernels_asked: str = "auto"
     kernels: str = "native"  # in effect
-    num_layers: int | None = None  # of this pipeline stage
+    num_layers: int | None = None
     max_model_len: int | None = None
     calibration: Calibration | None = None
+    hybrid: Hybrid | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -89,9 +99,10 @@ class EngineSettings:
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         calibration = chosen_calibration(section, policy, model)
         policy = policy.with_head_tables(calibration.head_tables()) if calibration else policy
+        hybrid = hybrid_layers(vllm_config, policy)
         settings = cls(
             policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
-            model.get_num_layers(parallel), model.max_model_len, calibration,
+            hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
@@ -150,12 +161,55 @@ class EngineSettings:
         """The window of a layer, or None where no request is longer.
 
         Raises:
-            UnsupportedError: it applies, and the policy evicts.
+            UnsupportedError: it applies, and the policy evicts or knows of another one.
         """
         if window is None or (self.max_model_len is not None and window >= self.max_model_len):
             return None
-        check_window(window, self.policy, self.max_model_len or window + 1)
+        if self.hybrid is None:
+            check_window(window, self.policy, self.max_model_len or window + 1)
+        elif window != self.hybrid.window:
+            raise UnsupportedError(
+                f"the model has layers that attend to the last {window:,} tokens, and its configuration says "
+                f"{self.hybrid.window:,}; serve it with stock vLLM, without kvserve"
+            )
         return window
+
+    def keeps_window(self, window: int | None) -> bool:
+        """Whether a layer with this window has vLLM's window cache, and not the policy's pages."""
+        return self.hybrid is not None and self.applied_window(window) is not None
+
+    def window_groups(self, head_dim: int) -> WindowGroups | None:
+        """How the model's window layers share the pool; None: they have no cache of their own."""
+        if self.hybrid is None:
+            return None
+        slot_bytes = 2 * head_dim * self.model_dtype.itemsize
+        return WindowGroups.choose(self.hybrid, self.layout(head_dim).cell_bytes, slot_bytes, self.block_size)
+
+    @property
+    def window_kernels(self) -> str:
+        """The attention kernels of window layers: the CUDA kernels have none for dense tokens."""
+        return "triton" if self.kernels == "cuda" else self.kernels
+
+    def window_layout(self, head_dim: int) -> PageLayout:
+        """The dense blocks of the window layers."""
+        groups = self.window_groups(head_dim)
+        assert groups is not None
+        return PageLayout.build(load_policy("none"), head_dim, groups.block_size, self.model_dtype)
+
+
+def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
+    """The full layers and the window layers of a model; None: all layers have one cache.
+
+    Raises:
+        UnsupportedError: an option does not allow both.
+    """
+    model = config.model_config
+    if not policy.has_pages:
+        return None
+    hybrid = hybrid_of(text_config(model.hf_config.to_dict()), model.max_model_len)
+    is_off = config.scheduler_config.disable_hybrid_kv_cache_manager
+    check_hybrid(hybrid, policy, config.parallel_config.pipeline_parallel_size, is_off)
+    return hybrid
 
 
 def check_heads(eviction: Eviction, model: ModelConfig, parallel: ParallelConfig) -> None:

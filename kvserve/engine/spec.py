@@ -31,6 +31,15 @@ class PageSpec(FullAttentionSpec):
 
     layout: PageLayout
 
+    def __post_init__(self) -> None:
+        """Refuse another block size than the layout's, which cells do not follow; vLLM asks for 1 to learn bytes."""
+        super().__post_init__()
+        if self.block_size not in (1, self.layout.block_size):
+            raise ValueError(
+                f"kvserve pages were laid out for blocks of {self.layout.block_size} tokens, and vLLM makes them "
+                f"{self.block_size}; set --block-size {self.block_size}"
+            )
+
     @classmethod
     def from_attention(cls, spec: AttentionSpec, layout: PageLayout) -> Self:
         """The spec of the same layer with pages of `layout`: block_size states of equal bytes.
@@ -67,8 +76,11 @@ class PageSpec(FullAttentionSpec):
         """One spec for the group.
 
         Raises:
+            AssertionError: some are other layers' specs: window layers have groups of their own.
             ValueError: the pages of two layers, or of two stages of a pipeline, differ; the message says in what.
         """
+        if not all(isinstance(spec, PageSpec) for spec in specs):
+            raise AssertionError("layers of several kinds are no one group")
         for spec in specs:
             if spec != specs[0]:
                 raise ValueError(

@@ -142,6 +142,33 @@ def strip_offset(cells: torch.Tensor) -> int:
     return cells.storage_offset() % cells.stride(1)
 
 
+def in_strips(cells: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """The bytes of a full layer's cells where the strips of a block are in one piece.
+
+    Args:
+        cells: what vLLM gives the layer in its layout BLHNC, uint8 [num_blocks, num_kv_heads, ...]: in a block the
+            cells of all its KV heads, behind those of the layers before it.
+        num_layers: layers whose cells share a block.
+
+    Returns:
+        A view of the same storage and shape: in a block the cells of all layers of a KV head, behind those of the KV
+        heads before it.
+
+    Raises:
+        ValueError: the cells are not those of one of `num_layers` layers in that layout.
+    """
+    block_stride, cell_bytes = cells.stride()[:2]
+    page_bytes, first = cells.shape[1] * cell_bytes, cells.storage_offset()
+    layer, rest = divmod(first % block_stride, page_bytes)
+    if rest or layer >= num_layers or num_layers * page_bytes > block_stride or cells.shape[2:].numel() != cell_bytes:
+        raise ValueError(
+            f"cells of one of {num_layers} layers in a block of {block_stride} bytes are expected, got "
+            f"{list(cells.shape)} with strides {cells.stride()} at {first}; this vLLM lays its cache out otherwise"
+        )
+    strides = (block_stride, num_layers * cell_bytes, *cells.stride()[2:])
+    return cells.as_strided(cells.shape, strides, first - layer * page_bytes + layer * cell_bytes)
+
+
 def arena_of(cells: torch.Tensor, layout: PageLayout) -> Arena:
     """The arena around one layer's `cells`."""
     strides, offset = (*cells.stride()[:2], 1), cells.storage_offset()

@@ -19,12 +19,13 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kvserve.checks import ServeOptions, check_cache_dtype, check_model, window_of
+from kvserve.checks import ServeOptions, check_cache_dtype, check_model
 from kvserve.cli import launch, main
 from kvserve.engine import rotary
 from kvserve.engine.rotary import model_rotary, transformers_rotary
 from kvserve.engine.settings import EngineSettings
 from kvserve.errors import UnsupportedError
+from kvserve.layer_kinds import window_of
 from kvserve.policies.loading import load_policy
 from tests.cases.cli_cases import LLAMA, model_folder
 from tests.cases.layer_cases import attention_layer, engine_config

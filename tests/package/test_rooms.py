@@ -19,7 +19,7 @@ FLOORS = (
     ("codecs", "part_registry"),
     ("errors", "pages"),
     ("budgets", "default_model", "kernels", "retention", "schedules", "scorers", "transforms"),
-    ("attention", "compat", "policies"),
+    ("attention", "compat", "layer_kinds", "policies"),
     ("accounting", "checks"),
     ("arguments", "eviction"),
     ("calibration", "probe"),

@@ -1,0 +1,53 @@
+"""Which layers a model has, by its config.json: how many, and which of them see a window of the last tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvserve.pages.windows import Hybrid
+
+_WINDOW_OFF = ("qwen", "smollm3")  # models that have a window only with use_sliding_window: true
+_KINDS_FILLED_IN = ("gemma", "cohere2", "exaone4", "olmo3")  # whose layer_types transformers knows without config.json
+
+
+def num_layers_of(config: Mapping[str, Any]) -> int | None:
+    """Layers of the language model, or None where the config does not say."""
+    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return next((int(config[key]) for key in keys if config.get(key)), None)
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that window layers see, or None where the config has none for sure.
+
+    As vLLM: without layer_types a window is that of all layers. A config.json may leave out what transformers fills in
+    (Qwen2 turns its window off, Gemma 3 has it in five of six layers); this only knows those that do.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not isinstance(window, int) or window <= 0:
+        return None
+    if isinstance(kinds, list):
+        return window if "sliding_attention" in kinds else None
+    model_type = str(config.get("model_type", ""))
+    if "sliding_window_pattern" in config or model_type.startswith(_KINDS_FILLED_IN):
+        return None
+    is_on = not model_type.startswith(_WINDOW_OFF)
+    if not config.get("use_sliding_window", is_on):
+        return None
+    first, num_layers = config.get("max_window_layers"), num_layers_of(config)
+    return None if isinstance(first, int) and num_layers and first >= num_layers else window
+
+
+def hybrid_of(config: Mapping[str, Any], max_model_len: int) -> Hybrid | None:
+    """The layers of a model that has full layers and window layers; None: all are of one kind, or it does not say.
+
+    Args:
+        config: of the language model.
+        max_model_len: tokens of the longest request; a window that none exceeds is no window.
+    """
+    window, kinds = window_of(config), config.get("layer_types")
+    if not window or window >= max_model_len or not isinstance(kinds, list):
+        return None
+    num_windows = kinds.count("sliding_attention")
+    num_full = len(kinds) - num_windows
+    return Hybrid(num_full, num_windows, window) if num_full else None
