@@ -61,6 +61,8 @@ class ReadyEndpoint:
             self.max_model_len = config.model_config.max_model_len
             if config.parallel_config.data_parallel_size == 1:  # else vLLM knows the sum over all engines
                 self.usable_blocks = (config.cache_config.num_gpu_blocks or 1) - 1  # less the null block
+                if groups := settings.window_groups(config.model_config.get_head_size()):
+                    self.usable_blocks -= groups.most_blocks(self.max_model_len, config.max_in_flight_tokens)
             self.serving_render = getattr(state, "serving_render", None)
             self.policy = settings.policy
             RequestCheck.server = self

@@ -1,18 +1,22 @@
 """Block manager of a group whose requests are evicted: holds their kept blocks and gives the replaced ones back.
 
 Seams: as `kvserve.engine.manager`, and `SingleTypeKVCacheManager.remove_skipped_blocks`, which vLLM calls at every step
-of a request with the number of tokens whose steps are over.
+of a request with the number of tokens whose steps are over. Where window layers have groups beside it
+(`KVCacheCoordinator.single_type_managers`), those are vLLM's, and `KVCacheCoordinator.cache_blocks` is the one place
+through which all groups enter blocks into the prefix cache.
 
 What goes wrong here with the plan of one request ends that request (kvserve.engine.failures).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvserve.accounting.plan import NO_CUT, Cut, EvictionPlan
 from kvserve.engine.failures import Failures
@@ -22,6 +26,7 @@ from kvserve.pages.kept import NOT_KEPT, Kept
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
 
 
@@ -42,6 +47,7 @@ class EvictingPageManager(PageManager):
         given_back: by request id, how many tile blocks have left its row.
         failures: requests that cannot go on.
         asked_for: the request whose need of blocks was asked for last.
+        windows: the managers of the window layers' groups, which take blocks of the same pool.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,18 +57,34 @@ class EvictingPageManager(PageManager):
         self.given_back: dict[str, int] = {}
         self.failures = Failures()
         self.asked_for: str | None = None
+        self.windows: tuple[SingleTypeKVCacheManager, ...] = ()
 
     @classmethod
     def of(cls, kv_cache_manager: KVCacheManager) -> EvictingPageManager:
-        """The one manager behind vLLM's facade: a policy that evicts has a single group."""
-        (manager,) = kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, cls)
+        """The one among the managers behind vLLM's facade: layers that are evicted are a single group."""
+        managers = kv_cache_manager.coordinator.single_type_managers
+        (manager,) = (one for one in managers if isinstance(one, cls))
+        manager.windows = tuple(one for one in managers if one is not manager)
         return manager
 
     @property
-    def usable_blocks(self) -> int:
-        """Blocks that a request can get when it is alone; one of the pool's is vLLM's null block."""
-        return self.block_pool.num_gpu_blocks - 1
+    def window(self) -> int:
+        """Tokens that window layers see; 0: there are none."""
+        specs = [one.kv_cache_spec for one in self.windows]
+        return max((spec.sliding_window for spec in specs if isinstance(spec, SlidingWindowSpec)), default=0)
+
+    def usable_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens can get here when it is alone.
+
+        One of the pool's is vLLM's null block; window layers take theirs as vLLM admits requests.
+        """
+        most = [(-(-num_tokens // one.block_size), one.max_admission_blocks_per_request) for one in self.windows]
+        return self.block_pool.num_gpu_blocks - 1 - sum(min(row, cap or row) for row, cap in most)
+
+    def window_blocks(self, request_id: str) -> int:
+        """Blocks that a request holds in the window layers' groups; what lies outside of a window is null."""
+        rows = [one.req_to_blocks.get(request_id, []) for one in self.windows]
+        return sum(len(row) - bisect_left(row, True, key=lambda block: not block.is_null) for row in rows)
 
     def state_block(self, request_id: str) -> int:
         """Block id that identifies the request's row in the worker."""
@@ -144,13 +166,16 @@ class EvictingPageManager(PageManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Enter tile blocks of the prompt only: what follows was computed from an evicted cache."""
-        plan = self.plans.get(request.request_id)
-        if plan:
-            reusable = 0
-            with self.failures.guard(request.request_id):
-                reusable = plan.reusable_tokens()
-            num_tokens = min(num_tokens, reusable)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        super().cache_blocks(request, self.reusable_tokens(request.request_id, num_tokens), *args, **kwargs)
+
+    def reusable_tokens(self, request_id: str, num_tokens: int) -> int:
+        """Of a request's first tokens, those whose blocks may serve other requests."""
+        plan = self.plans.get(request_id)
+        if plan is None:
+            return num_tokens
+        with self.failures.guard(request_id):
+            return min(num_tokens, plan.reusable_tokens())
+        return 0
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -184,3 +209,18 @@ class EvictingPageManager(PageManager):
         row = super().pop_blocks_for_free(request_id)
         self.given_back.pop(request_id, None)
         return row + [block for entry in self.kept.pop(request_id, []) for block in entry.blocks]
+
+
+def share_prompts_only(kv_cache_manager: KVCacheManager) -> None:
+    """Let window layers, too, enter no block that was computed from an evicted cache into the prefix cache.
+
+    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those.
+    """
+    coordinator, manager = kv_cache_manager.coordinator, EvictingPageManager.of(kv_cache_manager)
+    enter = coordinator.cache_blocks
+
+    def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+        enter(request, manager.reusable_tokens(request.request_id, num_computed_tokens))
+
+    if manager.windows:
+        coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]

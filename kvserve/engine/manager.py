@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+def _own_hash(block: KVCacheBlock) -> BlockHash:
+    """The hash of a cached block's tokens, without its group's number."""
+    key = block.block_hash
+    assert key is not None
+    return BlockHash(key[:-4])
+
+
 def cached_sinks(pool: BlockPool, layout: PageLayout, first_hash: BlockHash, group_id: int) -> list[KVCacheBlock]:
     """The sink blocks that go with a cached tile block 0; empty where the policy has none or one was evicted."""
     cache = SinkCache.of(pool)
@@ -40,6 +47,7 @@ class PageManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout: PageLayout = kv_cache_spec.layout
+        self._hits: dict[str, list[KVCacheBlock]] = {}  # of requests that are about to get their row
 
     # -- prefix hits ---------------------------------------------------------------------------------------------
 
@@ -54,8 +62,8 @@ class PageManager(FullAttentionManager):
         )
         layout: PageLayout = kv_cache_spec.layout
         if hit_length and layout.sink_blocks:
-            for group_id in kv_cache_group_ids:
-                if not cached_sinks(block_pool, layout, block_hashes[0], group_id):
+            for found, group_id in zip(blocks, kv_cache_group_ids, strict=True):
+                if not cached_sinks(block_pool, layout, _own_hash(found[0]), group_id):
                     return tuple([] for _ in kv_cache_group_ids), 0
         return blocks, hit_length
 
@@ -63,9 +71,7 @@ class PageManager(FullAttentionManager):
         """Prefix hits in row order: tile block 0, its sinks, the other tile blocks."""
         if not hits or not self.layout.sink_blocks:
             return list(hits)
-        key = hits[0].block_hash
-        assert key is not None
-        sinks = cached_sinks(self.block_pool, self.layout, BlockHash(key[:-4]), self.kv_cache_group_id)
+        sinks = cached_sinks(self.block_pool, self.layout, _own_hash(hits[0]), self.kv_cache_group_id)
         assert sinks, "a hit on tile block 0 is only reported together with its sinks"
         return [hits[0], *sinks, *hits[1:]]
 
@@ -89,21 +95,29 @@ class PageManager(FullAttentionManager):
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:  # fmt: skip
-        """Start the row of a new request: its own tail, then the hits."""
-        row = self.req_to_blocks[request_id]
-        assert not row and num_external_computed_tokens == 0
+        """Keep the hits for the row of a new request.
+
+        Its private blocks are taken in `allocate_new_blocks`: until then other groups have hits that nobody holds, and
+        that a new block could evict.
+        """
+        assert not self.req_to_blocks.get(request_id) and num_external_computed_tokens == 0
         hits = self._with_sinks(new_computed_blocks)
-        self.block_pool.touch(hits)  # before the tail is taken, which could evict them
-        row.extend(self._take(self.layout.private_blocks))
-        row.extend(hits)
+        self.block_pool.touch(hits)
+        self._hits[request_id] = hits
         self.num_cached_block[request_id] = len(new_computed_blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order."""
-        row = self.req_to_blocks[request_id]
+        """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order.
+
+        The row of a new request starts with its private blocks, then come the hits.
+        """
+        row, private = self.req_to_blocks[request_id], []
+        if hits := self._hits.pop(request_id, []):
+            private = self._take(self.layout.private_blocks)
+            row.extend(private + hits)
         new_blocks = self._take(max(self.layout.blocks_for(num_tokens) - len(row), 0))
         row.extend(new_blocks)
-        return new_blocks
+        return private + new_blocks
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
         blocks = self.block_pool.get_new_blocks(num_blocks) if num_blocks else []
@@ -135,11 +149,10 @@ class PageManager(FullAttentionManager):
 
     def _cache_sinks(self, row: list[KVCacheBlock]) -> None:
         first = self.layout.private_blocks
-        key = row[first].block_hash
-        if key is None:
+        if row[first].block_hash is None:
             return
         for index, block in enumerate(row[first + 1 : first + 1 + self.layout.sink_blocks]):
-            block_key = sink_hash(BlockHash(key[:-4]), index, self.kv_cache_group_id)
+            block_key = sink_hash(_own_hash(row[first]), index, self.kv_cache_group_id)
             SinkCache.of(self.block_pool).insert(block_key, block, self.layout.policy.sink_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

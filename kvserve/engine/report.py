@@ -14,6 +14,7 @@ from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.page_size import PageSize
+from kvserve.pages.windows import WindowGroups
 from kvserve.policies.limits import request_limit
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ class EngineReport:
     """Facts about one engine's cache. Bytes and tokens are those of one rank.
 
     Attributes:
+        num_layers: layers with the policy's pages.
         num_blocks: blocks of the pool, vLLM's reserved null block included.
-        cells_per_block: layers x KV heads.
+        cells_per_block: layers x KV heads, of the layers with the policy's pages.
         max_model_len: the length at which "effective" figures count tail and sinks.
         num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
         kernels_asked, kernels: the attention kernels that were asked for, and those in effect.
         self_test: what was asked for and will be done, in words.
         calibration: the one in effect, in words; empty: the policy has none.
+        windows: the layers that keep dense tokens in vLLM's window cache; None: there are none.
+        in_flight: tokens that are scheduled and not processed yet, at most.
     """
 
     layout: PageLayout
@@ -48,6 +52,8 @@ class EngineReport:
     kernels: str = "native"
     self_test: str = "off"
     calibration: str = ""
+    windows: WindowGroups | None = None
+    in_flight: int = 0
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
@@ -55,7 +61,7 @@ class EngineReport:
         model = config.model_config
         return cls(
             layout=settings.layout(model.get_head_size()),
-            num_layers=model.get_num_layers(config.parallel_config),
+            num_layers=settings.num_layers or model.get_num_layers(config.parallel_config),
             num_kv_heads=model.get_num_kv_heads(config.parallel_config),
             num_blocks=(config.cache_config.num_gpu_blocks or 0) // num_engines,
             max_model_len=model.max_model_len,
@@ -64,6 +70,8 @@ class EngineReport:
             kernels=settings.kernels,
             self_test=describe_self_test(config),
             calibration=settings.calibration.describe() if settings.calibration else "",
+            windows=settings.window_groups(model.get_head_size()),
+            in_flight=config.max_in_flight_tokens,
         )
 
     @property
@@ -72,21 +80,35 @@ class EngineReport:
 
     @property
     def block_bytes(self) -> int:
+        if self.windows:
+            return self.num_kv_heads * self.windows.block_bytes
         return self.cells_per_block * self.layout.cell_bytes
 
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
+    def dense_bytes(self, num_tokens: int, window_tokens: int) -> int:
+        """Requests in a 16-bit cache: their tokens in the full layers, and those that window layers see."""
+        cells = num_tokens * self.num_layers + window_tokens * (self.windows.hybrid.num_windows if self.windows else 0)
+        return cells * self.num_kv_heads * 2 * self.layout.head_dim * DENSE_BYTES
+
     @property
     def dense_bytes_per_token(self) -> int:
-        """A token in a 16-bit cache."""
-        return self.cells_per_block * 2 * self.layout.head_dim * DENSE_BYTES
+        """A token in a 16-bit cache; where there are window layers, of a request of max_model_len tokens."""
+        seen = self.windows.tokens_seen(self.max_model_len) if self.windows else 0
+        return self.dense_bytes(self.max_model_len, seen) // self.max_model_len
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks that a request of max_model_len tokens holds; of window layers as many as vLLM counts."""
+        of_windows = self.windows.most_blocks(self.max_model_len, self.in_flight) if self.windows else 0
+        return held_blocks(self.layout, self.max_model_len) + of_windows
 
     @property
     def effective_bytes_per_token(self) -> float:
         """A token of a request of max_model_len tokens, its tail and sinks counted."""
-        return held_blocks(self.layout, self.max_model_len) * self.block_bytes / self.max_model_len
+        return self.blocks_per_request * self.block_bytes / self.max_model_len
 
     @property
     def dense_capacity_tokens(self) -> int:
@@ -99,7 +121,7 @@ class EngineReport:
 
         vLLM logs the same figure, unless the policy evicts: vLLM then counts what a prompt takes before that.
         """
-        return int(self.num_blocks / held_blocks(self.layout, self.max_model_len) * self.max_model_len)
+        return int(self.num_blocks / self.blocks_per_request * self.max_model_len)
 
     @property
     def requested_ratio(self) -> float:
@@ -122,13 +144,18 @@ class EngineReport:
     def pages(self, free_blocks: int, num_running: int, holding: Holding | None = None) -> dict[str, int]:
         """Pages of the pool by state; they add up to the pool without vLLM's null block.
 
+        Blocks of window layers count as dense, with as many pages as one of the others has.
+
         Args:
             holding: what the running requests hold, where the scheduler says so (policies that evict). Without it,
-                every running request is known to hold `private_blocks`, and sinks count as sealed.
+                every running request is known to hold `private_blocks`, and sinks count as sealed; of window layers it
+                is taken to hold what a request of max_model_len tokens does.
         """
         used = max(self.num_blocks - 1 - free_blocks, 0)
         kept = min(holding.kept, used) if holding else 0
-        dense = holding.dense if holding else num_running * self.layout.private_blocks
+        of_windows = self.windows.held_blocks(self.max_model_len) if self.windows else 0
+        each = self.layout.private_blocks + of_windows
+        dense = holding.dense + holding.window if holding else num_running * each
         dense = min(dense, used - kept) if self.layout.has_pages else used
         blocks = {"free": free_blocks, "dense": dense, "kept": kept, "sealed": used - kept - dense}
         per_block = self.cells_per_block * (self.layout.tiles_per_block if self.layout.has_pages else 1)
@@ -141,7 +168,7 @@ class EngineReport:
         """
         if not holding.blocks:
             return None
-        return holding.tokens * self.dense_bytes_per_token / (holding.blocks * self.block_bytes)
+        return self.dense_bytes(holding.tokens, holding.window_tokens) / (holding.blocks * self.block_bytes)
 
     def table(self) -> str:
         """The startup table."""
@@ -151,6 +178,7 @@ class EngineReport:
             ("keys / values", describe_codecs(layout)),
             ("layers", f"{self.num_layers} x {self.num_kv_heads} KV heads x head_dim {layout.head_dim}, "
              f"{describe_layers(layout)}"),
+            *([("windows", describe_windows(self.windows, self.num_kv_heads))] if self.windows else []),
             ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
             ("kept dense", describe_dense(layout)),
             *([("calibration", self.calibration)] if self.calibration else []),
@@ -197,6 +225,17 @@ def describe_layers(layout: PageLayout) -> str:
     named = sorted(layer.index % layout.num_layers for layer in layout.policy.layers)
     own = (f"layer {index}: {describe_codecs(layout.of_layer(index))}" for index in named)
     return "all the same but " + "; ".join(own)
+
+
+def describe_windows(groups: WindowGroups, num_kv_heads: int) -> str:
+    """The layers that the policy leaves alone, and what their blocks cost, in one line."""
+    window, page = groups.hybrid.window, num_kv_heads * groups.page_bytes
+    of_full = f", and {groups.full_waste:.1%} of the others'" if groups.full_waste > 0 else ""
+    return (
+        f"{groups.hybrid.num_windows} more layers keep the last {window:,} tokens, dense: {page:,} bytes for "
+        f"{groups.block_size} tokens of each, in {groups.num_groups} groups whose blocks are the pool's; "
+        f"{groups.waste:.1%} of their blocks is unused{of_full}"
+    )
 
 
 def describe_eviction(layout: PageLayout) -> str:

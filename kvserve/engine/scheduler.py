@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from kvserve.engine.eviction_manager import EvictingPageManager
+from kvserve.engine.eviction_manager import EvictingPageManager, share_prompts_only
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -38,6 +38,7 @@ class _EvictingMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.manager = EvictingPageManager.of(self.kv_cache_manager)
+        share_prompts_only(self.kv_cache_manager)
         self.need_mamba_block_aligned_split = True
         self._last_outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)  # of ended requests, by client
 

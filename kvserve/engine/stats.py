@@ -116,12 +116,16 @@ class Holding:
         blocks: what their rows hold; a block that several requests share counts for each.
         kept: blocks of kept pages.
         dense: blocks of dense tokens and of the requests' state; shared sinks count once.
+        window: blocks of window layers.
+        window_tokens: tokens that window layers see.
     """
 
     tokens: int = 0
     blocks: int = 0
     kept: int = 0
     dense: int = 0
+    window: int = 0
+    window_tokens: int = 0
 
 
 def held_by(manager: EvictingPageManager, request_ids: Iterable[str], tokens: Iterable[int]) -> Holding:
@@ -134,9 +138,12 @@ def held_by(manager: EvictingPageManager, request_ids: Iterable[str], tokens: It
         if not row:
             continue
         kept = sum(len(entry.blocks) for entry in manager.kept.get(request_id, ()))
+        window = manager.window_blocks(request_id)
         total.tokens += count
-        total.blocks += len(row) - manager.given_back.get(request_id, 0) + kept
+        total.window_tokens += min(count, manager.window) if manager.window else 0
+        total.blocks += len(row) - manager.given_back.get(request_id, 0) + kept + window
         total.kept += kept
+        total.window += window
         total.dense += min(len(row), layout.private_blocks)
         sinks.update(block.block_id for block in row[first + 1 : first + 1 + layout.sink_blocks])
     total.dense += len(sinks)

@@ -25,7 +25,7 @@ class LayerProbe:
 
     Attributes:
         answers_densely: whether `observe` replaces the layer's answer by that of a dense cache.
-        place: index of the layer in its arena, once it has been seen there.
+        place: index of the layer among those that are cut, once it has been seen there.
     """
 
     def __init__(self, layer: int, attention: PagedAttention) -> None:
@@ -52,7 +52,8 @@ class LayerProbe:
             self._note(f"{batch.num_reqs} requests ran at once, the self-test has to run alone")
             return
         self._continue(int(batch.seq_lens[0]) - len(query))
-        self.place = num_layers_of(cells, self.history.layout)[1]
+        if self.history.layout.policy.eviction:
+            self.place = num_layers_of(cells, self.history.layout)[1]
         self.history.append(key, value)
         self.num_rows += len(query)
         dense = self.history.dense(query)

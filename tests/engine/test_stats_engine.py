@@ -197,7 +197,7 @@ def test_a_request_that_the_pool_can_never_hold_comes_back_as_an_error_with_the_
     """The pool has more blocks than kvserve is made to believe here."""
     prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts([900, 200], seed=9)]
     params = [SamplingParams(max_tokens=3, detokenize=False, extra_args=own) for own in ({"kvserve_rate": 1.3}, None)]
-    with patch.object(EvictingPageManager, "usable_blocks", 20):
+    with patch.object(EvictingPageManager, "usable_blocks", lambda *_: 20):
         refused, answered = llm.generate(prompts, params, use_tqdm=False)
     assert refused.outputs[0].finish_reason == "error" and refused.outputs[0].token_ids == []
     assert "pool of 20 blocks can never hold this request" in str(refused.outputs[0].stop_reason)
