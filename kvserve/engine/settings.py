@@ -183,7 +183,8 @@ class EngineSettings:
         if self.hybrid is None:
             return None
         slot_bytes = 2 * head_dim * self.model_dtype.itemsize
-        return WindowGroups.choose(self.hybrid, self.layout(head_dim).cell_bytes, slot_bytes, self.block_size)
+        cell_bytes, longest = self.layout(head_dim).cell_bytes, self.max_model_len or self.hybrid.window
+        return WindowGroups.choose(self.hybrid, cell_bytes, slot_bytes, self.block_size, longest)
 
     @property
     def window_kernels(self) -> str:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-# Of two block sizes that lose about equally much, the larger has the shorter block tables.
-_EQUAL_LOSS = 0.02
+# Of two block sizes under which requests take about equally many bytes, one is better that makes no block of the full
+# layers larger, which longer requests would pay for, and then the larger, which has the shorter block tables.
+_EQUAL_BYTES = 1.05
 
 
 class Hybrid(NamedTuple):
@@ -54,8 +55,10 @@ class WindowGroups:
     block_size: int
 
     @classmethod
-    def choose(cls, hybrid: Hybrid, cell_bytes: int, slot_bytes: int, full_block_size: int) -> WindowGroups:
-        """With the block size that leaves the least of a block unused.
+    def choose(
+        cls, hybrid: Hybrid, cell_bytes: int, slot_bytes: int, full_block_size: int, max_len: int
+    ) -> WindowGroups:  # fmt: skip
+        """With the block size under which a request of `max_len` tokens takes the fewest bytes.
 
         Args:
             cell_bytes: of a full layer.
@@ -69,8 +72,10 @@ class WindowGroups:
             for size in sizes
             if size * slot_bytes != cell_bytes
         ]
-        least = min(groups.loss for groups in found)
-        return max((groups for groups in found if groups.loss <= least + _EQUAL_LOSS), key=lambda one: one.block_size)
+        full_blocks = ceil(max_len / full_block_size)
+        needed = {one: (full_blocks + one.most_blocks(max_len, in_flight=0)) * one.block_bytes for one in found}
+        limit = min(needed.values()) * _EQUAL_BYTES
+        return max((one for one in found if needed[one] <= limit), key=lambda one: (-one.full_waste, one.block_size))
 
     @property
     def page_bytes(self) -> int:
@@ -98,11 +103,6 @@ class WindowGroups:
     def full_waste(self) -> float:
         """The share of a full layers' block that stays unused."""
         return 1 - self.full_bytes / self.block_bytes
-
-    @property
-    def loss(self) -> float:
-        """The larger of both."""
-        return max(self.waste, self.full_waste)
 
     def most_blocks(self, max_len: int, in_flight: int) -> int:
         """Blocks that vLLM counts for the window layers of a request of `max_len` tokens, all groups together.

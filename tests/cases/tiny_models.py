@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -49,9 +50,23 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
+WINDOW, FULL = "sliding_attention", "full_attention"
+# As their families have them: layers with a window among those that see every token; two of the latter.
+HYBRIDS: dict[str, PretrainedConfig] = {
+    "gemma3-5-to-1": Gemma3TextConfig(
+        **{**COMMON, "num_hidden_layers": 12}, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        sliding_window=96, query_pre_attn_scalar=64, layer_types=([WINDOW] * 5 + [FULL]) * 2,
+    ),
+    "olmo3-3-to-1": Olmo3Config(
+        **{**COMMON, "num_hidden_layers": 8, "hidden_size": 256}, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=64, layer_types=([WINDOW] * 3 + [FULL]) * 2, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+
 def make_tiny_model(family: str, folder: Path) -> Path:
     """Save a random float32 model of `family` into `folder` and return it; the weights depend on the family alone."""
-    torch.manual_seed(sorted(FAMILIES).index(family))
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    torch.manual_seed(sorted(FAMILIES).index(family) if family in FAMILIES else len(family))
+    model = AutoModelForCausalLM.from_config((FAMILIES | HYBRIDS)[family], dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
