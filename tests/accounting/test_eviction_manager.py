@@ -53,8 +53,7 @@ class EvictingSimulation(Simulation):
 
     @property
     def pages(self) -> EvictingPageManager:
-        (manager,) = self.manager.coordinator.single_type_managers
-        return manager
+        return EvictingPageManager.of(self.manager)
 
     def plan(self, request: Request) -> EvictionPlan | None:
         return self.pages.plans.get(request.request_id)

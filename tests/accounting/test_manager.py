@@ -168,6 +168,10 @@ class Simulation:
         """Ids of its blocks."""
         return [block for block in self.row(request) if block != self.pool.null_block.block_id]
 
+    def held_beside(self, request: Request) -> list[int]:
+        """Ids of its blocks in other groups."""
+        return []
+
     def finish_step(self, request: Request, end: int) -> None:
         request.num_computed_tokens = end
         if end == request.num_tokens:
@@ -191,7 +195,7 @@ class Simulation:
         self.num_finished += 1
 
     def check(self) -> None:
-        held = {block for request in self.running for block in self.held(request)}
+        held = {block for request in self.running for block in self.held(request) + self.held_beside(request)}
         assert self.pool.get_num_free_blocks() + len(held) + 1 == self.num_blocks, "free + held + null = total"
         owners = [block for request in self.running for block in self.row(request)[: self.layout.private_blocks]]
         assert len(owners) == len(set(owners)), "a tail belongs to one request"
