@@ -267,8 +267,8 @@ def check_windows(hf_config: Mapping[str, Any], policy: Policy, max_model_len: i
     named = _names_layers(policy)
     if named:
         raise UnsupportedError(
-            f"policy {policy.name} names layers ({named}), and {hybrid.num_windows} layers of {name} attend to the last "
-            f"{hybrid.window:,} tokens only, which stay as they are; drop {named}, or choose another policy, for "
+            f"policy {policy.name} names layers ({named}), and {hybrid.num_windows} layers of {name} attend to the "
+            f"last {hybrid.window:,} tokens only, which stay as they are; drop {named}, or choose another policy, for "
             "example kivi-2bit"
         )
 

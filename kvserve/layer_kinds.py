@@ -28,14 +28,19 @@ def window_of(config: Mapping[str, Any]) -> int | None:
         return None
     if isinstance(kinds, list):
         return window if "sliding_attention" in kinds else None
-    model_type = str(config.get("model_type", ""))
-    if "sliding_window_pattern" in config or model_type.startswith(_KINDS_FILLED_IN):
+    if needs_layer_types(config):
         return None
-    is_on = not model_type.startswith(_WINDOW_OFF)
+    is_on = not str(config.get("model_type", "")).startswith(_WINDOW_OFF)
     if not config.get("use_sliding_window", is_on):
         return None
     first, num_layers = config.get("max_window_layers"), num_layers_of(config)
     return None if isinstance(first, int) and num_layers and first >= num_layers else window
+
+
+def needs_layer_types(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has a window and leaves it to transformers to say in which layers."""
+    by_type = "sliding_window_pattern" in config or str(config.get("model_type", "")).startswith(_KINDS_FILLED_IN)
+    return bool(config.get("sliding_window")) and not isinstance(config.get("layer_types"), list) and by_type
 
 
 def hybrid_of(config: Mapping[str, Any], max_model_len: int) -> Hybrid | None:

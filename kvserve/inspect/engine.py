@@ -76,23 +76,17 @@ def _engine_options(policy: Policy, shape: ModelShape, num_tokens: int, dtype: s
     """Arguments of vllm.LLM for one prompt, with a pool that holds it whole and evicted."""
     import torch
 
-    from kvserve.accounting.plan import widest_request
     from kvserve.engine.device import backend_options
     from kvserve.engine.settings import scheduler_options
-    from kvserve.pages.layout import PageLayout
 
     assert policy.eviction is not None
-    layout = PageLayout.build(
-        policy, shape.head_dim, policy.tile_tokens, torch.float32, query_group=shape.query_group,
-        num_layers=shape.num_layers,
-    )  # fmt: skip
-    num_blocks = widest_request(layout, num_tokens + 1) + 8
+    num_blocks, block_bytes = shape.longest_request(policy, policy.tile_tokens, torch.float32, num_tokens + 1)
     return scheduler_options() | {
         "dtype": dtype or ("auto" if cpu_has_bfloat16() else "float32"),
         "max_model_len": num_tokens + 1,
         "max_num_seqs": 1,
         "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, policy.eviction.window),
-        "kv_cache_memory_bytes": num_blocks * layout.cell_bytes * shape.num_layers * shape.num_kv_heads,
+        "kv_cache_memory_bytes": (num_blocks + 8) * block_bytes,
         "block_size": policy.tile_tokens,
         **backend_options(),
         "additional_config": {"kvserve": {"policy": policy_content(policy)}},

@@ -216,17 +216,9 @@ def _longest_request(name: str, config: EngineConfig) -> tuple[int, int]:
     """Blocks of a request of max_model_len tokens at its widest, and bytes of a block."""
     import torch
 
-    from kvserve.accounting.plan import widest_request
-    from kvserve.pages.layout import PageLayout
-
-    shape, dtype = config.shape, getattr(torch, config.dtype)
     policy = load_policy("none" if name == STOCK else name)
     block_size = STOCK_BLOCK_SIZE if name == STOCK else policy.tile_tokens
-    layout = PageLayout.build(
-        policy, shape.head_dim, block_size, dtype, query_group=shape.query_group, num_layers=shape.num_layers
-    )
-    blocks = widest_request(layout, config.max_model_len)
-    return blocks, layout.cell_bytes * shape.num_layers * shape.num_kv_heads
+    return config.shape.longest_request(policy, block_size, getattr(torch, config.dtype), config.max_model_len)
 
 
 def worker_threads(worker: Any) -> int:

@@ -17,8 +17,8 @@ from kvserve.engine.report import EngineReport
 from kvserve.engine.self_test import EXTENSION_PATH
 from kvserve.engine.settings import EngineSettings
 from kvserve.probe.distances import ProbeReport, complaints
-from kvserve.probe.request import num_queries, plan_test, prompt_tokens
 from kvserve.probe.request import TestPlan as Plan
+from kvserve.probe.request import num_queries, plan_test, prompt_tokens
 from tests.cases.engine_cases import (
     assert_preempted_with_same_texts,
     engine,
