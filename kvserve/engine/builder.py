@@ -59,7 +59,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         if not is_window:
             check_layers(settings, len(layer_names))
         self.has_graphs = settings.kernels != "native"
-        self.range_watch = RangeWatch(device)
+        self.range_watch = None if is_window else RangeWatch(device)  # one watches the rows of all layers
         if self.eviction:
             self.collector = make_collector(self.eviction, vllm_config.model_config, device)
             drop_ended(self.collector)
@@ -79,7 +79,8 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         """The batch of this step, in int32 tensors of the runner's device."""
         common = common_attn_metadata
         assert common.causal is True, "kvserve serves causal decoders only"
-        self.range_watch.look()
+        if self.range_watch:
+            self.range_watch.look()
         batch = Batch(
             query_start_loc=common.query_start_loc[: common.num_reqs + 1],
             seq_lens=common.seq_lens[: common.num_reqs],
