@@ -300,10 +300,14 @@ def check_window(window: int | None, policy: Policy, max_model_len: int, name: s
     )
 
 
-def check_hybrid(hybrid: Hybrid | None, policy: Policy, num_stages: int = 1, no_hybrid_manager: Any = False) -> None:
+def check_hybrid(
+    hybrid: Hybrid | None, policy: Policy, block_size: int | None = None, num_stages: int = 1,
+    no_hybrid_manager: Any = False,
+) -> None:  # fmt: skip
     """Refuse options under which window layers and compressed ones cannot share a pool.
 
     Args:
+        block_size: what was asked for, or vLLM's smallest once it has planned.
         num_stages: of a pipeline.
         no_hybrid_manager: --disable-hybrid-kv-cache-manager.
 
@@ -316,6 +320,11 @@ def check_hybrid(hybrid: Hybrid | None, policy: Policy, num_stages: int = 1, no_
         raise UnsupportedError(
             "--disable-hybrid-kv-cache-manager lets window layers keep every token in the blocks of the others, whose "
             f"pages policy {policy.name} compresses; drop the option"
+        )
+    if block_size and block_size > policy.tile_tokens:
+        raise UnsupportedError(
+            f"beside layers with a sliding window the pages of policy {policy.name} take blocks of "
+            f"{policy.tile_tokens} tokens, got {block_size}; drop --block-size"
         )
     if num_stages > 1:
         raise UnsupportedError(

@@ -190,7 +190,7 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
 def _check_hybrid(config: Mapping[str, Any], policy: Policy, longest: int, options: Mapping[str, Any]) -> None:
     hybrid = hybrid_of(text_config(config), longest) if policy.has_pages else None
     is_off = options.get("disable_hybrid_kv_cache_manager") not in (None, False, "false")
-    check_hybrid(hybrid, policy, int(options.get("pipeline_parallel_size") or 1), is_off)
+    check_hybrid(hybrid, policy, options.get("block_size"), options.get("pipeline_parallel_size") or 1, is_off)
 
 
 def _check_maximum(config: Mapping[str, Any], policy: Policy, options: Mapping[str, Any]) -> None:

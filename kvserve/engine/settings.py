@@ -89,7 +89,10 @@ class EngineSettings:
         # The model first: vLLM sets options itself where a model needs them, which nobody could drop.
         if vllm_config.model_config is not None:
             check_model_config(vllm_config.model_config, policy)
-        check_options(serve_options(vllm_config), policy)
+        hybrid = hybrid_layers(vllm_config, policy)
+        # vLLM overwrites its own with the smallest of all groups, which window layers may have.
+        block_size = policy.tile_tokens if hybrid else vllm_config.cache_config.block_size
+        check_options(replace(serve_options(vllm_config), block_size=block_size), policy)
         is_compiled = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
         check_stages(vllm_config.parallel_config.pipeline_parallel_size, device_type(), is_compiled)
         if policy.eviction:
@@ -99,9 +102,8 @@ class EngineSettings:
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         calibration = chosen_calibration(section, policy, model)
         policy = policy.with_head_tables(calibration.head_tables()) if calibration else policy
-        hybrid = hybrid_layers(vllm_config, policy)
         settings = cls(
-            policy, vllm_config.cache_config.block_size, model.dtype, group, asked, kernels,
+            policy, block_size, model.dtype, group, asked, kernels,
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
@@ -205,11 +207,13 @@ def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
         UnsupportedError: an option does not allow both.
     """
     model = config.model_config
-    if not policy.has_pages:
+    if model is None or not policy.has_pages:
         return None
     hybrid = hybrid_of(text_config(model.hf_config.to_dict()), model.max_model_len)
-    is_off = config.scheduler_config.disable_hybrid_kv_cache_manager
-    check_hybrid(hybrid, policy, config.parallel_config.pipeline_parallel_size, is_off)
+    check_hybrid(
+        hybrid, policy, config.cache_config.block_size, config.parallel_config.pipeline_parallel_size,
+        config.scheduler_config.disable_hybrid_kv_cache_manager,
+    )  # fmt: skip
     return hybrid
 
 

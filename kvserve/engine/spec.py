@@ -37,7 +37,7 @@ class PageSpec(FullAttentionSpec):
         if self.block_size not in (1, self.layout.block_size):
             raise ValueError(
                 f"kvserve pages were laid out for blocks of {self.layout.block_size} tokens, and vLLM makes them "
-                f"{self.block_size}; set --block-size {self.block_size}"
+                f"{self.block_size}; set --block-size {self.layout.block_size}"
             )
 
     @classmethod

@@ -26,7 +26,9 @@ from tests.cases.layer_cases import engine_config
 from tests.cases.tiny_models import FULL, HYBRIDS, WINDOW
 
 GIB = 2**30
-SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256}
+SMALL: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "max_position_embeddings": 8192,
+}  # fmt: skip
 SHAPES: dict[str, PretrainedConfig] = {
     **HYBRIDS,
     "gemma3-1b": Gemma3TextConfig(
@@ -52,8 +54,8 @@ def config_of(folder: Path, shape: str, policy: str, **options: Any) -> VllmConf
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("policy", ["kivi-2bit", "int8", "kv-compress-2bit", "dense"])
 def test_groups_blocks_and_capacity_are_those_of_the_arithmetic(tmp_path: Path, shape: str, policy: str) -> None:
-    config = config_of(tmp_path, shape, policy, max_model_len=8192 if "b" in shape[-2:] else 1024)
-    plan = planned(config, 4 * GIB)
+    config = config_of(tmp_path, shape, policy, max_model_len=1024 if shape in HYBRIDS else 8192)
+    plan = planned(config, 8 * GIB)
     report = report_of(config, plan.num_blocks)
     windows, kinds = report.windows, SHAPES[shape].layer_types
     assert windows.hybrid == Hybrid(kinds.count(FULL), kinds.count(WINDOW), SHAPES[shape].sliding_window)
@@ -62,7 +64,7 @@ def test_groups_blocks_and_capacity_are_those_of_the_arithmetic(tmp_path: Path, 
     pages = [group for group, spec in zip(plan.kv_cache_groups, specs, strict=True) if isinstance(spec, PageSpec)]
     assert [len(group.layer_names) for group in pages] == [windows.hybrid.num_full]
     assert [type(spec) for spec in specs].count(SlidingWindowSpec) == windows.num_groups == len(specs) - 1
-    assert plan.num_blocks == 4 * GIB // report.block_bytes
+    assert plan.num_blocks == 8 * GIB // report.block_bytes
     assert resolve_kv_cache_block_sizes(plan, config) == (64, windows.block_size)
     if not report.layout.policy.eviction:
         assert get_kv_cache_capacity(config, plan)[0] == report.effective_capacity_tokens
@@ -70,7 +72,7 @@ def test_groups_blocks_and_capacity_are_those_of_the_arithmetic(tmp_path: Path, 
 
 def test_every_byte_of_a_block_is_one_layers_in_each_group(tmp_path: Path) -> None:
     config = config_of(tmp_path, "gemma3-5-to-1", "kivi-2bit")
-    plan = planned(config, 2**20)
+    plan = planned(config, 2**23)
     (layout,) = backend_for(settings_of(config)).supported_kv_cache_layouts()
     layouts, pool = settings_of(config).layout(64), torch.zeros(plan.kv_cache_tensors[0].size, dtype=torch.int8)
     for group in plan.kv_cache_groups:
@@ -94,6 +96,7 @@ def test_every_byte_of_a_block_is_one_layers_in_each_group(tmp_path: Path) -> No
     [
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager lets window layers keep"),
         ({"pipeline_parallel_size": 2, "enforce_eager": False}, "drop --pipeline-parallel-size"),
+        ({"block_size": 128}, "take blocks of 64 tokens, got 128; drop --block-size"),
     ],
 )
 @pytest.mark.parametrize("policy", ["kivi-2bit", "kv-compress-2bit"])
@@ -131,5 +134,5 @@ def test_a_config_without_kinds_of_layers_leaves_it_to_transformers() -> None:
 def test_blocks_of_another_size_than_the_layouts_are_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path, "gemma3-5-to-1", "kivi-2bit")
     pages = next(spec for spec in layer_specs(config).values() if isinstance(spec, PageSpec))
-    with pytest.raises(ValueError, match="blocks of 64 tokens, and vLLM makes them 128; set --block-size 128"):
+    with pytest.raises(ValueError, match="blocks of 64 tokens, and vLLM makes them 128; set --block-size 64"):
         replace(pages, block_size=128)
