@@ -214,13 +214,21 @@ class EvictingPageManager(PageManager):
 def share_prompts_only(kv_cache_manager: KVCacheManager) -> None:
     """Let window layers, too, enter no block that was computed from an evicted cache into the prefix cache.
 
-    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those.
+    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those. And
+    of a window vLLM enters the blocks before the token where an equal prompt could go on: here where it will.
     """
     coordinator, manager = kv_cache_manager.coordinator, EvictingPageManager.of(kv_cache_manager)
     enter = coordinator.cache_blocks
 
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-        enter(request, manager.reusable_tokens(request.request_id, num_computed_tokens))
+        if request.request_id not in manager.plans:
+            return enter(request, num_computed_tokens)
+        reusable = manager.reusable_tokens(request.request_id, request.num_prompt_tokens)
+        for group, one in enumerate(coordinator.single_type_managers):
+            if one.enable_caching:
+                tokens = coordinator.get_num_cacheable_tokens(min(num_computed_tokens, reusable), group)
+                interval = coordinator.retention_interval
+                one.cache_blocks(request, tokens, retention_interval=interval, replay_boundaries=(reusable,))
 
     if manager.windows:
         coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]

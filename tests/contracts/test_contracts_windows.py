@@ -47,6 +47,9 @@ def test_all_groups_enter_blocks_into_the_prefix_cache_in_one_place() -> None:
         "self", "request", "num_computed_tokens",
     ]  # fmt: skip
     assert "self.coordinator.cache_blocks(" in inspect.getsource(KVCacheManager)
+    source = inspect.getsource(KVCacheCoordinator.cache_blocks)
+    for part in ("retention_interval=self.retention_interval", "replay_boundaries=", "get_num_cacheable_tokens("):
+        assert part in source
 
 
 def test_hits_of_all_groups_are_touched_before_any_block_is_taken() -> None:

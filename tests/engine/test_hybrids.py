@@ -11,6 +11,7 @@ import pytest
 from vllm import LLM
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from kvserve.accounting.plan import widest_request
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.probe_worker import kvserve_layers
 from kvserve.engine.report import EngineReport
@@ -34,6 +35,7 @@ from tests.cases.tiny_models import HYBRIDS, make_tiny_model
 
 # Around a tile, past the windows of 64 and 96, and far past them.
 LENGTHS = [5, 64, 65, 200, 333, 700]
+GROWING, MORE = [40, 41, 42, 43, 44, 200], 200  # prompts, and what they generate
 ROOMY: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 1024}
 EVICTING = ("kv-compress-2bit", {"eviction.rate": 2})
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -130,8 +132,11 @@ def test_a_dense_cache_answers_like_stock_and_int8_nearly_so(model: Path) -> Non
     "name", [name if name == "kv-compress-2bit" else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
 )
 def test_chunks_prefix_hits_and_preemption_change_no_text(model: Path, name: str) -> None:
-    """A roomy engine that computes prompts whole, and one with chunks of 100 tokens and blocks for half of them."""
-    prompts = random_prompts([200, 333, 400, 270], seed=1)
+    """A roomy engine that computes prompts whole, and one with chunks of 100 tokens and few blocks.
+
+    What is preempted has grown into its windows, and the last request was cut before, where the policy evicts.
+    """
+    prompts, growing = random_prompts([200, 333, 400, 270], seed=1), random_prompts(GROWING, seed=2)
     evicts = POLICIES[name][0] not in ("int8", "kivi-2bit")
     with serving(model, name, worker_extension_cls=EXTENSION_PATH) as llm:
         check_layers(llm, model)
@@ -145,14 +150,14 @@ def test_chunks_prefix_hits_and_preemption_change_no_text(model: Path, name: str
             assert all(output.kv_transfer_params["kvserve"]["rate_effective"] > 1.2 for output in first)
         if name != "kv-compress-live":
             assert all(output.num_cached_tokens >= 128 for output in again)
-        expected = [steps(output) for output in first]
-        assert_same_texts(expected, [steps(output) for output in again])
+        assert_same_texts([steps(output) for output in first], [steps(output) for output in again])
+        expected = [steps(output) for output in generate(llm, growing, max_tokens=MORE, logprobs=2)]
         assert free_blocks(llm) == kv_config(llm).num_blocks - 1
         report = report_of(llm)
-    small = report.num_kv_heads * report.windows.block_bytes * least_blocks(report, 470)
+    small = report.block_bytes * few_blocks(report, 470)
     with serving(model, name, kv_cache_memory_bytes=small, max_model_len=470, max_num_batched_tokens=100) as llm:
         num_blocks = kv_config(llm).num_blocks
-        assert_preempted_with_same_texts(llm, prompts, expected, num_blocks)
+        assert_preempted_with_same_texts(llm, growing, expected, num_blocks)
         chunks = [prompt_logprobs(output) for output in generate(llm, prompts)]
     for some, all_at_once in zip(chunks, whole, strict=True):
         assert some == pytest.approx(all_at_once, abs=0.02)
@@ -164,8 +169,8 @@ def generate_plain(llm: LLM, prompts: list[list[int]], max_tokens: int) -> Any:
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling(params), use_tqdm=False)
 
 
-def least_blocks(report: EngineReport, max_len: int) -> int:
-    """A pool that holds any one request of at most `max_len` tokens in an engine with steps of 100."""
-    from kvserve.accounting.plan import widest_request
-
-    return 2 + widest_request(report.layout, max_len) + report.windows.most_blocks(max_len, 200)
+def few_blocks(report: EngineReport, max_len: int) -> int:
+    """A pool that takes in all growing prompts, and holds any one request of at most `max_len` tokens."""
+    groups, layout = report.windows, report.layout
+    admitted = sum(layout.blocks_for(n) + groups.num_groups * -(-n // groups.block_size) for n in GROWING)
+    return 2 + max(admitted, widest_request(layout, max_len) + groups.most_blocks(max_len, 200))
