@@ -214,8 +214,8 @@ class EvictingPageManager(PageManager):
 def share_prompts_only(kv_cache_manager: KVCacheManager) -> None:
     """Let window layers, too, enter no block that was computed from an evicted cache into the prefix cache.
 
-    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those. And
-    of a window vLLM enters the blocks before the token where an equal prompt could go on: here where it will.
+    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those. Of
+    a window vLLM enters the blocks before the token where an equal prompt could go on; here that is where it will.
     """
     coordinator, manager = kv_cache_manager.coordinator, EvictingPageManager.of(kv_cache_manager)
     enter = coordinator.cache_blocks

@@ -162,8 +162,8 @@ def test_stats_add_up_over_steps_and_survive_the_way_to_the_api_server() -> None
         "evicted_head_tokens": 18,
         "demoted_head_tokens": 0,
         "kept_tokens": [[6, 10, 20, 20], [4, 5, 18, 19]],
-        "holding": {"tokens": 102, "blocks": 7, "kept": 1, "dense": 1},
-        "users": {"tokens": 90, "blocks": 5, "kept": 1, "dense": 0},
+        "holding": {"tokens": 102, "blocks": 7, "kept": 1, "dense": 1, "window": 0, "window_tokens": 0},
+        "users": {"tokens": 90, "blocks": 5, "kept": 1, "dense": 0, "window": 0, "window_tokens": 0},
     }
     assert total.reduce()["mean tokens kept per KV head at an eviction"] == 12.8
 
