@@ -35,7 +35,7 @@ from tests.cases.tiny_models import HYBRIDS, make_tiny_model
 
 # Around a tile, past the windows of 64 and 96, and far past them.
 LENGTHS = [5, 64, 65, 200, 333, 700]
-GROWING, MORE = [40, 41, 42, 43, 44, 200], 200  # prompts, and what they generate
+GROWING, MORE = [40, 41, 42, 43, 44, 45, 46, 200], 200  # prompts, and what they generate
 ROOMY: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 1024}
 EVICTING = ("kv-compress-2bit", {"eviction.rate": 2})
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -147,15 +147,16 @@ def test_chunks_prefix_hits_and_preemption_change_no_text(model: Path, name: str
         first = generate_plain(llm, prompts, 60)
         again = generate_plain(llm, prompts, 60)
         if evicts:
-            assert all(output.kv_transfer_params["kvserve"]["rate_effective"] > 1.2 for output in first)
+            kept = [output.kv_transfer_params["kvserve"] for output in first]
+            assert all(one["rate_effective"] > 1.2 or one.get("tokens_demoted", 0) > 50 for one in kept)
         if name != "kv-compress-live":
             assert all(output.num_cached_tokens >= 128 for output in again)
         assert_same_texts([steps(output) for output in first], [steps(output) for output in again])
         expected = [steps(output) for output in generate(llm, growing, max_tokens=MORE, logprobs=2)]
         assert free_blocks(llm) == kv_config(llm).num_blocks - 1
         report = report_of(llm)
-    small = report.block_bytes * few_blocks(report, 470)
-    with serving(model, name, kv_cache_memory_bytes=small, max_model_len=470, max_num_batched_tokens=100) as llm:
+    small = report.block_bytes * few_blocks(report, 410)
+    with serving(model, name, kv_cache_memory_bytes=small, max_model_len=410, max_num_batched_tokens=100) as llm:
         num_blocks = kv_config(llm).num_blocks
         assert_preempted_with_same_texts(llm, growing, expected, num_blocks)
         chunks = [prompt_logprobs(output) for output in generate(llm, prompts)]
