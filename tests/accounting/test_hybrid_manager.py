@@ -19,18 +19,20 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from kvserve.accounting.plan import plan_eviction
 from kvserve.engine.eviction_manager import EvictingPageManager, share_prompts_only
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.windows import Hybrid, WindowGroups
+from kvserve.schedules.base import Limit
 from tests.accounting.test_eviction_manager import SCHEDULES, EvictingSimulation, evicting
 from tests.accounting.test_manager import Simulation, make_layout
 
 WINDOW, WINDOW_BLOCK, NUM_GROUPS, MAX_LEN, IN_FLIGHT = 100, 16, 2, 4096, 512
 
 
-def hybrid_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:
-    """The pages' group between the window layers': whichever comes first must not matter."""
+def hybrid_manager(layout: PageLayout, num_blocks: int, interval: int | None = None) -> KVCacheManager:
+    """The pages' group, then those of the window layers."""
     heads = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
     dense = FullAttentionSpec(block_size=layout.block_size, **heads)
     pages = (EvictingPageSpec if layout.state_blocks else PageSpec).from_attention(dense, layout)
@@ -38,7 +40,7 @@ def hybrid_manager(layout: PageLayout, num_blocks: int) -> KVCacheManager:
     specs = [pages, *[window] * NUM_GROUPS]
     groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)]
     return KVCacheManager(
-        KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups), max_model_len=MAX_LEN,
+        KVCacheConfig(num_blocks, [], groups, prefix_cache_retention_interval=interval), max_model_len=MAX_LEN,
         scheduler_block_size=layout.block_size, hash_block_size=WINDOW_BLOCK, max_in_flight_tokens=IN_FLIGHT,
     )  # fmt: skip
 
@@ -108,29 +110,30 @@ def test_a_full_pool_preempts_and_prefixes_are_hit() -> None:
     assert evicting_one.num_hit_tokens > 200
 
 
-@pytest.mark.parametrize("num_free", range(12))
-def test_private_blocks_evict_no_hit_of_another_group(num_free: int) -> None:
-    """The last free blocks that nobody holds are those that the prompt has hits in."""
-    layout = make_layout(16)
-    needed = layout.blocks_for(201) + NUM_GROUPS * -(-201 // WINDOW_BLOCK)
-    manager = hybrid_manager(layout, needed + num_free)
-    hasher = get_request_block_hasher(WINDOW_BLOCK, sha256)
-    tokens = list(range(201))
-    first = Request("first", tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher)
-    if manager.allocate_slots(first, 201) is None:
-        return
+@pytest.mark.parametrize("interval", [None, 0])
+def test_only_blocks_computed_from_a_whole_cache_serve_others(interval: int | None) -> None:
+    """Also where vLLM keeps none but the blocks before the token at which an equal prompt could go on."""
+    layout = evicting(sinks=0)
+    manager = hybrid_manager(layout, 400, interval)
+    share_prompts_only(manager)
+    pages, hasher = EvictingPageManager.of(manager), get_request_block_hasher(WINDOW_BLOCK, sha256)
+    first, again = (
+        Request(name, list(range(452)), SamplingParams(max_tokens=200), None, block_hasher=hasher)
+        for name in ("first", "again")
+    )
+    plan = plan_eviction(layout, Limit(4.0), 452, MAX_LEN)
+    assert plan is not None and plan.reusable_tokens() == 384
+    pages.plans["first"] = plan
+    for chunk in (300, 152, *[1] * 150):
+        assert manager.allocate_slots(first, chunk) is not None
+        first.num_computed_tokens += chunk
+        if first.num_computed_tokens >= 452:
+            first.append_output_token_ids(7)
+    for one in pages.windows:
+        behind = one.req_to_blocks["first"][384 // WINDOW_BLOCK :]
+        assert len(behind) > 12 and not any(block.block_hash for block in behind)
     manager.free(first)
-    again = Request("again", tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher)
-    hits, num_hit = manager.get_computed_blocks(again)[:2]
-    assert num_hit == 192
-    wanted = [[block.block_id for block in group] for group in hits.blocks]
-    if manager.allocate_slots(again, 9, num_new_computed_tokens=192, new_computed_blocks=hits) is None:
-        return
-    rows = manager.get_block_ids("again")
-    assert [block for block in rows[0] if block in wanted[0]] == wanted[0]
-    assert [list(row[: 192 // WINDOW_BLOCK]) for row in rows[1:]] == wanted[1:]
-    held = [block for row in rows for block in row if block != manager.block_pool.null_block.block_id]
-    assert len(held) == len(set(held)), "no block is two things at once"
+    assert manager.get_computed_blocks(again)[1] == 384
 
 
 def test_between_steps_window_layers_hold_what_the_arithmetic_says() -> None:
