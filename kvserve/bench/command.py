@@ -76,7 +76,7 @@ class Bench:
             "schema": SCHEMA_VERSION,
             "command": ["kvserve", "bench", *argv],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": {"name": self.model.name, **asdict(self.shape)},
+            "model": {"name": self.model.name} | {k: v for k, v in asdict(self.shape).items() if v is not None},
             "text": options.text_name and {"name": options.text_name, "sha256": _sha256(options.text or "")},
             "machine": machine(),
             "versions": versions(),

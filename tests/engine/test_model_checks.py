@@ -313,3 +313,14 @@ def test_transformers_models_whose_embedding_is_not_understood_are_refused_by_na
         transformers_rotary(None)
     with pytest.raises(UnsupportedError, match="no_rope_layers"):
         check_model(SmolLM3Config().to_dict(), EXPECTED)
+
+
+def test_window_layers_beside_full_ones_need_groups_of_their_own(tmp_path: Path, refusal: Any, started: list) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    folder = model_folder(tmp_path, **{**MISTRAL, "layer_types": kinds})
+    serve = ("--policy", "snapkv", "--model", folder, "--max-model-len")
+    assert "drop the option" in refusal(*serve, "8192", "--disable-hybrid-kv-cache-manager")
+    assert "drop --block-size" in refusal(*serve, "8192", "--block-size", "128")
+    assert "drop --pipeline-parallel-size" in refusal(*serve, "8192", "-pp", "2")
+    assert main([*serve, "8192"]) == 0 and len(started) == 1
+    assert main([*serve, "4096", "--disable-hybrid-kv-cache-manager"]) == 0, "no request exceeds the window"
