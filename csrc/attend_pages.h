@@ -52,6 +52,7 @@ inline void mask_tokens(float* scores, int heads, int first, int last) {
 inline void attend_pages(const KvsLayout& l, const Pages& pages, const Heads& heads, int count, int first, int last,
                          PageScratch& s) {
   score_ops(l)[count - 1](l, pages, heads, s);
+  if (heads.soft_cap) cap_scores(s.scores, count, pages.count * l.tile_tokens, heads.soft_cap);
   if (l.mass) add_masses(l, pages, count, s.scores);
   mask_tokens(s.scores, count, 0, first);
   mask_tokens(s.scores, count, last, pages.count * l.tile_tokens);

@@ -90,7 +90,7 @@ class Decode {
   // Partial result of a task: max [group], sum [group], out [group][head_dim].
   float* partial_of(size_t task) const { return partials.get() + task * group * (l.head_dim + 2); }
   Heads heads_of(const float* query, float* partial) const {
-    return {query, partial + 2 * group, partial, partial + group, l.head_dim};
+    return {query, partial + 2 * group, partial, partial + group, l.head_dim, l.soft_cap};
   }
 
   void plan(const int32_t* req_ids, int32_t n) {
@@ -146,6 +146,10 @@ class Decode {
     load_queries(t, s.q.data());
     std::fill(partial, partial + group, NEG_INF);
     std::fill(partial + group, partial + int64_t(group) * (l.head_dim + 2), 0.0f);
+    if (l.sink_logits && t.index == 0) {  // in one chunk of them all
+      std::copy_n(l.sink_logits + t.kv_head * group, group, partial);
+      std::fill_n(partial + group, group, 1.0f);
+    }
     const Heads heads = heads_of(s.q.data(), partial);
     if (all_dense(l)) return attend_dense_slots(t, heads, s);
     if (t.kept != NOT_KEPT) return attend_kept(t, heads, s);

@@ -83,6 +83,7 @@ void attend_rows(const DenseRows& d, const Heads& heads, float* scores) {
   int t = 0;
   for (; t + TOKENS <= d.count; t += TOKENS) score_rows<DTYPE, H, TOKENS>(d, t, heads, scores);
   for (; t < d.count; ++t) score_rows<DTYPE, H, 1>(d, t, heads, scores);
+  if (heads.soft_cap) cap_scores(scores, H, d.count, heads.soft_cap);
   const int padded = (d.count + VL - 1) / VL * VL;
   for (int h = 0; h < H; ++h)
     for (t = d.count; t < padded; ++t) scores[h * MAX_TOKENS + t] = NEG_INF;

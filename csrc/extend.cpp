@@ -93,6 +93,7 @@ class Worker {
   void attend(const Tile& tile, int row_begin, int row_end);
   Range score_strip(const Tile& tile, int row, int row_begin, int row_end);
   Range mask_strip(const Tile& tile, int row, int row_begin, int row_end, Range* visible) const;
+  void cap_strip(float* scores, int first, int last) const;
   KVS_INLINE void softmax_strip(int row, int first_vector, int last_vector);
   template <class RowOf>
   void gather(int begin, int end, int tile_first, RowOf find);
@@ -339,6 +340,7 @@ Range Worker::score_strip(const Tile& tile, int row, int row_begin, int row_end)
   for (int v = first; v < last; v += PANEL)
     strip<false>(queries_ + (ptrdiff_t)row * dim_, dim_, tile.keys + v * VL, COLUMNS, dim_, scores + v * VL, COLUMNS,
                  std::min(PANEL, last - v), nullptr);
+  if (layout_.soft_cap) cap_strip(scores, first * VL, last * VL);
   if (tile.mass)
     for (int i = 0; i < MR; ++i)
       for (int c = first * VL; c < last * VL; c += VL)
@@ -352,6 +354,16 @@ Range Worker::score_strip(const Tile& tile, int row, int row_begin, int row_end)
   else
     softmax_strip(row, first, last);
   return columns;
+}
+
+// Caps the scores (base 2) of the columns [first, last) of a strip.
+void Worker::cap_strip(float* scores, int first, int last) const {
+  const float soft_cap = layout_.soft_cap * LOG2E;
+  for (int i = 0; i < MR; ++i)
+    for (int c = first; c < last; c += VL) {
+      float* score = scores + i * COLUMNS + c;
+      storeu(score, soft_capped(loadu(score), soft_cap));
+    }
 }
 
 // Visible columns of each row of a strip, and their union. Rows outside [row_begin, row_end) see none.
@@ -394,6 +406,10 @@ void Worker::load_queries() {
   std::fill_n(sums_, (size_t)padded_ * dim_, 0.0f);
   std::fill_n(weight_, (size_t)padded_ * VL, 0.0f);
   std::fill_n(top_, padded_, -INFINITY);
+  for (int row = 0; layout_.sink_logits && row < rows_; ++row) {
+    top_[row] = layout_.sink_logits[head_of(row)] * LOG2E;
+    weight_[(ptrdiff_t)row * VL] = 1.0f;
+  }
 }
 
 void Worker::store_outputs() {

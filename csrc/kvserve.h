@@ -19,6 +19,10 @@
 // order within a run. A query at p >= kept_end (no other occurs) then sees, of the tokens before kept_end, the sinks and
 // what its KV head kept; all others as above. Where pages have log-masses, that of a kept token is added to its logit: the
 // log of how many tokens it stands for. Those of sealed tiles are 0.
+//
+// A logit s = scale * q . k counts as soft_cap * tanh(s / soft_cap) where the layer caps logits (Gemma 2, arXiv
+// 2408.00118, section 2), before log-masses and masks. A learned sink (gpt-oss, arXiv 2508.10925, section 2.2) is one
+// more logit of a query head, neither scaled nor capped: it has a share of the softmax, thus of the LSE, and no value.
 #pragma once
 #include <cstdint>
 
@@ -60,11 +64,13 @@ struct KvsLayout {
   int32_t num_heads, num_kv_heads, head_dim;
   int32_t block_size;       // tokens of one block
   int32_t dense_dtype;      // KvsDtype of dense slots
-  int32_t tile_tokens;      // 0: dense policy, and every field below it but scale and sliding_window is 0
-  int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
-  int32_t value_rotated;    // V is turned by the Hadamard matrix before it is staged, and answers are turned back
   int32_t sliding_window;   // 0: none
   float scale;              // softmax scale
+  float soft_cap;           // of logits; 0: none
+  const float* sink_logits; // float32 [num_heads], the learned sinks; null: none
+  int32_t tile_tokens;      // 0: dense policy, and every field below it is 0
+  int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
+  int32_t value_rotated;    // V is turned by the Hadamard matrix before it is staged, and answers are turned back
   int64_t page_bytes;       // of a tile
   KvsHalf key, value;       // both without stages: a page is tile_tokens dense slots
   int64_t mass;             // offset in a coded page of its log-masses, float32 [tile_tokens]; 0: it has none
@@ -117,7 +123,8 @@ struct KvsRows {
 
 // Where to add up the attention that tokens receive from the requests of a batch that have one query row.
 // sums[r]: float32 [num_kv_heads][columns[r]], added to; null: not wanted of request r. Columns as of
-// kvs_attention_sums; each query head of the group adds probability ** power (1 or 2). Not for a sliding window.
+// kvs_attention_sums; each query head of the group adds probability ** power (1 or 2), a learned sink's share being
+// nobody's. Not for a sliding window.
 struct KvsReceived {
   int32_t power;
   float* const* sums;

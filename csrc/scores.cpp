@@ -3,6 +3,7 @@
 // One KV head and one block of queries at a time, in three phases: logits of the block, softmax of each row, and the
 // sums of each column. Keys lie in panels of 64 columns; logits in [panel][row][64], rows in [query][head of the group].
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -161,8 +162,14 @@ class Sums {
         for (int v = 0; v < COLUMNS; v += PANEL * VL)
           strip<false>(strip_queries, l.head_dim, keys + v, COLUMNS, l.head_dim, logits_of(panel, row) + v, COLUMNS,
                        PANEL, nullptr);
+        if (l.soft_cap) cap_strip(logits_of(panel, row));
         if (part.layout->mass && part.source == Source::KEPT) add_masses(part, panel, row);
       }
+  }
+
+  // Caps the logits (base 2) of one panel, for a strip of rows.
+  void cap_strip(float* x) const {
+    for (int i = 0; i < MR * COLUMNS; i += VL) storeu(x + i, soft_capped(loadu(x + i), l.soft_cap * LOG2E));
   }
 
   // The log-masses of a kept page to the logits of one panel, for a strip of rows.
@@ -222,7 +229,8 @@ class Sums {
       std::fill(x + seen, x + COLUMNS, NEG_INF);
       for (int v = 0; v < COLUMNS; v += VL) tops = vmax(tops, loadu(x + v));
     }
-    const VF top = splat(hmax(tops));
+    const float sink = sink_of(row), highest = std::max(hmax(tops), sink);
+    const VF top = splat(highest);
     for (size_t panel = 0; panel < end; ++panel) {
       float* x = logits_of(panel, row);
       for (int v = 0; v < COLUMNS; v += VL) {
@@ -231,7 +239,13 @@ class Sums {
         total += weight;
       }
     }
-    factors[row] = 1.0f / hsum(total);
+    const float of_sink = l.sink_logits ? std::exp2(sink - highest) : 0.0f;
+    factors[row] = 1.0f / (hsum(total) + of_sink);
+  }
+
+  // The logit (base 2) of the learned sink of a row's head.
+  float sink_of(int32_t row) const {
+    return l.sink_logits ? l.sink_logits[kv_head * group + row % group] * LOG2E : NEG_INF;
   }
 
   // The block's rows into the sums of one panel's tokens.

@@ -17,10 +17,21 @@ struct Heads {
   float* max;  // of the scores so far
   float* sum;  // of exp(score - max)
   int head_dim;
+  float soft_cap;  // of scores; 0: none
 };
 
 inline Heads heads_from(const Heads& all, int first) {
-  return {all.q + first * all.head_dim, all.out + first * all.head_dim, all.max + first, all.sum + first, all.head_dim};
+  return {all.q + first * all.head_dim, all.out + first * all.head_dim, all.max + first, all.sum + first, all.head_dim,
+          all.soft_cap};
+}
+
+// Caps the first n (rounded up to vectors) scores of `count` heads, [count][MAX_TOKENS].
+inline void cap_scores(float* scores, int count, int n, float soft_cap) {
+  for (int h = 0; h < count; ++h)
+    for (int t = 0; t < n; t += VL) {
+      float* score = scores + h * MAX_TOKENS + t;
+      storeu(score, soft_capped(loadu(score), soft_cap));
+    }
 }
 
 // Turns scores [H][MAX_TOKENS] into exp(score - new max), in place; n is a multiple of VL, and unseen tokens are -inf.

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
+from kvserve.kernels.geometry import CHUNK_TOKENS, LOG2_E, Geometry, Tables, check_device
 from kvserve.kernels.pages import (
     kept_of,
     kept_run,
@@ -20,8 +20,7 @@ from kvserve.kernels.pages import (
     request_of,
     rotated_columns,
 )
-from kvserve.kernels.sealed import LOG2_E
-from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
+from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk, start_of_softmax
 
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SEALED_STAGES: tl.constexpr = tl.constexpr(3)  # chunks of a sealed page in flight
@@ -34,10 +33,11 @@ PROGRAMS_PER_PROCESSOR = 4  # what the number of splits aims at
 @triton.jit
 def decode_kernel(
     cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
-    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, partial,
-    partial_lse, scale, CHUNK: tl.constexpr, G: tl.constexpr
+    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged,
+    sink_logits, partial, partial_lse, scale, CHUNK: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Program (request, kv_head, split): its share of the chunks; the last split adds sinks and tail."""
+    """Program (request, kv_head, split): its share of the chunks; the first one starts with the learned sinks, the last
+    one adds sinks and tail."""
     r, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
     if seq_len - computed == 1:
@@ -49,8 +49,7 @@ def decode_kernel(
         ROWS: tl.constexpr = G.group_rows
         DIM: tl.constexpr = G.block_dim
         accumulator = tl.zeros([ROWS, DIM], tl.float32)
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        peak, total = start_of_softmax(sink_logits, head * G.group + m, m < tl.where(split == 0, G.group, 0))
         oldest = tl.maximum(computed + 1 - G.sliding_window, 0) if G.sliding_window else 0
         position = tl.zeros([ROWS], tl.int32) + computed
         if G.dense:
@@ -218,8 +217,8 @@ def decode(
     partial = torch.empty(*shape, geometry.block_dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     decode_kernel[(batch.num_reqs, geometry.num_kv_heads, splits)](
-        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, partial,
-        partial_lse, scale * LOG2_E, CHUNK_TOKENS, geometry, num_warps=warps,
+        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged,
+        tables.sink_logits, partial, partial_lse, scale * LOG2_E, CHUNK_TOKENS, geometry, num_warps=warps,
     )  # fmt: skip
     combine_kernel[(batch.num_reqs, geometry.num_kv_heads)](
         batch.query_start_loc, partial, partial_lse, output, output.stride(0), output.stride(1), lse, query.shape[1],

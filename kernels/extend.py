@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.decode import LN_2, store_rows
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device
+from kvserve.kernels.geometry import CHUNK_TOKENS, LOG2_E, Geometry, Tables, check_device
 from kvserve.kernels.pages import kept_of, kept_run, page_of_chunk, request_of
-from kvserve.kernels.sealed import LOG2_E
-from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk
+from kvserve.kernels.softmax import add_dense_tokens, add_other_run, add_sealed_chunk, start_of_softmax
 
 EXTEND_ROWS = 64  # rows of one program's dots
 
@@ -22,8 +21,8 @@ EXTEND_ROWS = 64  # rows of one program's dots
 @triton.jit
 def extend_kernel(
     cells, block_stride, head_stride, strip_offset, strip_pages, query_start_loc, seq_lens, block_table, table_stride,
-    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged, output,
-    output_token_stride, output_head_stride, lse, num_heads, scale,
+    codec_tables, kept_ends, kept_starts, kept_blocks, query, query_token_stride, query_head_stride, staged,
+    sink_logits, output, output_token_stride, output_head_stride, lse, num_heads, scale,
     LEAST_TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """Program (row tile, request, kv_head): row m is head m % group of the tile's token m // group."""
@@ -43,7 +42,7 @@ def extend_kernel(
         last = tl.minimum(first + TOKENS, seq_len) - 1
         DIM: tl.constexpr = G.block_dim
         accumulator = tl.zeros([ROWS, DIM], tl.float32)
-        peak, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+        peak, total = start_of_softmax(sink_logits, heads, row_mask)
         dense_from, tile_start = tl.zeros_like(first), tl.zeros_like(position)
         if G.dense:
             if G.sliding_window:
@@ -135,7 +134,8 @@ def extend(
     rows = max(EXTEND_ROWS // 2 if wide else EXTEND_ROWS, geometry.group_rows)
     row_tiles = triton.cdiv(tables.max_query_len, rows // geometry.group)
     extend_kernel[(row_tiles, batch.num_reqs, geometry.num_kv_heads)](
-        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged, output,
-        output.stride(0), output.stride(1), lse, query.shape[1], scale * LOG2_E, least_tokens, rows, CHUNK_TOKENS,
-        min(32, geometry.block_dim), geometry, num_warps=4 if geometry.block_dim < 128 else 8, num_stages=1,
+        *tables.arguments, *tables.kept_arguments, query, query.stride(0), query.stride(1), staged,
+        tables.sink_logits, output, output.stride(0), output.stride(1), lse, query.shape[1], scale * LOG2_E,
+        least_tokens, rows, CHUNK_TOKENS, min(32, geometry.block_dim), geometry,
+        num_warps=4 if geometry.block_dim < 128 else 8, num_stages=1,
     )  # fmt: skip

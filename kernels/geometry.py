@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 64  # tokens of one step of an attention loop; every tile is a whole number of them
 MIN_DOT_ROWS = 16  # least M of tl.dot
 ALIGNMENT_BYTES = 16
+LOG2_E = 1.4426950408889634
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -42,6 +43,7 @@ class Geometry(NamedTuple):
     group: int
     group_rows: int  # rows of a dot that takes the query heads of one KV head: group, rounded up
     sliding_window: int
+    soft_cap: float | None  # of logits in base 2
     dense: bool
     block_size: int
     slot_dtype: Any  # tl.dtype of dense slots
@@ -75,8 +77,8 @@ def formats_of(geometry: Geometry) -> tuple[Geometry, ...]:
 
 
 def storage_geometry(geometry: Geometry) -> Geometry:
-    """The constants of kernels that see no query: the same, and so compiled once, for every group and window."""
-    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0, other=None)
+    """The constants of kernels that see no query: the same, and so compiled once, for every group, window and cap."""
+    return geometry._replace(group=1, group_rows=MIN_DOT_ROWS, sliding_window=0, soft_cap=None, other=None)
 
 
 def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
@@ -94,6 +96,7 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         group=spec.group,
         group_rows=group_rows,
         sliding_window=spec.sliding_window or 0,
+        soft_cap=None if spec.soft_cap is None else spec.soft_cap * LOG2_E,
         dense=not layout.has_pages,
         block_size=layout.block_size,
         slot_dtype=TRITON_DTYPES[layout.dense_dtype],
@@ -180,6 +183,7 @@ class Tables:
         batch: its tensors lie on the device of `cells`.
         max_query_len: at least the longest query of the batch; grids depend on it and on shapes, never on data.
         codec_tables: what the codecs of the pages read beside them.
+        sink_logits: float32 [num_heads], the layer's learned sinks, or None.
     """
 
     cells: torch.Tensor
@@ -188,14 +192,16 @@ class Tables:
     strip_offset: int
     strip_pages: int
     codec_tables: CodecTables = NO_TABLES
+    sink_logits: torch.Tensor | None = None
 
     @classmethod
     def of(
         cls, layout: PageLayout, cells: torch.Tensor, batch: Batch, max_query_len: int,
-        codec_tables: CodecTables = NO_TABLES,
+        codec_tables: CodecTables = NO_TABLES, sink_logits: torch.Tensor | None = None,
     ) -> Tables:  # fmt: skip
         check_alignment(cells)
-        return cls(cells, batch, max_query_len, *strips_of(cells, layout.kept_page_bytes), codec_tables)
+        strips = strips_of(cells, layout.kept_page_bytes)
+        return cls(cells, batch, max_query_len, *strips, codec_tables, sink_logits)
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kvserve.kernels.decode import warps_of
-from kvserve.kernels.geometry import CHUNK_TOKENS, Geometry, Tables, check_device, formats_of
+from kvserve.kernels.geometry import CHUNK_TOKENS, LOG2_E, Geometry, Tables, check_device, formats_of
 from kvserve.kernels.pages import (
     dense_row,
     dot,
@@ -24,7 +24,8 @@ from kvserve.kernels.pages import (
     slot_of,
 )
 from kvserve.kernels.scores import other_scores, place_of_chunk
-from kvserve.kernels.sealed import LOG2_E, sealed_masses, sealed_scores
+from kvserve.kernels.sealed import sealed_masses, sealed_scores
+from kvserve.kernels.softmax import soft_capped
 
 if TYPE_CHECKING:
     from kvserve.attention.base import Received
@@ -96,7 +97,7 @@ def received_kernel(
             key = dense_row(cells, slots, stored, staged, staged_rows, new, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
         denominator = tl.load(lse + first_row.to(tl.int64) * num_heads + heads, mask=row_mask, other=0.0) * _LOG2_E
-        weights = tl.exp2(scores * scale + masses[None, :] - denominator[:, None])
+        weights = tl.exp2(soft_capped(scores * scale, G) + masses[None, :] - denominator[:, None])
         weights = tl.where(row_mask[:, None], weights * weights if POWER == 2 else weights, 0.0)
         sums = tl.load(wanted + 1).to(tl.pointer_type(tl.float32)) + head * columns + column
         tl.store(sums, tl.load(sums, mask=used, other=0.0) + tl.sum(weights, 0), mask=used)

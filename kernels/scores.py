@@ -16,6 +16,7 @@ from kvserve.kernels.codecs.chain import NO_TABLES, CodecTables
 from kvserve.kernels.decode import warps_of
 from kvserve.kernels.geometry import (
     CHUNK_TOKENS,
+    LOG2_E,
     Geometry,
     check_alignment,
     check_device,
@@ -24,7 +25,8 @@ from kvserve.kernels.geometry import (
     strips_of,
 )
 from kvserve.kernels.pages import dense_row, dot, kept_run, kept_tile_at, page_of_chunk, slot_of
-from kvserve.kernels.sealed import LOG2_E, sealed_masses, sealed_scores
+from kvserve.kernels.sealed import sealed_masses, sealed_scores
+from kvserve.kernels.softmax import soft_capped
 
 SCORE_ROWS = 32
 
@@ -142,7 +144,7 @@ def scores_kernel(
             key = dense_row(cells, slots, is_dense, None, slots, is_dense, 0, True, G).to(rows.dtype)
             scores = tl.where(is_dense[None, :], dot(rows, key), scores)
         visible = used[None, :] & (t[None, :] <= (stored - num_rows + m)[:, None]) & row_mask[:, None]
-        scores = tl.where(visible, scores * scale + masses[None, :], float("-inf"))
+        scores = tl.where(visible, soft_capped(scores * scale, G) + masses[None, :], float("-inf"))
         if denominators is None:
             peak = tl.max(scores, 1)
             safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -172,6 +174,7 @@ def attention_sums(
     power: int = 1,
     take_max: bool = False,
     codec_tables: CodecTables = NO_TABLES,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum, or largest, over query rows of probability ** power, for each token that a request holds.
 
@@ -184,6 +187,7 @@ def attention_sums(
         held: tokens that each KV head holds (`held_tokens`).
         end, blocks: of the request's `Kept`.
         power: 1 or 2.
+        sink_logits: float32 [num_heads], learned sinks, or None.
 
     Returns:
         float32 [num_heads, max(held)]; zero behind what a head holds.
@@ -207,5 +211,8 @@ def attention_sums(
         )  # fmt: skip
 
     launch(None)
-    launch((partial / LOG2_E).logsumexp(1) * LOG2_E)
+    shares = partial / LOG2_E
+    if sink_logits is not None:
+        shares = torch.cat([shares, sink_logits[:, None, None].expand(-1, 1, rows)], 1)
+    launch(shares.logsumexp(1) * LOG2_E)
     return sums

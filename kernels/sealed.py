@@ -11,10 +11,10 @@ import triton.language as tl
 
 from kvserve.kernels.codecs.affine import affine_scores, affine_values
 from kvserve.kernels.codecs.chain import read_rows
+from kvserve.kernels.geometry import LOG2_E
 from kvserve.kernels.pages import dense_row, dot
 
 _FLOAT16_MAX: tl.constexpr = tl.constexpr(65504.0)
-LOG2_E = 1.4426950408889634
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
 

@@ -5,8 +5,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvserve.kernels.geometry import LOG2_E
 from kvserve.kernels.pages import dense_row, dot, kept_run, kept_tile_at, slot_of
 from kvserve.kernels.sealed import sealed_masses, sealed_scores, sealed_values
+
+_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def soft_capped(scores, G: tl.constexpr):
+    """Logits in base 2 as the layer counts them: cap * tanh(logit / cap) where it caps them."""
+    if G.soft_cap is not None:
+        x = scores * (1.0 / G.soft_cap)
+        square = x * x  # the Taylor series where the ratio cancels
+        series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        shrunk = tl.exp2(tl.abs(x) * (-2 * _LOG2_E))
+        ratio = (1.0 - shrunk) / (1.0 + shrunk)
+        scores = tl.where(tl.abs(x) >= 0.25, tl.where(x < 0, -ratio, ratio), series) * G.soft_cap
+    return scores
+
+
+@triton.jit
+def start_of_softmax(sink_logits, heads, mask):
+    """Maximum and sum [M], in base 2, of rows that have seen no token: their learned sink where `mask`, or nothing."""
+    if sink_logits is None:
+        peak = tl.full(mask.shape, float("-inf"), tl.float32)
+        total = tl.zeros(mask.shape, tl.float32)
+    else:
+        peak = tl.load(sink_logits + heads, mask=mask, other=float("-inf")) * _LOG2_E
+        total = tl.where(peak > float("-inf"), 1.0, 0.0)
+    return peak, total
 
 
 @triton.jit
@@ -37,6 +65,7 @@ def add_sealed_chunk(
     scores = sealed_scores(
         query, query_rows, row_mask, page, column0, first_position, head, codec_tables, CHUNK, G
     ) * scale  # fmt: skip
+    scores = soft_capped(scores, G)
     if G.mass:
         scores += sealed_masses(page, column0, CHUNK, G)[None, :]
     scores = tl.where(visible, scores, float("-inf"))
@@ -75,7 +104,7 @@ def add_dense_chunk(
 ):
     """Attend to N dense tokens: slots where `stored`, staged rows where `new` (see `dense_row`); visible [M, N]."""
     key = dense_row(cells, slots, stored, staged, staged_rows, new, 0, True, G).to(query.dtype)
-    scores = dot(query, key) * scale
+    scores = soft_capped(dot(query, key) * scale, G)
     scores = tl.where(visible, scores, float("-inf"))
     weights, accumulator, peak, total = _rescale(scores, accumulator, peak, total)
     value = dense_row(cells, slots, stored, staged, staged_rows, new, 1, False, G).to(query.dtype)

@@ -21,6 +21,8 @@ inline const char* unsupported(const KvsLayout& layout) {
   if (!is_affine_by_token(layout.value) || !covered(value_codec(layout)))
     return "the CUDA kernels read values of 2 or 4 bits; use Triton";
   if (layout.mass) return "the CUDA kernels add no log-masses to logits; use Triton";
+  if (layout.soft_cap) return "the CUDA kernels do not cap logits; use Triton";
+  if (layout.sink_logits) return "the CUDA kernels have no learned sinks; use Triton";
   if (layout.num_formats > 1) return "the CUDA kernels read kept pages of one format; use Triton";
   if (layout.head_dim != 64 && layout.head_dim != 128)
     return "the CUDA kernels support head_dim 64 and 128; use Triton";

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -30,6 +30,10 @@ class LayerSpec:
         scale: factor of the query-key dot products.
         sliding_window: a query at position p sees tokens t > p - sliding_window; None: all t <= p.
         first_head: index of the first KV head among those of all tensor-parallel ranks.
+        soft_cap: a logit s = scale * q . k counts as soft_cap * tanh(s / soft_cap), before masks and log-masses.
+        sink_logits: learned sinks, float32 [num_heads], contiguous, on the device of the cells: one more logit of each
+            query head, neither scaled nor capped, whose token does not exist. It has its share of the softmax, and so
+            of the LSE; what tokens receive sums to less than 1.
     """
 
     num_heads: int
@@ -37,11 +41,21 @@ class LayerSpec:
     scale: float
     sliding_window: int | None = None
     first_head: int = 0
+    soft_cap: float | None = None
+    sink_logits: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def sinks_by_group(self) -> torch.Tensor | None:
+        """The learned sinks, float32 [num_kv_heads, group]."""
+        return None if self.sink_logits is None else self.sink_logits.view(self.num_kv_heads, self.group)
+
+    def on(self, device: torch.device) -> LayerSpec:
+        """The same layer for cells on another device."""
+        return self if self.sink_logits is None else replace(self, sink_logits=self.sink_logits.to(device))
 
 
 @dataclass
@@ -148,6 +162,7 @@ class PagedAttention(ABC):
             raise ValueError(f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, got {layout.head_dim}")
         if spec.sliding_window is not None and spec.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 or None, got {spec.sliding_window}")
+        check_logits(spec)
         self.layout = layout
         self.spec = spec
         self.tables = tables or {}
@@ -271,7 +286,8 @@ class PagedAttention(ABC):
 
         Args:
             query: [rows, num_heads, head_dim], float32, float16 or bfloat16: the query rows of the last `rows` of the
-                stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1.
+                stored tokens. Row i sees the tokens up to its own, and its probabilities sum to 1, or less
+                where there are learned sinks.
             stored: if the request was evicted, the rows stand at kept.end or later.
             power: of each probability, before the reduction.
             reduce: over the rows.
@@ -357,6 +373,19 @@ class PagedAttention(ABC):
         for mass, count in zip(log_mass, counts, strict=True):
             if mass.dtype != torch.float32 or mass.shape != (count,):
                 raise ValueError(f"log-masses must be float32 [{count}], got {mass.dtype} {list(mass.shape)}")
+
+
+def check_logits(spec: LayerSpec) -> None:
+    """Reject a soft-cap or learned sinks that kernels cannot use."""
+    if spec.soft_cap is not None and not 0 < spec.soft_cap < float("inf"):
+        raise ValueError(f"soft_cap must be positive and finite, or None, got {spec.soft_cap}")
+    sinks = spec.sink_logits
+    if sinks is None:
+        return
+    if sinks.dtype != torch.float32 or sinks.shape != (spec.num_heads,) or not sinks.is_contiguous():
+        raise ValueError(
+            f"sink_logits must be contiguous float32 [{spec.num_heads}], got {sinks.dtype} {list(sinks.shape)}"
+        )
 
 
 def check_rows(name: str, rows: torch.Tensor, num_heads: int, head_dim: int) -> None:

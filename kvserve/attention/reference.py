@@ -19,6 +19,7 @@ from kvserve.attention.base import (
     check_cells,
     check_rows,
 )
+from kvserve.attention.logits import capped, softmax
 from kvserve.attention.saturation import rows_beyond_range
 from kvserve.codecs.base import FLOAT16_MAX
 from kvserve.codecs.layer_tables import tables_of_head
@@ -59,6 +60,7 @@ class _History(NamedTuple):
     kept: torch.Tensor  # [num_kept, 2, head_dim]
     kept_mass: torch.Tensor  # [num_kept]
     end: int  # tokens before it are sinks, kept or gone
+    sink_logits: torch.Tensor | None  # learned, of the query heads, [group]
 
 
 class ReferenceAttention(PagedAttention):
@@ -135,15 +137,16 @@ class ReferenceAttention(PagedAttention):
         tile_start = position // self.layout.tile_tokens * self.layout.tile_tokens
         is_sealed = (t < tile_start) & (t >= sinks)
         seen = torch.cat([history.kept, torch.where(is_sealed[:, None, None], history.sealed[t], history.dense[t])])
-        scores = query @ seen[:, 0].T * self.spec.scale
+        scores = capped(query @ seen[:, 0].T * self.spec.scale, self.spec.soft_cap)
         scores[:, : len(history.kept)] += history.kept_mass
-        return self._rotate(scores.softmax(-1) @ seen[:, 1]), scores.logsumexp(-1)
+        weights, log_sum = softmax(scores, history.sink_logits)
+        return self._rotate(weights @ seen[:, 1]), log_sum
 
     def _history(self, cells: torch.Tensor, request: _Request, head: int, staged: torch.Tensor) -> _History:
         dense = torch.zeros(request.seq_len, 2, self.layout.head_dim)
         sealed = torch.zeros_like(dense)
         kept = (self._kept_rows(cells, request, head), self._kept_mass(cells, request, head))
-        history = _History(dense, sealed, *kept, request.kept.end)
+        history = _History(dense, sealed, *kept, request.kept.end, self._sinks_of(head))
         tile_tokens = self.layout.tile_tokens
         for tile in range(request.kept.end // tile_tokens, request.seq_len // tile_tokens):
             sealed[tile * tile_tokens : (tile + 1) * tile_tokens] = self._unsealed(cells, request, head, tile)
@@ -153,6 +156,11 @@ class ReferenceAttention(PagedAttention):
         for t in range(request.computed // tile_tokens * tile_tokens, request.seq_len):
             dense[t] = self._dense_row(cells, request, head, t, staged)
         return history
+
+    def _sinks_of(self, head: int) -> torch.Tensor | None:
+        """Learned sinks of a KV head's query heads, float32 [group]."""
+        sinks = self.spec.sinks_by_group()
+        return None if sinks is None else sinks[head]
 
     def _kept_rows(self, cells: torch.Tensor, request: _Request, head: int) -> torch.Tensor:
         """What an evicted request keeps for one KV head, float32 [num_kept, 2, head_dim]; V stays rotated."""
@@ -234,11 +242,12 @@ class ReferenceAttention(PagedAttention):
             rows = query[:, kv_head * group : (kv_head + 1) * group].float().transpose(0, 1)
             keys = self._held_keys(cells, request, kv_head)
             seen = torch.ones(len(query), len(keys)).tril(len(keys) - len(query)) > 0
-            logits = rows @ keys.T * self.spec.scale
+            logits = capped(rows @ keys.T * self.spec.scale, self.spec.soft_cap)
             masses, sinks = self._kept_mass(cells, request, kv_head), self.layout.policy.sink_tokens
             logits[..., sinks : sinks + len(masses)] += masses
             logits.masked_fill_(~seen, -torch.inf)
-            powers = logits.softmax(-1) ** power
+            own_sinks = self._sinks_of(kv_head)
+            powers = softmax(logits, None if own_sinks is None else own_sinks[:, None])[0] ** power
             sums.append(powers.amax(1) if reduce == "max" else powers.sum(1))
         columns = max(part.shape[1] for part in sums)
         return torch.cat([functional.pad(part, (0, columns - part.shape[1])) for part in sums])

@@ -36,10 +36,12 @@ class KvsHalf(ctypes.Structure):
 class KvsLayout(ctypes.Structure):
     _fields_ = [
         *((name, int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "dense_dtype")),
-        *((name, int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
-        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens")),
-        *((name, int32) for name in ("value_rotated", "sliding_window")),
+        ("sliding_window", int32),
         ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("sink_logits", pointer),
+        *((name, int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
+        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "value_rotated")),
         ("page_bytes", int64),
         ("key", KvsHalf),
         ("value", KvsHalf),
@@ -90,7 +92,7 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
     """A pool's geometry and a layer's attention; fields that the policy does not have are 0.
 
     Args:
-        tables: those that the layer's codecs read, checked; they must outlive what is returned.
+        spec, tables: of the layer, checked; their tensors must outlive what is returned.
     """
     struct = KvsLayout(
         num_heads=spec.num_heads,
@@ -100,6 +102,8 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
         dense_dtype=DTYPE_CODES[layout.dense_dtype],
         sliding_window=spec.sliding_window or 0,
         scale=spec.scale,
+        soft_cap=spec.soft_cap or 0,
+        sink_logits=None if spec.sink_logits is None else spec.sink_logits.data_ptr(),
     )
     if not layout.has_pages:
         return struct

@@ -135,7 +135,8 @@ class TritonAttention(PagedAttention):
         state_block = int(block_table_row[0]) if kept.end else 0
         held = held_tokens(cells, self.layout, state_block, num_tokens, kept)
         place, how = (self.geometry, cells, block_table_row, num_tokens), (power, reduce == "max", self.codec_tables)
-        return scores.attention_sums(*place, query, self.spec.scale, held, kept.end, kept.blocks, *how)
+        sinks = self.spec.sink_logits
+        return scores.attention_sums(*place, query, self.spec.scale, held, kept.end, kept.blocks, *how, sinks)
 
     def _tables(self, cells: torch.Tensor, batch: Batch) -> Tables:
         self.check_kept(batch)
@@ -143,9 +144,9 @@ class TritonAttention(PagedAttention):
         if not isinstance(batch.native, int):
             check_batch(batch)
             batch.native = batch.max_query_len or int(batch.query_start_loc.diff().max())
-        if self.tables:
-            check_device(cells=cells, **self.tables)
-        return Tables.of(self.layout, cells, batch, batch.native, self.codec_tables)
+        if self.tables or self.spec.sink_logits is not None:
+            check_device(cells=cells, sink_logits=self.spec.sink_logits, **self.tables)
+        return Tables.of(self.layout, cells, batch, batch.native, self.codec_tables, self.spec.sink_logits)
 
     def _rotate(self, values: torch.Tensor) -> torch.Tensor:
         if not self.geometry.rotated:

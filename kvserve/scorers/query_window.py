@@ -21,7 +21,8 @@ class QueryWindow(ABC):
     def attention(self, rows: int, power: Literal[1, 2] = 1, reduce: Literal["sum", "max"] = "sum") -> torch.Tensor:
         """What the last `rows` rows (1 <= rows <= num_rows) pay to each cached token.
 
-        A row sees the cached tokens up to its own position; its probabilities sum to 1, or are 0 if it sees none.
+        A row sees the cached tokens up to its own position; its probabilities sum to 1, to less in a layer with learned
+        sinks, or are 0 if it sees none.
 
         Returns:
             float32 [num_heads, n]: sum or maximum over the rows of probability ** power.

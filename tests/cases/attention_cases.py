@@ -71,6 +71,25 @@ class Case:
         return output, lse
 
 
+def random_sinks(num_heads: int) -> torch.Tensor:
+    """Learned sinks from far below to above what random rows' logits are, float32 [num_heads]."""
+    return torch.linspace(-6, 5, num_heads)[torch.randperm(num_heads, generator=torch.Generator().manual_seed(3))]
+
+
+def plain_logits(logits: torch.Tensor, spec: LayerSpec, masses: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Scaled logits as the layer counts them, by the definition."""
+    if spec.soft_cap is not None:
+        logits = spec.soft_cap * (1 - 2 / ((2 * logits / spec.soft_cap).exp() + 1))
+    return logits + masses
+
+
+def plain_softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of logits [heads, n] beside learned sinks [heads], and the log of the denominators, float64."""
+    weights = logits.double().exp()
+    total = weights.sum(-1) + (0.0 if sinks is None else sinks.double().exp())
+    return weights / total[:, None], total.log()
+
+
 def copy_cells(cells: torch.Tensor) -> torch.Tensor:
     """A copy of a layer's arena with the same strides, poisoned between its cells."""
     size = cells.untyped_storage().nbytes()
@@ -115,11 +134,14 @@ def build_case(
     sliding_window: int | None = None,
     model_dtype: torch.dtype = torch.float32,
     block_size: int | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
     seed: int = 0,
 ) -> Case:
     """A step with `computed[r]` stored and `new_tokens[r]` new tokens of request r; unit-scale random rows.
 
-    Keys have a per-channel offset and spread, as real ones do. `block_size` overrides the dense policy's 16.
+    Keys have a per-channel offset and spread, as real ones do. `block_size` overrides the dense policy's 16. `sinks`:
+    learned ones.
     """
     generator = torch.Generator().manual_seed(seed)
     sealed_block_size = tiles_per_block * policy.tile_tokens
@@ -127,7 +149,9 @@ def build_case(
         policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group,
         num_layers=NUM_LAYERS,
     )  # fmt: skip
-    spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, sliding_window)
+    num_heads = group * num_kv_heads
+    learned = random_sinks(num_heads) if sinks else None
+    spec = LayerSpec(num_heads, num_kv_heads, head_dim**-0.5, sliding_window, 0, soft_cap, learned)
     tables = random_layer_tables(layout.tile_format, num_kv_heads)
     lengths = [c + n for c, n in zip(computed, new_tokens, strict=True)]
     table, num_blocks = make_table(layout, lengths, generator)

@@ -159,7 +159,7 @@ def shifted_table_of_a_head(step: Step) -> None:
     step.output[:, :GROUP] = output[:, :GROUP]
 
 
-def with_spec(**changes: float) -> Callable[[Step], None]:
+def with_spec(**changes: float | None) -> Callable[[Step], None]:
     def apply(step: Step) -> None:
         spec: LayerSpec = replace(step.attention.spec, **changes)
         step.attention = NativeAttention(step.attention.layout, spec)
@@ -236,6 +236,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "keys of another position while decoding": ("kivi-2bit", Before(decodes(moved_keys))),
     "sequence length off by one": ("int8", Before(decodes(shorter))),
     "softmax scale 10 % too large": ("boost-2bit", Before(with_spec(scale=1.1 * HEAD_DIM**-0.5))),
+    "logits not capped": ("int8", Before(with_spec(soft_cap=None))),
+    "learned sinks left out": ("kivi-2bit", Before(with_spec(sink_logits=None))),
     "mask not causal": ("none", After(not_causal)),
     "a sliding window that the model lacks": ("int8", Before(with_spec(sliding_window=100))),
     "values not rotated back": ("boost-2bit", After(not_rotated_back)),
@@ -245,6 +247,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "kept pages of two heads exchanged": ("kv-compress-2bit", InArena(exchange_headers)),
     "an evicted request's cut a tile too early": ("kv-compress", Before(later_end)),
 }  # fmt: skip
+# What the layers of a Machine need, for the damage of this name to be one.
+LAYERS_OF = {"logits not capped": {"soft_cap": 1.0}, "learned sinks left out": {"sinks": True}}
 
 
 def shifted_sections(policy: Policy) -> dict[str, Damage]:

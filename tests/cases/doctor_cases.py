@@ -24,7 +24,7 @@ from kvserve.probe.history import LayerHistory
 from kvserve.probe.probe import LayerProbe, Probe
 from kvserve.probe.request import plan_test
 from kvserve.scorers.rotary import Rotary
-from tests.cases.attention_cases import POISON, make_batch
+from tests.cases.attention_cases import POISON, make_batch, random_sinks
 from tests.cases.codec_cases import random_layer_tables
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
@@ -74,6 +74,8 @@ class Machine:
     damage: Damage = field(default_factory=Damage)
     block_tiles: int = 1
     sliding_window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False  # learned ones
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -84,7 +86,10 @@ class Machine:
         self.layout = PageLayout.build(
             self.policy, HEAD_DIM, size, self.dtype, query_group=GROUP, num_layers=NUM_LAYERS
         )
-        self.spec = LayerSpec(GROUP * KV_HEADS, KV_HEADS, HEAD_DIM**-0.5, self.sliding_window)
+        learned = random_sinks(GROUP * KV_HEADS) if self.sinks else None
+        self.spec = LayerSpec(
+            GROUP * KV_HEADS, KV_HEADS, HEAD_DIM**-0.5, self.sliding_window, 0, self.soft_cap, learned
+        )
         self.plan = plan_test(self.layout, MAX_MODEL_LEN)
         blocks = 6 * self.layout.blocks_for(self.plan.prompt_len + self.plan.output_tokens)
         shape = (blocks, KV_HEADS, NUM_LAYERS, self.layout.cell_bytes)

@@ -18,7 +18,7 @@ from kvserve.pages.kept import Kept, KeptRows, KeptTable, pages_per_block
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.reference import decode_page, encode_page, hadamard
 from kvserve.policies.base import Eviction, Policy
-from tests.cases.attention_cases import POISON, make_batch
+from tests.cases.attention_cases import POISON, make_batch, plain_logits, plain_softmax, random_sinks
 
 NUM_LAYERS = 3
 LAYERS = (0, 2)  # attended to; the middle layer's cells hold nothing but kept pages of the others
@@ -127,11 +127,14 @@ class KeptCase:
             dense = rows[: sinks if full else 0], rows[full * size : p + 1]
             key, value = torch.cat([dense[0], *before, *tiles[: full - ask.end // size], dense[1]]).double().unbind(1)
             query = self.query[layer][r][p - ask.computed, kv_head * group : (kv_head + 1) * group].double()
-            scores = query @ key.T * self.spec.scale
+            masses = torch.zeros(len(key), dtype=torch.float64)
             if before:
-                scores[:, len(dense[0]) : len(dense[0]) + len(before[0])] += mass
-            outputs.append(scores.softmax(-1) @ value)
-            sums.append(scores.logsumexp(-1))
+                masses[len(dense[0]) : len(dense[0]) + len(before[0])] += mass
+            learned = None if self.spec.sink_logits is None else self.spec.sink_logits.view(-1, group)[kv_head]
+            logits = plain_logits(query @ key.T * self.spec.scale, self.spec, masses)
+            weights, lse = plain_softmax(logits, learned)
+            outputs.append(weights @ value)
+            sums.append(lse)
         output = torch.stack(outputs)
         if rotated(layout.policy):
             output = output @ hadamard(layout.head_dim).double()
@@ -185,6 +188,8 @@ def build_kept_case(
     evict: bool = True,
     poison: int = POISON,
     mass: float | None = None,
+    soft_cap: float | None = None,
+    sinks: bool = False,
 ) -> KeptCase:
     """A step whose past, evictions included, the reference stored. The same arguments give the same rows.
 
@@ -192,13 +197,15 @@ def build_kept_case(
         exact: rows that the codec represents exactly.
         evict: False: every request keeps its tokens as they are.
         mass: pages have log-masses, those of kept tokens up to so much; None: pages have none.
+        sinks: learned ones.
     """
     policy = policy if mass is None else with_masses(policy)
     generator = torch.Generator().manual_seed(1)
     layout = PageLayout.build(
         policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1, num_layers=NUM_LAYERS
     )
-    spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5)
+    learned = random_sinks(group * num_kv_heads) if sinks else None
+    spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, None, 0, soft_cap, learned)
 
     def rows(heads: int, coded: bool, counts: list[int]) -> dict[int, list[torch.Tensor]]:
         make = grid_rows if coded else random_rows

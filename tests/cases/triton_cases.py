@@ -52,7 +52,8 @@ def run(
 
 def attention_of(case: Case) -> TritonAttention:
     """The kernels for a case of attention_cases.py, with its tables on their device."""
-    return TritonAttention(case.layout, case.spec, {name: table.to(DEVICE) for name, table in case.tables.items()})
+    tables = {name: table.to(DEVICE) for name, table in case.tables.items()}
+    return TritonAttention(case.layout, case.spec.on(DEVICE), tables)
 
 
 def run_case(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

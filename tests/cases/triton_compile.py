@@ -3,7 +3,7 @@
     python tests/cases/triton_compile.py 90:boosted:128:4:float16 ...     (architecture:family:head_dim:group:dtype)
     python tests/cases/triton_compile.py --once 90:boosted:128:4:float16  (each kernel in the form that does most)
 
-A family that ends in "-mass" has pages with log-masses.
+A family that ends in "-mass" has pages with log-masses, one in "-logits" capped logits and learned sinks.
 
 The launchers run as they are, on CPU tensors, under a driver that only names a target: a launch compiles and does not
 run. It must be its own process, since Triton decides on import whether it interprets.
@@ -28,13 +28,15 @@ ROW = torch.arange(9, dtype=torch.int32)
 
 
 def build(family: str, head_dim: int, group: int, dtype: torch.dtype) -> Case:
-    """Of a family of make_policy, with log-masses (-mass), or of int8 with kept tokens in 2 bits (demoting)."""
+    """Of a family of make_policy, with what its suffix says, or of int8 with kept tokens in 2 bits (demoting)."""
+    has_logits, family = family.endswith("-logits"), family.removesuffix("-logits")
     policy = make_policy("int8" if family == "demoting" else family.removesuffix("-mass"))
     if family == "demoting":
         policy = demoting(policy, Affine(bits=2, group_size=32), Affine(bits=2, group_size=64))
     policy = with_masses(policy) if family.endswith("-mass") else policy
+    logits = {"soft_cap": 50.0, "sinks": True} if has_logits else {}
     return build_case(policy, computed=[3, 0], new_tokens=[1, 80], head_dim=head_dim, group=group,
-                      model_dtype=dtype)  # fmt: skip
+                      model_dtype=dtype, **logits)  # fmt: skip
 
 
 def launch_plain(case: Case) -> None:
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
         use_target(architecture)
         case = build(family, int(head_dim), int(group), dtype)
         key = case.layout.policy.key
-        can_evict = family != "dense" and not (key and key.needs_positions)
+        can_evict = family.removesuffix("-logits") != "dense" and not (key and key.needs_positions)
         if not (once and can_evict):
             launch_plain(case)
         if can_evict:

@@ -239,6 +239,13 @@ def test_what_the_kernels_do_not_cover_is_refused_with_what_does(library: Path):
     weighed = PageLayout.build(with_masses(make_policy("kivi-2")), 64, 64, torch.float16, state_blocks=1)
     with pytest.raises(ValueError, match="no log-masses to logits; use Triton"):
         CudaAttention(weighed, case.spec, library)
+    narrow = decode_case("kivi-2", [0], model_dtype=torch.float16).layout
+    for options, message in (
+        ({"soft_cap": 50.0}, "do not cap logits"),
+        ({"sink_logits": torch.zeros(6)}, "learned sinks"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}; use Triton"):
+            CudaAttention(narrow, LayerSpec(6, 2, 0.125, **options), library)
     wide = decode_case("kivi-2", [0], model_dtype=torch.float32)
     with pytest.raises(ValueError, match="must have the dtype of the cache"):
         decode(library, wide)
