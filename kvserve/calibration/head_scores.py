@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from kvserve.attention.base import LayerSpec
+from kvserve.attention.logits import capped, softmax
+
 
 class Repeats(NamedTuple):
     """A prompt: `start` tokens, and `repeats` times the same `period` different ones."""
@@ -31,20 +34,21 @@ class HeadScores(NamedTuple):
     induction: torch.Tensor
 
 
-def head_scores(query: torch.Tensor, key: torch.Tensor, scale: float, prompt: Repeats) -> HeadScores:
+def head_scores(query: torch.Tensor, key: torch.Tensor, spec: LayerSpec, prompt: Repeats) -> HeadScores:
     """The scores of one layer's query heads; one head's probabilities exist at a time.
 
     Args:
         query: [prompt.num_tokens, heads, head_dim], as they enter the dot.
         key: [prompt.num_tokens, kv_heads, head_dim].
-        scale: softmax scale.
+        spec: of the layer; its window counts for nothing.
     """
     future = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).triu_(1)
     group, scores = query.shape[1] // key.shape[1], []
+    sinks = [None] * query.shape[1] if spec.sink_logits is None else spec.sink_logits
     for head in range(query.shape[1]):
-        logits = query[:, head].float() @ key[:, head // group].float().T * scale
-        weights = logits.masked_fill_(future, -torch.inf).softmax(1)[prompt.start :, prompt.start :]
-        scores.append(_scores_of_head(weights, prompt))
+        logits = capped(query[:, head].float() @ key[:, head // group].float().T * spec.scale, spec.soft_cap)
+        weights, _ = softmax(logits.masked_fill_(future, -torch.inf), sinks[head])
+        scores.append(_scores_of_head(weights[prompt.start :, prompt.start :], prompt))
     echo, induction = (torch.stack(found).cpu() for found in zip(*scores, strict=True))
     return HeadScores(echo, induction)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvserve.attention.base import Batch
+from kvserve.attention.base import Batch, LayerSpec
 from kvserve.calibration.head_scores import HeadScores, Repeats, head_scores
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
@@ -28,8 +28,8 @@ Found = dict[int, tuple[int, list[float], list[float]]]
 class HeadRecorder:
     """Takes the place of a probe at one layer; sees one step, that of the whole prompt."""
 
-    def __init__(self, scale: float, prompt: Repeats) -> None:
-        self.scale, self.prompt = scale, prompt
+    def __init__(self, spec: LayerSpec, prompt: Repeats) -> None:
+        self.spec, self.prompt = spec, prompt
         self.scores: HeadScores | None = None
 
     def observe(
@@ -38,7 +38,7 @@ class HeadRecorder:
     ) -> None:  # fmt: skip
         """Score the heads."""
         assert self.scores is None and len(query) == self.prompt.num_tokens, "the prompt runs alone, in one step"
-        self.scores = head_scores(query, key, self.scale, self.prompt)
+        self.scores = head_scores(query, key, self.spec, self.prompt)
 
 
 class HeadWorker:
@@ -53,7 +53,7 @@ class HeadWorker:
         except UnsupportedError as error:
             return str(error)
         for _, impl in kvserve_layers(self.vllm_config):
-            impl.probe = HeadRecorder(impl.scale, Repeats(*prompt))
+            impl.probe = HeadRecorder(impl.attention.spec, Repeats(*prompt))
         return None
 
     def kvserve_heads_finish(self) -> Found:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kvserve.attention.base import LayerSpec
+from kvserve.attention.logits import capped, softmax
 from kvserve.attention.reference import ReferenceAttention
 from kvserve.codecs.layer_tables import LayerTables, tables_of_head
 from kvserve.codecs.tile import Tables
@@ -35,8 +36,8 @@ class LayerHistory:
     """
 
     def __init__(self, layout: PageLayout, spec: LayerSpec, tables: LayerTables | None = None) -> None:
-        self.layout, self.spec = layout, spec
-        self._reference = ReferenceAttention(layout, spec, tables)  # for its rounding and its tables alone
+        self.layout, self.spec = layout, spec.on(torch.device("cpu"))
+        self._reference = ReferenceAttention(layout, self.spec, tables)  # for its rounding and its tables alone
         self.exact = torch.zeros(spec.num_kv_heads, 0, 2, layout.head_dim)
         self.staged, self.sealed = self.exact, self.exact
         self.end = 0
@@ -224,10 +225,11 @@ class LayerHistory:
         heads = self.spec.num_kv_heads
         mask = torch.cat([m.expand(heads, *m.shape[-2:]) for m in masks], -1)[:, None]
         grouped = query.detach().cpu().float().unflatten(1, (heads, self.spec.group)).permute(1, 2, 0, 3)
-        scores = grouped @ rows[:, None, :, 0].transpose(-1, -2) * self.spec.scale
+        scores = capped(grouped @ rows[:, None, :, 0].transpose(-1, -2) * self.spec.scale, self.spec.soft_cap)
         if log_mass is not None:
             scores[..., : log_mass.shape[1]] += log_mass[:, None, None]
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        sinks = self.spec.sinks_by_group()
+        weights, _ = softmax(scores.masked_fill(~mask, -torch.inf), None if sinks is None else sinks[..., None])
         return (weights @ rows[:, None, :, 1]).permute(2, 0, 1, 3).flatten(1, 2)
 
     def _rotate(self, rows: torch.Tensor) -> torch.Tensor:

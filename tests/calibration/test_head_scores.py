@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvserve.attention.base import LayerSpec
 from kvserve.calibrate.heads import joined
 from kvserve.calibration.artefact import Cache, CalibrationError, read
 from kvserve.calibration.head_scores import HeadScores, Repeats, head_scores, highest, of_kv_heads
@@ -28,15 +29,22 @@ def scores_of_weights(weights: torch.Tensor, prompt: Repeats) -> tuple[float, fl
     return echo / count, induction / count
 
 
-def test_scores_are_the_mean_attention_to_earlier_occurrences_and_to_what_followed_them() -> None:
+@pytest.mark.parametrize("with_cap_and_sinks", [False, True])
+def test_scores_are_the_mean_attention_to_earlier_occurrences_and_to_what_followed_them(
+    with_cap_and_sinks: bool,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(PROMPT.num_tokens, 6, 8, generator=generator) * 3
     key = torch.randn(PROMPT.num_tokens, 2, 8, generator=generator)
-    found = head_scores(query, key, 0.3, PROMPT)
+    sinks = torch.randn(6, generator=generator) if with_cap_and_sinks else None
+    found = head_scores(query, key, LayerSpec(6, 2, 0.3, None, 0, 1.5 if with_cap_and_sinks else None, sinks), PROMPT)
     seen = torch.ones(PROMPT.num_tokens, PROMPT.num_tokens).tril().bool()
     for head in range(6):
         logits = query[:, head].double() @ key[:, head // 3].double().T * 0.3
-        weights = logits.masked_fill(~seen, -torch.inf).softmax(1)
+        logits = 1.5 * (logits / 1.5).tanh() if with_cap_and_sinks else logits
+        weights = logits.exp() * seen
+        of_sink = 0.0 if sinks is None else sinks[head].exp()
+        weights = weights / (weights.sum(1, keepdim=True) + of_sink)
         expected = scores_of_weights(weights, PROMPT)
         assert (float(found.echo[head]), float(found.induction[head])) == pytest.approx(expected, rel=1e-4)
 
@@ -47,7 +55,7 @@ def test_a_head_that_looks_for_one_of_them_has_that_score(shift: int, kind: str)
     own = torch.eye(PROMPT.period).repeat(PROMPT.repeats, 1)
     key = torch.cat([torch.zeros(PROMPT.start, PROMPT.period), own])[:, None]
     query = torch.cat([torch.zeros(PROMPT.start, PROMPT.period), own.roll(-shift, 0)])[:, None]
-    found = head_scores(query, key, 30.0, PROMPT)._asdict()
+    found = head_scores(query, key, LayerSpec(1, 1, 30.0), PROMPT)._asdict()
     other = found["induction" if kind == "echo" else "echo"]
     # An echo query sees itself too: of 2 or 3 equal tokens it has 1 or 2 earlier ones.
     assert float(found[kind]) == pytest.approx((1 / 2 + 2 / 3) / 2 if kind == "echo" else 1, abs=0.05)

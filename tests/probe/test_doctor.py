@@ -18,7 +18,7 @@ from kvserve.probe.distances import KERNEL_LIMIT, LayerReport, ProbeReport, comp
 from kvserve.probe.history import LayerHistory
 from kvserve.probe.request import plan_test, prompt_tokens
 from tests.cases.attention_cases import make_batch
-from tests.cases.damages import DAMAGES, Before, decodes, shifted_sections, tables_of_another_head
+from tests.cases.damages import DAMAGES, LAYERS_OF, Before, decodes, shifted_sections, tables_of_another_head
 from tests.cases.doctor_cases import DAMAGED_LAYER, Damage, Machine, Request, Step
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="no kernel library is built")
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found_in_the_layer_that_has_it(name: str) -> None:
     policy, damage = DAMAGES[name]
-    machine = Machine(load_policy(policy), damage=damage)
+    machine = Machine(load_policy(policy), damage=damage, **LAYERS_OF.get(name, {}))
     report = machine.run()
     broken, whole = report.layers[DAMAGED_LAYER], report.layers[1 - DAMAGED_LAYER]
     print(f"{name}: kernel {broken.kernel:.3g}, codec {broken.codec:.3g}")
@@ -143,6 +143,17 @@ def test_shipped_policies_raise_no_alarm_over_twenty_seeds(policy: str, dtype: t
 )
 def test_windows_and_blocks_of_several_tiles_raise_no_alarm(policy: str, changes: dict) -> None:
     assert Machine(load_policy(policy), **changes).complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [
+        ("none", []), ("kivi-2bit", []), ("boost-2bit", []), ("h2o", []), ("kv-compress-2bit", []),
+        ("snapkv", ["eviction.retention=compensate"]),
+    ],
+)  # fmt: skip
+def test_capped_logits_and_learned_sinks_raise_no_alarm(policy: str, changes: list[str]) -> None:
+    assert Machine(load_policy(policy, changes), soft_cap=2.0, sinks=True).complaints() == []
 
 
 def test_layers_that_keep_all_their_tokens_raise_no_alarm() -> None:
