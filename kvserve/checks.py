@@ -222,6 +222,7 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
             raise UnsupportedError(f"{name} {reason}; {_STOCK}")
     _check_layers(text, policy, name)
     _check_rotary(text, policy, name)
+    check_estimates(special_logits(text), policy, name)
     head_dim = head_dim_of(text)
     if head_dim is None:
         return  # an unusual config: the plugin sees the real value
@@ -348,6 +349,32 @@ def _check_rotary(config: Mapping[str, Any], policy: Policy, name: str) -> None:
             )
 
 
+def check_estimates(logits: str | None, policy: Policy, name: str = "this model") -> None:
+    """Refuse a scorer that computes with the logits of queries yet to come, where those are not plain dot products.
+
+    Args:
+        logits: as of `special_logits`.
+
+    Raises:
+        UnsupportedError: naming the reason and what to use instead.
+    """
+    if logits and policy.eviction and policy.turns_queries:
+        raise UnsupportedError(
+            f"{policy.eviction.scorer.name} expects plain softmax attention, and {name} has {logits}; choose another "
+            "policy, for example snapkv"
+        )
+
+
+def special_logits(config: Mapping[str, Any]) -> str | None:
+    """What makes a model's softmax another than that of scaled dot products, in words; None: nothing is known."""
+    if config.get("attn_logit_softcapping"):
+        return "capped attention logits (attn_logit_softcapping)"
+    has_sinks = config.get("model_type") == "gpt_oss" or any(
+        config.get(key) for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias")
+    )
+    return "learned attention sinks" if has_sinks else None
+
+
 def _has_no_rotary(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in _NO_ROTARY or config.get("position_embedding_type") == "nope"
 
@@ -442,16 +469,6 @@ def _is_chunked(config: Mapping[str, Any]) -> bool:
     return bool(config.get("attention_chunk_size") or config.get("dual_chunk_attention_config"))
 
 
-def _has_sinks(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "gpt_oss" or any(
-        config.get(key) for key in ("add_swa_attention_sink_bias", "add_full_attention_sink_bias")
-    )
-
-
-def _has_softcap(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("attn_logit_softcapping"))
-
-
 def _has_alibi(config: Mapping[str, Any]) -> bool:
     nested = config.get("attn_config")
     return (
@@ -482,8 +499,6 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("is an encoder or pooling model, it keeps no KV cache between steps", _is_encoder_only),
     ("has layers that keep a state instead of a KV cache (mamba, linear attention, convolution)", _keeps_state),
     ("uses chunked local attention, which kvserve's kernels do not implement", _is_chunked),
-    ("uses learned attention sinks, which kvserve's kernels do not implement", _has_sinks),
-    ("caps its attention logits (attn_logit_softcapping), which kvserve's kernels do not implement", _has_softcap),
     ("uses ALiBi position biases, which kvserve's kernels do not implement", _has_alibi),
     ("shares the KV cache between layers (num_kv_shared_layers), which kvserve does not support", _shares_layers),
     ("has keys and values, or layers, of different head_dim, which kvserve does not support", _has_mixed_heads),

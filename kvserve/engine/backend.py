@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 
 from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.registry import make_attention
+from kvserve.checks import check_estimates
 from kvserve.codecs.layer_tables import LayerTables
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
@@ -86,6 +87,10 @@ class KvserveBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -144,7 +149,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     """One attention layer.
 
     Attributes:
-        attention: made when the layer is built, or where it reads tables when all layers are.
+        attention: made when the layer is built, or where it reads tables or learned sinks when the model is loaded.
         transforms: of keys, queries, values and answers; None: the policy has none.
         is_window: the layer keeps dense tokens in vLLM's window cache, whatever the policy.
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
@@ -164,10 +169,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     ) -> None:  # fmt: skip
         refused = (
             (alibi_slopes is not None, "ALiBi"),
-            (bool(logits_soft_cap), "attention logit soft-capping"),
             (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
             (kv_sharing_target_layer_name is not None, "layers that share another layer's KV cache"),
-            (sinks is not None, "learned attention sinks"),
         )
         for present, feature in refused:
             if present:
@@ -179,7 +182,11 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         window = self.settings.applied_window(sliding_window)
-        self.spec = LayerSpec(num_heads, num_kv_heads, self.scale, window, first_kv_head(config))
+        self.spec = LayerSpec(
+            num_heads, num_kv_heads, self.scale, window, first_kv_head(config), logits_soft_cap or None
+        )
+        self.sinks = sinks  # vLLM's parameter, which is loaded later
+        self._check_estimates()
         self.is_window = self.settings.keeps_window(sliding_window)
         self.layout, self.index = self.settings.layout(head_size), self._count_layers_before()
         if self.is_window:
@@ -191,10 +198,21 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
                 f"the model has more attention layers than the {self.layout.num_layers} of its configuration, so "
                 "the policy's layers would name others than it says; drop layers"
             ) from None
-        if self.is_window:
-            self.attention = make_attention(self.settings.window_kernels, self.layout, self.spec, {})
-        elif not self.settings.policy.reads_tables:
+        if not self._waits_for_weights:
             self._make_attention({})
+
+    @property
+    def _waits_for_weights(self) -> bool:
+        """Whether the kernels read what is there only when the model is loaded."""
+        return self._reads_tables or self.sinks is not None
+
+    @property
+    def _reads_tables(self) -> bool:
+        return self.settings.policy.reads_tables and not self.is_window
+
+    def _check_estimates(self) -> None:
+        special = (("capped attention logits", self.spec.soft_cap), ("learned attention sinks", self.sinks))
+        check_estimates(next((name for name, value in special if value is not None), None), self.settings.policy)
 
     def _count_layers_before(self) -> int:
         """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
@@ -202,9 +220,10 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         return sum(isinstance(_impl_of(built), KvserveImpl) for built in context.values())
 
     def _make_attention(self, tables: LayerTables) -> None:
+        kernels = self.settings.window_kernels if self.is_window else self.settings.kernels
         try:
-            self.attention = make_attention(self.settings.kernels, self.own_layout, self.spec, tables)
-            if self.settings.policy.transforms.of_layer:
+            self.attention = make_attention(kernels, self.own_layout, self.spec, tables)
+            if self.settings.policy.transforms.of_layer and not self.is_window:
                 transforms = self.settings.policy.transforms.of_layer
                 self.transforms = LayerTransforms(transforms, tables, self.num_kv_heads, self.head_size)
         except ValueError as error:
@@ -216,11 +235,14 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         own = {name: impl for name, built in context.items() if isinstance(impl := _impl_of(built), KvserveImpl)}
         if next(iter(own.values())) is self:
             check_own_layers(self.vllm_config, KvserveImpl)
-        if self.settings.policy.reads_tables and not self.is_window:
+        if self.sinks is not None:
+            self.spec = replace(self.spec, sink_logits=self.sinks.detach().to(torch.float32, copy=True).contiguous())
+        tables: LayerTables = {}
+        if self._reads_tables:
             index = next(extract_layer_index(name) for name, impl in own.items() if impl is self)
-            self._make_attention(
-                tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
-            )  # fmt: skip
+            tables = tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
+        if self._waits_for_weights:
+            self._make_attention(tables)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,

@@ -20,6 +20,7 @@ from kvserve.checks import (
     check_window,
     check_windows,
     choose_kernels,
+    special_logits,
     text_config,
 )
 from kvserve.compat import check_vllm_version
@@ -111,7 +112,8 @@ class EngineSettings:
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
-        return settings.with_gpu_kernels(model.get_head_size()) if device_type() == "cuda" else settings
+        logits = special_logits(text_config(model.hf_config.to_dict()))
+        return settings.with_gpu_kernels(model.get_head_size(), logits) if device_type() == "cuda" else settings
 
     def check_own_limit(self, head_dim: int, max_model_len: int) -> None:
         """Refuse a policy whose own limit cannot hold.
@@ -127,8 +129,11 @@ class EngineSettings:
             except ValueError as error:
                 raise UnsupportedError(str(error)) from None
 
-    def with_gpu_kernels(self, head_dim: int) -> EngineSettings:
+    def with_gpu_kernels(self, head_dim: int, logits: str | None = None) -> EngineSettings:
         """With what was measured fastest, where nobody named the kernels.
+
+        Args:
+            logits: what is special about the model's (`kvserve.checks.special_logits`).
 
         Raises:
             UnsupportedError: the CUDA kernels were named, and cannot serve the model's dtype, the policy or a layer.
@@ -140,12 +145,14 @@ class EngineSettings:
                 f"--kernels cuda needs a model in float16 or bfloat16, this one is {self.model_dtype}; set --dtype, or "
                 "use --kernels triton"
             )
-        if self.kernels == "cuda" and (uncovered := uncovered_by_cuda(self.layout(head_dim))):
+        if self.kernels == "cuda" and (uncovered := logits or uncovered_by_cuda(self.layout(head_dim))):
             raise UnsupportedError(
                 f"--kernels cuda does not cover {uncovered}; use --kernels triton, or drop the option"
             )
         if self.kernels_asked != "auto":
             return self
+        if logits:
+            return replace(self, kernels="triton")
         return replace(self, kernels=measured_kernels(self.layout(head_dim), self.model_dtype, gpu_capability()))
 
     def layout(self, head_dim: int) -> PageLayout:

@@ -199,6 +199,41 @@ def test_queries_that_cannot_be_turned_back_are_refused_at_once_for_the_true_rea
     check_model({**LLAMA, **config}, load_policy("snapkv"))
 
 
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"model_type": "gpt_oss"}, "learned attention sinks"),
+        ({"add_swa_attention_sink_bias": True}, "learned attention sinks"),
+        ({"attn_logit_softcapping": 50.0}, "capped attention logits (attn_logit_softcapping)"),
+    ],
+)
+def test_a_scorer_that_expects_plain_softmax_is_refused_where_there_is_another(
+    tmp_path: Path, refusal: Any, config: dict[str, Any], part: str
+) -> None:
+    message = refusal("--policy", "expected-attention", "--model", model_folder(tmp_path, **config))
+    assert part in message and "choose another policy" in message
+    check_model({**LLAMA, **config}, load_policy("snapkv"))
+
+
+def test_caps_and_sinks_are_those_that_the_models_code_asks_for(tmp_path: Path) -> None:
+    """Sinks are a parameter, which is loaded after the layer is built."""
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL, "sliding_window": None}))
+    for policy in ("snapkv", "none"):
+        config = engine_config(tmp_path, policy)
+        with set_current_vllm_config(config):
+            sinks = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16), requires_grad=False)
+            layer = attention_layer(config, "model.layers.0.attn", logits_soft_cap=30.0, sinks=sinks)
+            sinks.copy_(torch.arange(4))
+            layer.process_weights_after_loading(torch.float32)
+            spec = layer.impl.attention.spec
+            assert spec.soft_cap == 30.0 and spec.sink_logits.dtype == torch.float32
+            assert spec.sink_logits.tolist() == [0.0, 1.0, 2.0, 3.0]
+            assert attention_layer(config, "model.layers.1.attn", logits_soft_cap=0.0).impl.spec.soft_cap is None
+    plain = pytest.raises(UnsupportedError, match="expected-attention expects plain softmax attention")
+    with set_current_vllm_config(config := engine_config(tmp_path, "expected-attention")), plain:
+        attention_layer(config, "model.layers.0.attn", sinks=sinks)
+
+
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_the_usual_kinds_of_rotary_embedding_pass(kind: str) -> None:
     check_model({**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 2.0}}, EXPECTED)

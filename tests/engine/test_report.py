@@ -64,6 +64,17 @@ def test_a_retention_with_log_masses_is_tritons_and_not_the_cuda_kernels():
     assert measured_kernels(settings.layout(64), torch.bfloat16, (9, 0)) == "triton"
 
 
+@pytest.mark.parametrize("logits", ["learned attention sinks", "capped attention logits"])
+def test_special_logits_are_tritons_and_not_the_cuda_kernels(logits: str):
+    auto, cuda = (
+        EngineSettings(load_policy("kivi-4bit"), 64, torch.bfloat16, kernels_asked=asked, kernels=kernels)
+        for asked, kernels in (("auto", "native"), ("cuda", "cuda"))
+    )
+    assert auto.with_gpu_kernels(64, logits).kernels == "triton"
+    with pytest.raises(UnsupportedError, match=f"cuda does not cover {logits}; use --kernels triton"):
+        cuda.with_gpu_kernels(64, logits)
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
 def test_dense_pages_are_reported_with_the_models_dtype(dtype: torch.dtype, bits: int):
     found = report("snapkv", dtype, "codec=dense")
