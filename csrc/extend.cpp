@@ -93,7 +93,7 @@ class Worker {
   void attend(const Tile& tile, int row_begin, int row_end);
   Range score_strip(const Tile& tile, int row, int row_begin, int row_end);
   Range mask_strip(const Tile& tile, int row, int row_begin, int row_end, Range* visible) const;
-  void cap_strip(float* scores, int first, int last) const;
+  KVS_NOINLINE void cap_strip(float* scores, int first, int last) const;
   KVS_INLINE void softmax_strip(int row, int first_vector, int last_vector);
   template <class RowOf>
   void gather(int begin, int end, int tile_first, RowOf find);

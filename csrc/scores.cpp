@@ -168,7 +168,7 @@ class Sums {
   }
 
   // Caps the logits (base 2) of one panel, for a strip of rows.
-  void cap_strip(float* x) const {
+  KVS_NOINLINE void cap_strip(float* x) const {
     for (int i = 0; i < MR * COLUMNS; i += VL) storeu(x + i, soft_capped(loadu(x + i), l.soft_cap * LOG2E));
   }
 

@@ -9,6 +9,7 @@
 #endif
 
 #define KVS_INLINE inline __attribute__((always_inline))
+#define KVS_NOINLINE __attribute__((noinline))  // what few layers need leaves the loops of all others as they are
 
 #if defined(__AVX512F__)
 #define KVS_ISA "avx512"

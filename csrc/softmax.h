@@ -26,7 +26,7 @@ inline Heads heads_from(const Heads& all, int first) {
 }
 
 // Caps the first n (rounded up to vectors) scores of `count` heads, [count][MAX_TOKENS].
-inline void cap_scores(float* scores, int count, int n, float soft_cap) {
+KVS_NOINLINE inline void cap_scores(float* scores, int count, int n, float soft_cap) {
   for (int h = 0; h < count; ++h)
     for (int t = 0; t < n; t += VL) {
       float* score = scores + h * MAX_TOKENS + t;
