@@ -66,7 +66,7 @@ KVS_BOTH inline uint8_t* sink_slot(const KvsLayout& l, const KvsArena& a, const 
 }
 // Dense slot of the unfinished tile's token at position p.
 KVS_BOTH inline uint8_t* tail_slot(const KvsLayout& l, const KvsArena& a, const int32_t* row, int32_t kv_head, int32_t p) {
-  const int32_t s = p % l.tile_tokens;
+  const int32_t s = p % l.tail_slots;
   return cell(a, row[l.state_blocks + s / l.slots_per_cell], kv_head) + (s % l.slots_per_cell) * slot_bytes(l);
 }
 // Slot of the token at position p under the dense policy.

@@ -5,7 +5,8 @@
 //   kvs_stage        new K/V rows -> `staged`, float32, rounded to the dense dtype, V rotated where the policy rotates
 //   kvs_store_sealed seal every tile completed by this step (dense policy: write all new tokens to their slots)
 //   kvs_attend       attention of the new queries over sealed pages, dense tail and staged rows
-//   kvs_store_tail   write the new tokens of the unfinished tile to the tail slots (dense policy: nothing)
+//   kvs_store_tail   write the new tokens of the unfinished tile to the tail slots (dense policy: nothing), and those of
+//                    the tile that is unfinished again if drafts are rejected
 // The tail is written last because attention and sealing still read the previous tile's tokens from it.
 //
 // What a query at position p sees: every token t <= p (and t > p - sliding_window, if set), where
@@ -69,7 +70,10 @@ struct KvsLayout {
   float soft_cap;           // of logits; 0: none
   const float* sink_logits; // float32 [num_heads], the learned sinks; null: none
   int32_t tile_tokens;      // 0: dense policy, and every field below it is 0
-  int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks, sink_blocks, sink_tokens;
+  int32_t tiles_per_block, slots_per_cell, state_blocks, tail_blocks;
+  int32_t tail_slots;       // the token at position p of an unfinished tile has slot p % tail_slots
+  int32_t draft_tokens;     // of a step, at its end, that may be rejected after it
+  int32_t sink_blocks, sink_tokens;
   int32_t value_rotated;    // V is turned by the Hadamard matrix before it is staged, and answers are turned back
   int64_t page_bytes;       // of a tile
   KvsHalf key, value;       // both without stages: a page is tile_tokens dense slots

@@ -55,7 +55,8 @@ void kvs_store_tail(const KvsLayout* layout, const KvsBatch* batch, const KvsAre
 #pragma omp parallel for schedule(static) if (batch->num_reqs > 32)
   for (int32_t r = 0; r < batch->num_reqs; ++r) {
     const Request q = request_of(*batch, r);
-    const int32_t first = std::max(q.num_computed, q.seq_len / l.tile_tokens * l.tile_tokens);
+    const int32_t least = std::max(q.seq_len - l.draft_tokens, 0);  // the length if all drafts are rejected
+    const int32_t first = std::max(q.num_computed, least / l.tile_tokens * l.tile_tokens);
     for (int32_t p = first; p < q.seq_len; ++p)
       for (int32_t h = 0; h < l.num_kv_heads; ++h) {
         const float* from = staged_row(l, staged, q.first_row + p - q.num_computed, h);

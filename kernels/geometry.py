@@ -53,6 +53,8 @@ class Geometry(NamedTuple):
     tiles_per_block: int = 0
     slots_per_cell: int = 0
     state_blocks: int = 0
+    tail_slots: int = 0
+    draft_tokens: int = 0
     first_tile_row: int = 0
     sink_blocks: int = 0
     sink_tokens: int = 0
@@ -108,7 +110,15 @@ def geometry_of(layout: PageLayout, spec: LayerSpec) -> Geometry:
         return common
     if layout.tile_tokens % CHUNK_TOKENS:
         raise ValueError(f"tile_tokens must be a multiple of {CHUNK_TOKENS}, got {layout.tile_tokens}")
-    names = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks")
+    names = (
+        "tile_tokens",
+        "tiles_per_block",
+        "slots_per_cell",
+        "state_blocks",
+        "tail_slots",
+        "draft_tokens",
+        "sink_blocks",
+    )
     paged = common._replace(
         **{name: getattr(layout, name) for name in names},
         chunks_per_tile=layout.tile_tokens // CHUNK_TOKENS,

@@ -114,7 +114,7 @@ def slot_of(table, t, is_sink, head, mask, block_stride, head_stride, G: tl.cons
         index = t // G.block_size
         slot = t % G.block_size
     else:
-        slot_in_part = tl.where(is_sink, t, t % G.tile_tokens)
+        slot_in_part = tl.where(is_sink, t, t % G.tail_slots)
         index = tl.where(is_sink, G.first_tile_row + 1, G.state_blocks) + slot_in_part // G.slots_per_cell
         slot = slot_in_part % G.slots_per_cell
     block = tl.load(table + index, mask=mask, other=0).to(tl.int64)

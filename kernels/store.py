@@ -103,7 +103,8 @@ def slots_kernel(
     first_row, computed, seq_len = request_of(r, query_start_loc, seq_lens)
     first = computed
     if not G.dense:
-        first = tl.maximum(computed, seq_len // G.tile_tokens * G.tile_tokens)
+        least = tl.maximum(seq_len - G.draft_tokens, 0)  # the length if all drafts are rejected
+        first = tl.maximum(computed, least // G.tile_tokens * G.tile_tokens)
     first += tl.program_id(0) * TOKENS
     if first < seq_len:
         t = first + tl.arange(0, TOKENS)
@@ -158,7 +159,7 @@ def store_sealed(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> No
 def store_tail(geometry: Geometry, tables: Tables, staged: torch.Tensor) -> None:
     """Write the new tokens of each request's unfinished tile to its tail slots; dense policy: nothing."""
     if not geometry.dense:
-        _launch_slots(geometry, tables, staged, min(tables.max_query_len, geometry.tile_tokens - 1))
+        _launch_slots(geometry, tables, staged, min(tables.max_query_len, geometry.tail_slots - 1))
 
 
 def _launch_slots(geometry: Geometry, tables: Tables, staged: torch.Tensor, most_tokens: int) -> None:

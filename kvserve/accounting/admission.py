@@ -37,8 +37,9 @@ class Admission:
         return plan_eviction(self.layout, self.limit, self.prompt_len, self.max_len) if self.limit else None
 
     def cached_tokens(self, max_tokens: int) -> int:
-        """Tokens that are cached in the end: the last one that is generated never is."""
-        return max(min(self.prompt_len + max_tokens, self.max_len) - 1, self.prompt_len)
+        """Tokens that are cached in the end, drafts of the last step included: the last one generated never is."""
+        drafts = self.layout.draft_tokens
+        return max(min(self.prompt_len + max_tokens + drafts, self.max_len) - 1, self.prompt_len)
 
     def peak_blocks(self, max_tokens: int) -> int:
         """The most blocks that it holds until it has generated so many tokens."""
@@ -68,9 +69,10 @@ class Admission:
         if own_limit:
             ways.append(f"leave out {own_limit}: under the policy's own limit every request fits")
         held = f"keeping {_kept(self.limit)}" if self.limit else "keeping all its tokens"
+        more = self.cached_tokens(self.max_tokens) - self.prompt_len + 1
         return (
             f"the KV pool of {num_blocks} blocks can never hold this request: a prompt of {self.prompt_len} tokens and "
-            f"up to {self.cached_tokens(self.max_tokens) - self.prompt_len + 1} more need "
+            f"up to {more} more need "
             f"{self.peak_blocks(self.max_tokens)} blocks at once, {held}; {', or '.join(ways)}"
         )
 

@@ -104,9 +104,8 @@ class ReferenceAttention(PagedAttention):
         return tables_of_head(self.tables, self.layout.tile_format, head) if self.tables else {}
 
     def store_tail(self, cells: torch.Tensor, batch: Batch, staged: torch.Tensor) -> None:
-        tile_tokens = self.layout.tile_tokens
         for request in self._requests(cells, batch):
-            first = max(request.computed, request.seq_len // tile_tokens * tile_tokens)
+            first = max(request.computed, self.layout.first_tail_token(request.seq_len))
             for head in range(self.spec.num_kv_heads):
                 for t in range(first, request.seq_len):
                     self._tail(cells, request, head, t)[:] = self._new(request, head, t, staged)
@@ -301,7 +300,7 @@ class ReferenceAttention(PagedAttention):
         return data.view(self.layout.dense_dtype).view(2, self.layout.head_dim)
 
     def _tail(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:
-        block, index = divmod(t % self.layout.tile_tokens, self.layout.slots_per_cell)
+        block, index = divmod(t % self.layout.tail_slots, self.layout.slots_per_cell)
         return self._slot_at(cells, request.blocks[self.layout.state_blocks + block], head, index)
 
     def _sink(self, cells: torch.Tensor, request: _Request, head: int, t: int) -> torch.Tensor:

@@ -41,7 +41,8 @@ class KvsLayout(ctypes.Structure):
         ("soft_cap", ctypes.c_float),
         ("sink_logits", pointer),
         *((name, int32) for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks")),
-        *((name, int32) for name in ("tail_blocks", "sink_blocks", "sink_tokens", "value_rotated")),
+        *((name, int32) for name in ("tail_blocks", "tail_slots", "draft_tokens", "sink_blocks")),
+        *((name, int32) for name in ("sink_tokens", "value_rotated")),
         ("page_bytes", int64),
         ("key", KvsHalf),
         ("value", KvsHalf),
@@ -107,7 +108,9 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
     )
     if not layout.has_pages:
         return struct
-    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "tail_blocks", "sink_blocks"):
+    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks"):
+        setattr(struct, name, getattr(layout, name))
+    for name in ("tail_blocks", "tail_slots", "draft_tokens"):
         setattr(struct, name, getattr(layout, name))
     struct.sink_tokens, struct.kept_page_bytes = layout.policy.sink_tokens, layout.kept_page_bytes
     struct.value_rotated = layout.rotates

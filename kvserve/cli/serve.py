@@ -114,8 +114,12 @@ def scan_options(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals:
             following = arguments[index + 1] if index + 1 < len(arguments) else ""
             value = following if re.match(r"[^-]|-[0-9]", following) else "true"
-        dest = _SHORT_NAMES.get(name) or name.removeprefix("--").split(".")[0].replace("-", "_")
-        if not (value == "true" and dest == "model"):
+        dest, _, entry = name.removeprefix("--").replace("-", "_").partition(".")
+        dest = _SHORT_NAMES.get(name) or dest
+        if entry:  # --option.entry value is one entry of a mapping
+            known = options.get(dest)
+            options[dest] = {**(known if isinstance(known, dict) else {}), entry: value}
+        elif not (value == "true" and dest == "model"):
             options[dest] = value
     if "config" in options:
         options = {**_config_file(str(options["config"])), **options}

@@ -193,7 +193,8 @@ class EngineReport:
              f"{self.effective_capacity_tokens:,} in effect"),
             ("self-test", self.self_test),
             ("switched off", describe_switched_off(layout)),
-            ("refused", "speculative decoding, KV connectors, --kv-cache-dtype (not proven with this cache)"),
+            *([("speculation", describe_speculation(layout))] if layout.draft_tokens else []),
+            ("refused", "KV connectors, --kv-cache-dtype (not proven with this cache)"),
         ]  # fmt: skip
         for row in rows:
             table.add_row(*row)
@@ -288,6 +289,12 @@ def describe_switched_off(layout: PageLayout) -> str:
     if eviction and eviction.schedule.chunk_tokens:
         return "prefix cache hits, for prompts that are cut as they arrive"
     return "nothing: prefix caching, chunked prefill and preemption work on compressed pages"
+
+
+def describe_speculation(layout: PageLayout) -> str:
+    """What a step does with drafts, in one line."""
+    tail = f"a tail of {layout.tail_slots} slots takes rejected ones back" if layout.has_pages else "none is in a page"
+    return f"{layout.draft_tokens} drafts a step; {tail}"
 
 
 def describe_dense(layout: PageLayout) -> str:

@@ -68,6 +68,7 @@ class EngineSettings:
     max_model_len: int | None = None
     calibration: Calibration | None = None
     hybrid: Hybrid | None = None
+    draft_tokens: int = 0  # speculated in a step of each request
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -106,6 +107,7 @@ class EngineSettings:
         settings = cls(
             policy, block_size, model.dtype, group, asked, kernels,
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
+            vllm_config.num_speculative_tokens,
         )  # fmt: skip
         if policy.layers and parallel.pipeline_parallel_size > 1:
             raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
@@ -161,10 +163,11 @@ class EngineSettings:
         Stages of a pipeline may differ in their number of layers. vLLM wants the specs of all stages to be equal, so
         the layout has the number only where a policy names layers, which pipelines do not allow.
         """
-        return PageLayout.build(
+        layout = PageLayout.build(
             self.policy, head_dim, self.block_size, self.model_dtype, query_group=self.query_group,
             num_layers=self.num_layers if self.policy.names_layers else None,
         )  # fmt: skip
+        return layout.with_drafts(self.draft_tokens)
 
     def applied_window(self, window: int | None) -> int | None:
         """The window of a layer, or None where no request is longer.

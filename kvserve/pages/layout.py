@@ -43,6 +43,8 @@ class PageLayout:
         tile_format: the bytes of a sealed page; for the dense policy, of one dense slot.
         other_formats: of the tiles of kept pages beside tile_format, which is format 0 (kvserve/pages/kept.py).
         kept_page_bytes: of a kept page, which holds whole tiles of one format; 0 for the dense policy.
+        draft_tokens: speculated tokens of a step that may be rejected. They are stored like others; whatever a step may
+            have to take back stays in the tail, where the true tokens then overwrite them.
         strip_starts: where the layers of the pool have pages of their own, where each one's cell begins in a strip.
         state_blocks: blocks at the start of a row that hold the request's own state (where prompts are evicted): the
             headers of its kept pages and the queries it remembers.
@@ -64,6 +66,7 @@ class PageLayout:
     other_formats: tuple[TileFormat, ...] = ()
     kept_page_bytes: int = 0
     strip_starts: tuple[int, ...] = ()
+    draft_tokens: int = 0
 
     @classmethod
     def build(
@@ -235,10 +238,27 @@ class PageLayout:
         """Whether scales or dense slots are float16, so that rows may lie beyond its range."""
         return self.policy.key is not None or self.dense_dtype == torch.float16
 
+    def with_drafts(self, draft_tokens: int) -> PageLayout:
+        """The layout where steps speculate on so many tokens of each request."""
+        return replace(self, draft_tokens=draft_tokens) if self.has_pages else self
+
+    @property
+    def tail_slots(self) -> int:
+        """Dense slots of a request's tail, which the token at position p shares with those at p +- tail_slots.
+
+        A step of d drafts behind c computed tokens may complete a tile and be thrown back into it: the tile's tokens
+        before c and the step's own stay apart, at most tile_tokens - 1 + d + 1 in all.
+        """
+        return self.tile_tokens + self.draft_tokens
+
+    def first_tail_token(self, seq_len: int) -> int:
+        """The first token of a request that its tail has to hold: of the unfinished tile once drafts are rejected."""
+        return max(seq_len - self.draft_tokens, 0) // self.tile_tokens * self.tile_tokens
+
     @property
     def tail_blocks(self) -> int:
         """Blocks a request owns for its unfinished tile; a tile of one token is never unfinished."""
-        own = 0 if self.tile_tokens == 1 else ceil(self.tile_tokens / self.slots_per_cell)
+        own = 0 if self.tile_tokens == 1 else ceil(self.tail_slots / self.slots_per_cell)
         return max(own, self.least_tail_blocks)
 
     @property
@@ -334,6 +354,12 @@ class MixedLayout(PageLayout):
     @property
     def sink_blocks(self) -> int:
         return self.least_sink_blocks
+
+    def with_drafts(self, draft_tokens: int) -> MixedLayout:
+        layers = [layer.with_drafts(draft_tokens) for layer in self.layers]
+        tail = max(layer.tail_blocks for layer in layers)
+        layers = [replace(layer, least_tail_blocks=tail) for layer in layers]
+        return replace(self, draft_tokens=draft_tokens, least_tail_blocks=tail, layers=tuple(layers))
 
     def cells_of(self, cells: torch.Tensor, layer: int) -> torch.Tensor:
         first = cells.storage_offset() - layer * self.cell_bytes

@@ -55,9 +55,14 @@ class LayerHistory:
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"a request begins with {num_tokens} tokens in its cache, {self.num_tokens} were seen")
+        self._forget_cuts()
+        self.reject(num_tokens)
+
+    def reject(self, num_tokens: int) -> None:
+        """Forget the newest tokens but the first `num_tokens`: they were drafts."""
+        assert self.end <= num_tokens <= self.num_tokens
         self.exact, self.staged = self.exact[:, :num_tokens], self.staged[:, :num_tokens]
         self.sealed = self.sealed[:, : num_tokens // self.layout.tile_tokens * self.layout.tile_tokens]
-        self._forget_cuts()
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take in the rows of a step, [tokens, kv_heads, head_dim] each."""

@@ -66,6 +66,8 @@ class LayerProbe:
         """Check what the engine says about the tokens before this step; only a new request may find some cached."""
         if self._is_new and computed % self.history.layout.tile_tokens == 0 and computed <= self.history.num_tokens:
             self.history.restart(computed)
+        elif not self._is_new and 0 < self.history.num_tokens - computed <= self.history.layout.draft_tokens:
+            self.history.reject(computed)
         elif self._is_new or computed != self.history.num_tokens:
             self._note(f"a step begins behind token {computed}, and {self.history.num_tokens} tokens were seen")
             if self._is_new:

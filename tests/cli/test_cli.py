@@ -221,7 +221,7 @@ def test_two_policies_are_a_conflict(default_model):
 
 def test_the_checks_are_repeated_on_what_vllm_parsed(default_model):
     with pytest.raises(UnsupportedError, match="speculative"):
-        launch.configure(parsed(speculative_config={"method": "ngram"}), KIVI)
+        launch.configure(parsed(speculative_config={"method": "medusa"}), KIVI)
     with pytest.raises(UnsupportedError, match="TRITON_ATTN"):
         launch.configure(parsed(attention_config=argparse.Namespace(backend="TRITON_ATTN")), KIVI)
     check_options(ServeOptions.from_mapping({"attention_config": argparse.Namespace(backend=None)}), KIVI)
