@@ -215,6 +215,9 @@ def configure(
         _connect_scheduler(args)
     if self_test or not args.worker_extension_cls:
         _add_the_probe(args)
+    if self_test and args.data_parallel_size > 1 and args.api_server_count is None:
+        args.api_server_count = 1
+        say("one API server for all engines, which tests each of them; --api-server-count changes that")
     if device == "cpu":
         _configure_cpu(args)
     else:

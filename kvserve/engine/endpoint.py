@@ -2,7 +2,8 @@
 and where the self-test begins (self_test.py).
 
 Seam: the `vllm.endpoint_plugins` entry point group (`vllm.plugins.endpoint_plugins.interface.EndpointPlugin`).
-vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token.
+vLLM's /health says that the engine is alive; /ready has in addition seen it produce a token, each engine one where
+there are several.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from kvserve.engine import lifetime
+from kvserve.engine.engines import on_all_workers, ranks_of
 from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
@@ -67,12 +69,13 @@ class ReadyEndpoint:
             self.policy = settings.policy
             RequestCheck.server = self
             if config.parallel_config.worker_extension_cls == EXTENSION_PATH:
-                found = await while_alive(engine_client, engine_client.collective_rpc("kvserve_check_layers"))
-                for reason in filter(None, found):
+                found = await while_alive(engine_client, on_all_workers(engine_client, "kvserve_check_layers"))
+                for reason in (reason for of_engine in found for reason in of_engine if reason):
                     raise SelfTestError(reason)
             if is_requested(config) and why_not(config) is None:
-                report = await while_alive(engine_client, run_self_test(engine_client, settings))
-                publish_self_test(config, report)
+                reports = await while_alive(engine_client, run_self_test(engine_client, settings))
+                for index, report in enumerate(reports):
+                    publish_self_test(config, report, index)
         if engine_client is not None:
             lifetime.begin(engine_client, state, args)
 
@@ -101,15 +104,17 @@ class ReadyEndpoint:
         if await self._engine.is_sleeping():
             return "the engine is asleep"
         if not self._has_answered:
-            await self._generate_one_token()
+            for rank in ranks_of(self._engine):
+                await self._generate_one_token(rank)
             self._has_answered = True
         return None
 
-    async def _generate_one_token(self) -> None:
+    async def _generate_one_token(self, rank: int | None) -> None:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
         prompt = tokens_input([1])
-        async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready")):
+        where = {} if rank is None else {"data_parallel_rank": rank}
+        async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready"), **where):
             pass

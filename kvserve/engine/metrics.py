@@ -88,9 +88,9 @@ class EngineMetrics:
         return self.gauge("kvserve:self_test_distance", help_text, kind=kind, layer=str(layer))
 
 
-def publish_self_test(vllm_config: Any, report: ProbeReport) -> None:
-    """What the self-test of the only engine found: of each layer all KV heads together, of `kernel` the worst one."""
-    metrics = EngineMetrics(vllm_config, 0)
+def publish_self_test(vllm_config: Any, report: ProbeReport, engine: int) -> None:
+    """What the self-test of one engine found: of each layer all KV heads together, of `kernel` the worst one."""
+    metrics = EngineMetrics(vllm_config, engine)
     for layer in report.layers:
         for kind in KINDS:
             metrics.self_test_distance(kind, layer.layer).set(getattr(layer, kind))

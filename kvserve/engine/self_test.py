@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvserve.engine.device import device_type
+from kvserve.engine.engines import on_all_workers, ranks_of
 from kvserve.engine.log import logger
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
@@ -46,8 +47,8 @@ def is_requested(config: VllmConfig) -> bool:
 def why_not(config: VllmConfig) -> str | None:
     """Why a requested self-test cannot run on this engine; None: it can."""
     parallel = config.parallel_config
-    if parallel.data_parallel_size > 1 or parallel._api_process_count > 1:
-        return "it needs one engine and one API server"
+    if parallel._api_process_count > 1:
+        return "it needs a single API server; add --api-server-count 1"
     if device_type() != "cpu" and not config.model_config.enforce_eager:
         return "on a GPU it needs --enforce-eager: nobody can look into a CUDA graph"
     return None
@@ -61,30 +62,32 @@ def describe(config: VllmConfig) -> str:
     return f"requested, but not run: {reason}" if reason else "requested, runs before the server answers"
 
 
-async def run_self_test(engine: Any, settings: EngineSettings) -> ProbeReport:
-    """Run both requests and judge.
+async def run_self_test(engine: Any, settings: EngineSettings) -> list[ProbeReport]:
+    """Run both requests on every engine, one at a time, and judge each.
 
     Raises:
         SelfTestError: the server must not serve.
     """
     config = engine.vllm_config.model_config
-    plan = plan_test(settings.layout(config.get_head_size()), config.max_model_len)
-    start = time.monotonic()
-    await engine.collective_rpc("kvserve_probe_start")
+    layout = settings.layout(config.get_head_size())
+    plan, start = plan_test(layout, config.max_model_len), time.monotonic()
+    await on_all_workers(engine, "kvserve_probe_start")
     try:
-        num_tokens = await _run_requests(engine, plan)
+        num_tokens = [await _run_requests(engine, plan, rank) for rank in ranks_of(engine)]
     finally:
-        ranks = await engine.collective_rpc("kvserve_probe_finish")
+        workers = await on_all_workers(engine, "kvserve_probe_finish")
     await engine.reset_prefix_cache()
-    report = ProbeReport.of_ranks(ranks)
-    found = complaints(report, num_tokens)
-    if found:
-        raise SelfTestError(
-            f"the self-test of policy {settings.policy.name} failed: {'; '.join(found)}. Run `kvserve doctor` with the "
-            "same model and policy to see every layer; --no-self-test serves anyway"
-        )
-    logger.info("%s", passed_line(report, time.monotonic() - start))
-    return report
+    reports = [ProbeReport.of_ranks(of_engine) for of_engine in workers]
+    for index, (report, count) in enumerate(zip(reports, num_tokens, strict=True)):
+        where = f" on engine {index}" if len(reports) > 1 else ""
+        found = complaints(report, count, layout.draft_tokens)
+        if found:
+            raise SelfTestError(
+                f"the self-test of policy {settings.policy.name} failed{where}: {'; '.join(found)}. Run `kvserve "
+                "doctor` with the same model and policy to see every layer; --no-self-test serves anyway"
+            )
+        logger.info("%s%s", passed_line(report, time.monotonic() - start), where)
+    return reports
 
 
 def passed_line(report: ProbeReport, seconds: float) -> str:
@@ -97,8 +100,8 @@ def passed_line(report: ProbeReport, seconds: float) -> str:
     )
 
 
-async def _run_requests(engine: Any, plan: TestPlan) -> int:
-    """Both requests, one after the other; how many queries every layer answered for them."""
+async def _run_requests(engine: Any, plan: TestPlan, rank: int | None) -> int:
+    """Both requests on one engine, one after the other; how many queries every layer answered for them."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
 
@@ -107,10 +110,11 @@ async def _run_requests(engine: Any, plan: TestPlan) -> int:
     tokens = prompt_tokens(tokenizer, config.get_vocab_size(), plan.prompt_len)
     num_tokens = 0
     for length, params in plan.requests():
-        await engine.collective_rpc("kvserve_probe_begin")
+        await on_all_workers(engine, "kvserve_probe_begin")
         prompt = tokens_input(tokens[:length])
         request_id = own_request_id("self-test")
-        async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id):
+        where = {} if rank is None else {"data_parallel_rank": rank}
+        async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id, **where):
             cached = output.num_cached_tokens
         num_tokens += num_queries(length, cached, params["max_tokens"])
     return num_tokens

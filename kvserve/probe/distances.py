@@ -156,16 +156,17 @@ def codec_limit(policy: Policy) -> float:
     return next(limit for bits, limit in CODEC_LIMITS.items() if policy.code_bits >= bits)
 
 
-def complaints(report: ProbeReport, num_tokens: int) -> list[str]:
+def complaints(report: ProbeReport, num_tokens: int, spare: int = 0) -> list[str]:
     """Why a server must not serve like this, one sentence each; empty: it may.
 
     Args:
         num_tokens: query rows that every layer should have seen.
+        spare: how many more it may have seen: drafts of the last step.
     """
     found = list(report.problems)
     if not report.layers:
         return [*found, "no attention layer was seen"]
-    missing = [layer.layer for layer in report.layers if layer.num_tokens != num_tokens]
+    missing = [layer.layer for layer in report.layers if not 0 <= layer.num_tokens - num_tokens <= spare]
     if missing:
         seen = next(layer.num_tokens for layer in report.layers if layer.layer == missing[0])
         found.append(f"{layers_text(missing)} answered {seen} queries of {num_tokens}")

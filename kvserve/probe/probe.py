@@ -67,6 +67,7 @@ class LayerProbe:
         if self._is_new and computed % self.history.layout.tile_tokens == 0 and computed <= self.history.num_tokens:
             self.history.restart(computed)
         elif not self._is_new and 0 < self.history.num_tokens - computed <= self.history.layout.draft_tokens:
+            self.num_rows -= self.history.num_tokens - computed
             self.history.reject(computed)
         elif self._is_new or computed != self.history.num_tokens:
             self._note(f"a step begins behind token {computed}, and {self.history.num_tokens} tokens were seen")

@@ -390,3 +390,19 @@ def test_a_workers_heads_are_those_from_its_share_of_the_models_on(heads: int, w
     model = SimpleNamespace(get_total_num_kv_heads=lambda: heads)
     parallel = [SimpleNamespace(rank=rank, tensor_parallel_size=workers) for rank in range(workers)]
     assert [first_kv_head(SimpleNamespace(model_config=model, parallel_config=each)) for each in parallel] == first
+
+
+def test_drafts_enter_no_prefix_cache_and_are_taken_back_from_the_computed_tokens() -> None:
+    """What PageLayout.tail_slots counts on: a step begins at most `num_speculative_tokens` before the last one ended."""
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    source = inspect.getsource(KVCacheManager.allocate_slots)
+    assert "num_tokens_to_cache = min(" in source and "request.num_tokens,\n" in source
+    assert "len(self._all_token_ids)" in inspect.getsource(Request.num_tokens.fget)
+    source = inspect.getsource(Scheduler.update_from_output)
+    assert "num_rejected = num_draft_tokens - num_accepted" in source
+    assert "request.num_computed_tokens -= num_rejected" in source
+    assert isinstance(VllmConfig.num_speculative_tokens, property)

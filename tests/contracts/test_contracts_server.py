@@ -282,3 +282,18 @@ def test_the_parser_of_serve_reports_what_it_refuses_by_error() -> None:
 
     assert parameters(FlexibleArgumentParser.error) == ["self", "message"]
     assert FlexibleArgumentParser.load_config_file is not None
+
+
+def test_every_engine_of_a_server_can_be_asked() -> None:
+    """kvserve.engine.engines: `collective_rpc` keeps the answer of the first engine alone."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient, MPClient
+
+    assert "self.core_engines: list[" in inspect.getsource(MPClient.__init__)
+    assert parameters(AsyncMPClient.call_utility_all_async) == ["self", "method", "args"]
+    assert "call_utility_all_async(method, *args))[0]" in inspect.getsource(DPLBAsyncMPClient.call_utility_async)
+    assert parameters(EngineCore.collective_rpc) == ["self", "method", "timeout", "args", "kwargs"]
+    assert "data_parallel_rank" in parameters(AsyncLLM.generate)
+    source = inspect.getsource(DPLBAsyncMPClient.get_core_engine_for_request)
+    assert "request.data_parallel_rank" in source and "self.core_engines[eng_index]" in source

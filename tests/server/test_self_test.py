@@ -45,7 +45,8 @@ def config(**changes: object) -> SimpleNamespace:
 def test_the_startup_table_says_what_was_asked_for_and_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe(config(self_test=False)) == "off"
     assert describe(config()) == "requested, runs before the server answers"
-    assert describe(config(data_parallel_size=2)) == "requested, but not run: it needs one engine and one API server"
+    assert describe(config(_api_process_count=2)).startswith("requested, but not run: it needs a single API server")
+    assert describe(config(data_parallel_size=2)) == "requested, runs before the server answers"
     monkeypatch.setattr(self_test, "device_type", lambda: "cuda")
     assert describe(config()).startswith("requested, but not run: on a GPU it needs --enforce-eager")
     assert describe(config(enforce_eager=True)) == "requested, runs before the server answers"
