@@ -110,8 +110,8 @@ def check_speculation(options: ServeOptions, policy: Policy) -> None:
     method = str(options.spec_method or _entry(asked, "method") or model or "none").strip("[]")
     if method not in SPECULATION:  # methods with a cache of their own would write it in this policy's pages
         raise UnsupportedError(
-            f"speculative decoding works with drafts from the text ({', '.join(SPECULATION)}), got {method!r:.200}; set "
-            "--spec-method ngram, or drop --speculative-config (and --spec-*)"
+            f"speculative decoding works with drafts from the text ({', '.join(SPECULATION)}), got {method!r:.200}; "
+            "set --spec-method ngram, or drop --speculative-config (and --spec-*)"
         )
     if policy.eviction and policy.eviction.schedule.decodes:
         raise UnsupportedError(

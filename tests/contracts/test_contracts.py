@@ -393,7 +393,7 @@ def test_a_workers_heads_are_those_from_its_share_of_the_models_on(heads: int, w
 
 
 def test_drafts_enter_no_prefix_cache_and_are_taken_back_from_the_computed_tokens() -> None:
-    """What PageLayout.tail_slots counts on: a step begins at most `num_speculative_tokens` before the last one ended."""
+    """PageLayout.tail_slots: a step begins at most `num_speculative_tokens` before the last one ended."""
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
