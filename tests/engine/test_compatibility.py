@@ -11,17 +11,23 @@ import os
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvserve.accounting.plan import held_blocks, widest_request
+from kvserve.checks import ServeOptions, check_speculation
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.backend import backend_for
 from kvserve.engine.builder import graph_support
@@ -32,13 +38,14 @@ from kvserve.measuring.machine import versions
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 from tests.cases.engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps
-from tests.cases.greedy import Step, assert_same_texts, differs_only_behind_a_near_tie
+from tests.cases.greedy import NEAR_TIE_NATS, Step, assert_same_texts, differs_only_behind_a_near_tie
 
 NUM_TOKENS = 24
 LONG_ANSWER = 80  # fills the unfinished tile, and more
 NAMES = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
 SCHEMA = {"type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"]}
 CHOOSES_BY_REQUEST = ("random",)  # its texts differ from request to request
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FAILS = "**fails**"
 MATRIX: dict[str, dict[str, str]] = {}
 
@@ -61,8 +68,9 @@ class Served:
 @pytest.fixture(scope="module", params=policy_names())
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     with engine(
-        prepare_default_model(), request.param, kv_cache_memory_bytes=256 * MIB, max_num_batched_tokens=1024
-    ) as llm:
+        prepare_default_model(), request.param, kv_cache_memory_bytes=256 * MIB, max_num_batched_tokens=1024,
+        enable_lora=True, max_lora_rank=8, enable_prompt_embeds=True, scheduling_policy="priority",
+    ) as llm:  # fmt: skip
         prompts = story_prompts(llm)
         found = Served(request.param, llm, prompts)
         found.texts = [steps(one) for one in complete(llm, prompts, skip_reading_prefix_cache=True)]
@@ -85,22 +93,25 @@ def story_prompts(llm: LLM) -> list[list[int]]:
     return [encode(llm, f"{name} told this story. " + STORY * 4 + f"And {name} said:") for name in NAMES]
 
 
-def complete(llm: LLM, prompts: list[list[int]], **options: Any) -> list[RequestOutput]:
+def complete(
+    llm: LLM, prompts: list[list[int]], lora_request: Any = None, priority: Any = None, **options: Any
+) -> list[RequestOutput]:
     sampling = SamplingParams(
         **{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "logprobs": 2, **options}
     )
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(asked, sampling, use_tqdm=False, lora_request=lora_request, priority=priority)
 
 
-def cell(feature: str) -> Callable[[Callable[[Served], str]], Callable[[Served], None]]:
+def cell(feature: str) -> Callable[[Callable[..., str]], Callable[..., None]]:
     """A test whose returned text is the matrix's cell; a test that fails is a cell too."""
 
-    def wrap(check: Callable[[Served], str]) -> Callable[[Served], None]:
-        def test(served: Served) -> None:
+    def wrap(check: Callable[..., str]) -> Callable[..., None]:
+        @wraps(check)
+        def test(served: Served, **fixtures: Any) -> None:
             MATRIX.setdefault(served.policy, {})[feature] = FAILS
-            MATRIX[served.policy][feature] = check(served)
+            MATRIX[served.policy][feature] = check(served, **fixtures)
 
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
         return pytest.mark.slow(test)
 
     return wrap
@@ -161,6 +172,101 @@ def test_an_answer_follows_a_json_schema(served: Served) -> str:
     else:  # a number that grew until the tokens were spent
         assert text.lstrip().startswith("{")
     return "yes"
+
+
+@cell("LoRA")
+def test_an_adapter_changes_its_own_requests_alone(served: Served, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Beside each other in a batch; pages that an adapter's request computed serve no other request."""
+    adapter = LoRARequest("turned", 1, str(random_adapter(tmp_path_factory.mktemp("adapter"), served.llm)))
+    served.llm.reset_prefix_cache()
+    prompts = [served.prompts[0]] * 2
+    mixed = [complete(served.llm, prompts, lora_request=[adapter, None]) for _ in range(2)]
+    for turned, plain in mixed:
+        assert turned.outputs[0].token_ids != plain.outputs[0].token_ids
+        if served.same_texts:
+            assert differs_only_behind_a_near_tie(served.texts[0], steps(plain))
+            assert differs_only_behind_a_near_tie(steps(mixed[0][0]), steps(turned))
+    return "yes"
+
+
+def random_adapter(folder: Path, llm: LLM) -> Path:
+    """A LoRA of rank 8 on the queries of all layers, large enough to change a text."""
+    config, generator = llm.llm_engine.model_config.hf_text_config, torch.Generator().manual_seed(0)
+    heads = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.randn(8, config.hidden_size, generator=generator) / 8
+        weights[f"{name}.lora_B.weight"] = torch.randn(heads, 8, generator=generator) / 8
+    save_file(weights, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@cell("prompt embeddings")
+def test_embeddings_of_a_prompt_give_the_text_of_its_tokens(served: Served) -> str:
+    table = safetensors_entry(prepare_default_model(), "model.embed_tokens.weight")
+    prompt: Any = {"prompt_embeds": table[torch.tensor(served.prompts[0])].float()}
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
+    (output,) = served.llm.generate([prompt], sampling, use_tqdm=False)
+    if served.same_texts:
+        assert differs_only_behind_a_near_tie(served.texts[0], steps(output))
+    return "yes"
+
+
+def safetensors_entry(folder: Path, name: str) -> torch.Tensor:
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as content:
+        return content.get_tensor(name)
+
+
+@cell("priorities")
+def test_a_request_of_higher_priority_is_answered_first_and_all_get_their_texts(served: Served) -> str:
+    core, order = served.llm.llm_engine, []
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    for number, prompt in enumerate(served.prompts):  # each fills most of a step
+        long = (prompt * 6)[:1000]
+        core.add_request(str(number), {"prompt_token_ids": long}, sampling, priority=len(served.prompts) - number)
+    while core.has_unfinished_requests():
+        order += [output.request_id for output in core.step() if output.finished]
+    assert sorted(order) == sorted(map(str, range(len(served.prompts)))) and order[0] != "0"
+    texts = [steps(one) for one in complete(served.llm, served.prompts, priority=list(range(len(served.prompts))))]
+    if served.same_texts:
+        assert_same_texts(served.texts, texts)
+    return "yes"
+
+
+@cell("beam search")
+def test_a_beam_of_one_is_the_greedy_text_where_nothing_is_evicted(served: Served) -> str:
+    """Every step of a beam is a request of its own, whose prompt has what was generated: evicted anew."""
+    prompt: Any = {"prompt_token_ids": served.prompts[0]}
+    one, two = (served.llm.beam_search([prompt], BeamSearchParams(width, 8, ignore_eos=True))[0] for width in (1, 2))
+    assert len(two.sequences) == 2 and two.sequences[0].cum_logprob >= two.sequences[1].cum_logprob
+    if load_policy(served.policy).eviction:
+        return "each token is a prompt of its own"
+    greedy = [step.token for step in served.texts[0][:8]]
+    found = [str(token) for token in one.sequences[0].tokens[-8:]]
+    first = next((i for i, pair in enumerate(zip(greedy, found, strict=True)) if pair[0] != pair[1]), None)
+    assert first is None or served.texts[0][first].margin < NEAR_TIE_NATS
+    return "yes"
+
+
+@cell("reset of the prefix cache")
+def test_nothing_is_found_in_a_prefix_cache_that_was_reset(served: Served) -> str:
+    complete(served.llm, served.prompts[:1])
+    assert served.llm.reset_prefix_cache()
+    (output,) = complete(served.llm, served.prompts[:1])
+    assert output.num_cached_tokens == 0
+    if served.same_texts:
+        assert differs_only_behind_a_near_tie(served.texts[0], steps(output))
+    return "yes"
+
+
+@cell("sleep mode")
+def test_vllm_itself_has_no_sleep_on_a_cpu(served: Served) -> str:
+    assert not current_platform.is_sleep_mode_available()
+    return "vLLM: on a GPU alone"
 
 
 @cell("abort")
@@ -226,3 +332,26 @@ def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
         assert_same_texts(expected, [steps(one) for one in outputs])
     cells["chunked prefill"] = "yes"
     cells["preemption"] = "yes" if preempt.call_count else "did not occur"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", policy_names())
+def test_a_compiled_model_and_drafts_change_no_text(policy: str) -> None:
+    """Both at once, where the policy takes drafts, against an eager engine without any."""
+    model, cells = prepare_default_model(), MATRIX.setdefault(policy, {})
+    compiled, drafts = "torch.compile on a CPU", "speculative decoding"
+    cells[compiled] = cells[drafts] = FAILS
+    with engine(model, policy, kv_cache_memory_bytes=256 * MIB) as llm:
+        prompts = story_prompts(llm)[:3]
+        expected = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
+    options: dict[str, Any] = {"enforce_eager": False, "kv_cache_memory_bytes": 256 * MIB}
+    try:
+        check_speculation(ServeOptions(speculative_config=NGRAM), load_policy(policy))
+        options["speculative_config"], found = NGRAM, "ngram"
+    except UnsupportedError:
+        found = "refused"
+    with engine(model, policy, **options) as llm:
+        texts = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
+    if policy not in CHOOSES_BY_REQUEST:
+        assert_same_texts(expected, texts)
+    cells[compiled], cells[drafts] = "yes", found
