@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
@@ -61,6 +62,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         self.has_graphs = settings.kernels != "native"
         self.range_watch = None if is_window else RangeWatch(device)  # one watches the rows of all layers
         if self.eviction:
+            worker_log.first_layer = min(map(extract_layer_index, layer_names), default=0)
             self.collector = make_collector(self.eviction, vllm_config.model_config, device)
             drop_ended(self.collector)
             max_blocks = vllm_config.model_config.max_model_len // kv_cache_spec.block_size

@@ -94,7 +94,7 @@ class KvserveConnector(KVConnectorBase_V1, SupportsHMA):
         self.eviction = settings.policy.eviction
         self.max_model_len = vllm_config.model_config.max_model_len
         report = EngineReport.from_vllm_config(vllm_config, settings)
-        self.block_bytes = report.block_bytes * report.num_ranks
+        self.block_bytes = report.total_block_bytes
         self.manager: EvictingPageManager | None = None
         self.accounting: Accounting | None = None  # in the scheduler only
 

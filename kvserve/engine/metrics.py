@@ -162,7 +162,7 @@ class KvserveStatLogger(AggregateStatLoggerBase):
     def _publish_evictions(self, metrics: EngineMetrics, stats: dict[str, Any]) -> None:
         """Counts of the evictions since the last step; every head of every rank is in them."""
         assert self.report is not None
-        num_heads, policy = self.report.cells_per_block * self.report.num_ranks, self.report.layout.policy.name
+        num_heads, policy = self.report.total_cells_per_block, self.report.layout.policy.name
         metrics.evicted_tokens(policy).inc(stats["evicted_head_tokens"] / num_heads)
         if stats["demoted_head_tokens"]:
             metrics.demoted_tokens(policy).inc(stats["demoted_head_tokens"] / num_heads)

@@ -35,6 +35,7 @@ class EngineReport:
         cells_per_block: layers x KV heads, of the layers with the policy's pages.
         max_model_len: the length at which "effective" figures count tail and sinks.
         num_ranks: workers that share the KV heads (tensor parallel); each has this report's bytes.
+        total_layers: of all stages of a pipeline; 0: there is one.
         kernels_asked, kernels: the attention kernels that were asked for, and those in effect.
         self_test: what was asked for and will be done, in words.
         calibration: the one in effect, in words; empty: the policy has none.
@@ -54,6 +55,7 @@ class EngineReport:
     calibration: str = ""
     windows: WindowGroups | None = None
     in_flight: int = 0
+    total_layers: int = 0
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
@@ -72,6 +74,7 @@ class EngineReport:
             calibration=settings.calibration.describe() if settings.calibration else "",
             windows=settings.window_groups(model.get_head_size()),
             in_flight=config.max_in_flight_tokens,
+            total_layers=model.get_total_num_hidden_layers() if config.parallel_config.pipeline_parallel_size > 1 else 0,
         )
 
     @property
@@ -79,10 +82,20 @@ class EngineReport:
         return self.num_layers * self.num_kv_heads
 
     @property
+    def total_cells_per_block(self) -> int:
+        """Of all workers: KV heads of the model, in all layers."""
+        return (self.total_layers or self.num_layers) * self.num_kv_heads * self.num_ranks
+
+    @property
     def block_bytes(self) -> int:
         if self.windows:
             return self.num_kv_heads * self.windows.block_bytes
         return self.cells_per_block * self.layout.cell_bytes
+
+    @property
+    def total_block_bytes(self) -> int:
+        """Of a block in all workers."""
+        return self.total_cells_per_block * (self.block_bytes // self.cells_per_block)
 
     @property
     def pool_bytes(self) -> int:

@@ -109,8 +109,11 @@ class EngineSettings:
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
             vllm_config.num_speculative_tokens,
         )  # fmt: skip
-        if policy.layers and parallel.pipeline_parallel_size > 1:
-            raise UnsupportedError("layers does not work with pipeline parallelism; drop --pipeline-parallel-size")
+        if policy.names_layers and parallel.pipeline_parallel_size > 1:
+            raise UnsupportedError(
+                f"policy {policy.name} names layers or heads of the whole model, and a stage of a pipeline has some of "
+                "them; drop --pipeline-parallel-size"
+            )
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
@@ -276,8 +279,6 @@ def check_eviction(config: VllmConfig, window: int) -> None:
             "a policy that evicts needs two more options: "
             f"--scheduler-cls {SCHEDULER_PATH} --kv-transfer-config '{json.dumps(CONNECTOR_CONFIG)}'"
         )
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise UnsupportedError("eviction does not work with pipeline parallelism; drop --pipeline-parallel-size")
     _check_steps(config.scheduler_config, window)
 
 

@@ -37,17 +37,22 @@ class Evicted:
         evicted: head tokens that went.
         demoted: head tokens that stay in another format than the policy's own.
         kept: tokens held afterwards, sinks and unfinished tile included, [layer][kv_head].
+        first_layer: index in the model of the first of them; a stage of a pipeline has some of its layers.
     """
 
     num_tokens: int
     evicted: int
     kept: list[list[int]]
     demoted: int = 0
+    first_layer: int = 0
 
     def beside(self, other: Evicted) -> Evicted:
-        """The same eviction with the heads of another rank."""
-        kept = [mine + theirs for mine, theirs in zip(self.kept, other.kept, strict=True)]
-        return Evicted(self.num_tokens, self.evicted + other.evicted, kept, self.demoted + other.demoted)
+        """The same eviction with the heads of another rank: of the same layers, or of another stage's."""
+        layers = {layer: list(heads) for layer, heads in enumerate(self.kept, self.first_layer)}
+        for layer, heads in enumerate(other.kept, other.first_layer):
+            layers.setdefault(layer, []).extend(heads)
+        kept, evicted = [layers[layer] for layer in sorted(layers)], self.evicted + other.evicted
+        return Evicted(self.num_tokens, evicted, kept, self.demoted + other.demoted, min(layers, default=0))
 
     @property
     def mean_kept(self) -> float:
@@ -71,7 +76,7 @@ class StepEvictions(KVConnectorWorkerMetadata):
     requests: dict[str, Evicted] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepEvictions:
-        """Ranks evict the same requests in the same step, each its own heads."""
+        """Ranks evict the same requests in the same step, each its own heads or layers."""
         assert isinstance(other, StepEvictions) and self.requests.keys() == other.requests.keys()
         return StepEvictions({name: mine.beside(other.requests[name]) for name, mine in self.requests.items()})
 
@@ -81,10 +86,12 @@ class WorkerLog(EvictionObserver):
 
     Attributes:
         recorder: also hears of everything; None: nobody asks which tokens stay.
+        first_layer: index in the model of this worker's first layer.
     """
 
     def __init__(self) -> None:
         self.requests: dict[str, Evicted] = {}
+        self.first_layer = 0
         self.recorder: EvictionObserver | None = None
 
     def selected(self, request_id: str, layer: int, selection: Selection) -> None:
@@ -94,7 +101,8 @@ class WorkerLog(EvictionObserver):
     def evicted(
         self, request_id: str, num_tokens: int, evicted: torch.Tensor, kept: torch.Tensor, demoted: torch.Tensor
     ) -> None:
-        self.requests[request_id] = Evicted(num_tokens, int(evicted.sum()), kept.tolist(), int(demoted.sum()))
+        counts = (int(evicted.sum()), kept.tolist(), int(demoted.sum()))
+        self.requests[request_id] = Evicted(num_tokens, *counts, self.first_layer)
         if self.recorder:
             self.recorder.evicted(request_id, num_tokens, evicted, kept, demoted)
 

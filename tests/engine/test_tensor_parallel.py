@@ -1,4 +1,5 @@
-"""Tensor parallel: three CPU workers, each with one of the default model's three KV heads.
+"""Tensor and pipeline parallel: three CPU workers, each with one of the default model's three KV heads, or two
+stages, each with half of its layers.
 
 Their matrix products sum in another order: stock vLLM's log-probabilities move by 1e-5. A compressed cache turns such
 noise into other codes where a key or value lies on the border of two, so what may move grows with the step of the
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from kvserve.default_model import prepare_default_model
+from kvserve.policies.loading import load_policy
 from tests.cases.engine_cases import STORY
 from tests.cases.greedy import assert_same_texts, steps_of
 
@@ -32,11 +34,11 @@ SCRIPT = textwrap.dedent(
     from kvserve.policies.loading import load_policy
 
     if __name__ == "__main__":
-        model, workers, policy, changes, text = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+        model, workers, stages, policy, changes, text = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:]
         eviction = load_policy(policy).eviction
         llm = LLM(
-            model, dtype="float32", enforce_eager=True, max_model_len=1024, kv_cache_memory_bytes=96 << 20,
-            tensor_parallel_size=workers, max_num_batched_tokens=128, block_size=64,
+            model, dtype="float32", enforce_eager=stages == 1, max_model_len=1024, kv_cache_memory_bytes=96 << 20,
+            tensor_parallel_size=workers, pipeline_parallel_size=stages, max_num_batched_tokens=128, block_size=64,
             additional_config={"kvserve": {"policy": policy, "set": json.loads(changes)}},
             **(scheduler_options() if eviction else {}),
         )
@@ -63,16 +65,17 @@ def script(tmp_path: Path) -> str:
     return str(path)
 
 
-def run(workers: int, policy: str, script: str, changes: dict | None = None) -> dict:
+def run(workers: int, policy: str, script: str, changes: dict | None = None, stages: int = 1) -> dict:
     # More workers than cores: name the core of each, since vLLM's own choice wants one core more than workers.
     cores = sorted(os.sched_getaffinity(0))
-    binding = "|".join(str(cores[rank % len(cores)]) for rank in range(workers))
+    binding = "|".join(str(cores[rank % len(cores)]) for rank in range(workers * stages))
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [
         sys.executable,
         script,
         str(prepare_default_model()),
         str(workers),
+        str(stages),
         policy,
         json.dumps(changes or {}),
         STORY * 3,
@@ -111,3 +114,19 @@ def test_three_workers_evict_as_much_as_one_does(policy: str, heads_compete: boo
     assert all(report["rate_effective"] > 1.4 for report in one["reports"])
     if not heads_compete:
         assert_same_texts([steps_of(*text) for text in one["texts"]], [steps_of(*text) for text in three["texts"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "heads_compete"), [("int8", False), ("kivi-2bit", False), ("snapkv", False), ("kv-compress", True)]
+)
+def test_two_stages_answer_as_one_does(policy: str, heads_compete: bool, script: str) -> None:
+    """Their matrix products are the same. Pages that heads of all layers compete for are divided stage by stage."""
+    evicts = load_policy(policy).eviction is not None
+    changes = {"codec": "dense", "eviction.rate": 2, "eviction.schedule": "every-n"} if evicts else {}
+    whole, staged = (run(1, policy, script, changes, stages) for stages in (1, 2))
+    assert mean_distance(whole, staged) < 0.005  # of prompts, before they are cut
+    assert whole["reports"] == staged["reports"]
+    if not heads_compete:
+        assert_same_texts([steps_of(*text) for text in whole["texts"]], [steps_of(*text) for text in staged["texts"]])
+    assert staged["capacity"] == pytest.approx(2 * whole["capacity"], rel=0.05)
