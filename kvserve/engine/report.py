@@ -95,7 +95,7 @@ class EngineReport:
     @property
     def total_block_bytes(self) -> int:
         """Of a block in all workers."""
-        return self.total_cells_per_block * (self.block_bytes // self.cells_per_block)
+        return self.block_bytes * self.total_cells_per_block // self.cells_per_block
 
     @property
     def pool_bytes(self) -> int:

@@ -108,6 +108,18 @@ def test_demoted_tokens_are_no_evicted_ones() -> None:
     assert (report["tokens_kept"], report["tokens_demoted"], report["rate_effective"]) == (12, 7.5, 1)
 
 
+def test_ranks_of_a_stage_share_its_layers_and_stages_follow_each_other() -> None:
+    """Two stages of one and two layers, each of two ranks with one head, in the order in which vLLM adds them up."""
+    ranks = [(0, [[5]]), (0, [[6]]), (1, [[7], [8]]), (1, [[9], [10]])]
+    parts = [StepEvictions({"a": Evicted(20, 1, kept, first_layer=first)}) for first, kept in ranks]
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        total = parts[order[0]]
+        for index in order[1:]:
+            total = total.aggregate(parts[index])
+        assert total.requests["a"] == Evicted(20, 4, [[5, 6], [7, 9], [8, 10]])
+        assert total.requests["a"].mean_kept == 7.5
+
+
 @pytest.fixture
 def accounting() -> Accounting:
     simulation = EvictingSimulation(evicting(sinks=0), 60, seed=0)
