@@ -68,7 +68,8 @@ def check(family: str, drafts: int, make: Make, prompt: int, total: int) -> None
     for part in ("query", "key", "value"):
         setattr(speculated, part, getattr(plain, part))
     pages, answers = speculated.speculate(make(speculated.layout, speculated.spec), prompt)
-    assert torch.equal(pages, expected.pages)
+    whole = len(pages) if plain.layout.has_pages else total // plain.layout.block_size  # dense drafts stay behind it
+    assert torch.equal(pages[:whole], expected.pages[:whole])
     assert answers.isfinite().all()
     assert distance(answers, expected.answers) < INTEGERS
 
