@@ -45,7 +45,10 @@ def test_a_missing_policy_lists_the_names(refusal):
         (["--policy", "int8", "-sc", '{"method": "eagle", "model": "x"}'], "got 'eagle'; set --spec-method ngram"),
         (["--policy", "int8", "-sc", '{"model": "some/model"}'], "got 'some/model'"),
         (["--policy", "int8", "--speculative-config.method", "mtp", "--speculative-config.n", "2"], "got 'mtp'"),
-        (["--policy", "kv-compress-live", "--spec-method", "ngram", "--spec-tokens", "3"], "cuts requests while they generate"),
+        (
+            ["--policy", "kv-compress-live", "--spec-method", "ngram", "--spec-tokens", "3"],
+            "cuts requests while they generate",
+        ),
         (["--policy", "int8", "--spec-tokens", "3"], "speculative"),
         (["--policy", "int8", "--kv-transfer-config", "{}"], "--kv-transfer-config"),
         (["--policy", "int8", "--kv-offloading-size", "4"], "--kv-offloading-size"),

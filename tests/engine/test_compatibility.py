@@ -39,13 +39,13 @@ from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 from tests.cases.engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps
 from tests.cases.greedy import NEAR_TIE_NATS, Step, assert_same_texts, differs_only_behind_a_near_tie
+from tests.engine.test_speculation import run
 
 NUM_TOKENS = 24
 LONG_ANSWER = 80  # fills the unfinished tile, and more
 NAMES = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
 SCHEMA = {"type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"]}
 CHOOSES_BY_REQUEST = ("random",)  # its texts differ from request to request
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FAILS = "**fails**"
 MATRIX: dict[str, dict[str, str]] = {}
 
@@ -336,22 +336,32 @@ def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", policy_names())
-def test_a_compiled_model_and_drafts_change_no_text(policy: str) -> None:
-    """Both at once, where the policy takes drafts, against an eager engine without any."""
+def test_a_compiled_model_gives_the_texts_of_an_eager_one(policy: str) -> None:
     model, cells = prepare_default_model(), MATRIX.setdefault(policy, {})
-    compiled, drafts = "torch.compile on a CPU", "speculative decoding"
-    cells[compiled] = cells[drafts] = FAILS
+    cells["torch.compile on a CPU"] = FAILS
     with engine(model, policy, kv_cache_memory_bytes=256 * MIB) as llm:
         prompts = story_prompts(llm)[:3]
-        expected = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
-    options: dict[str, Any] = {"enforce_eager": False, "kv_cache_memory_bytes": 256 * MIB}
-    try:
-        check_speculation(ServeOptions(speculative_config=NGRAM), load_policy(policy))
-        options["speculative_config"], found = NGRAM, "ngram"
-    except UnsupportedError:
-        found = "refused"
-    with engine(model, policy, **options) as llm:
-        texts = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
+        expected = [steps(one) for one in complete(llm, prompts)]
+    with engine(model, policy, kv_cache_memory_bytes=256 * MIB, enforce_eager=False) as llm:
+        texts = [steps(one) for one in complete(llm, prompts)]
     if policy not in CHOOSES_BY_REQUEST:
         assert_same_texts(expected, texts)
-    cells[compiled], cells[drafts] = "yes", found
+    cells["torch.compile on a CPU"] = "yes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", policy_names())
+def test_drafts_change_no_text_or_are_refused(policy: str) -> None:
+    cells = MATRIX.setdefault(policy, {})
+    cells["speculative decoding"] = FAILS
+    try:
+        check_speculation(ServeOptions(spec_method="ngram"), load_policy(policy))
+    except UnsupportedError:
+        assert load_policy(policy).eviction
+        cells["speculative decoding"] = "refused"
+        return
+    found = run(policy)
+    if policy not in CHOOSES_BY_REQUEST:
+        assert_same_texts(found["expected"], found["together"])
+    assert found["drafted"][1] > 0 and found["free"] == found["blocks"] - 1
+    cells["speculative decoding"] = "ngram"
