@@ -1,4 +1,4 @@
-"""One engine without drafts, then one with: `python -m tests.cases.speculation POLICY [--small]` prints what both answer.
+"""Engines without drafts and with: `python -m tests.cases.speculation POLICY [--small]` prints what both answer.
 
 A process of its own, because drafts from the text bring in numba, over whose modules vLLM 0.32 stumbles when it starts
 another engine in the same process.
