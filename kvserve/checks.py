@@ -6,7 +6,6 @@ config.json, the plugin calls it again with what vLLM resolved.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS, DENSE_HEAD_DIMS, check
 from kvserve.pages.windows import Hybrid
 from kvserve.policies.base import Policy
 from kvserve.policies.limits import check_rate
+from kvserve.speculation import check_speculation, entry_of
 
 # --attention-backend values that do not take kvserve's backend away.
 OWN_BACKENDS = ("AUTO", "CUSTOM", "CPU_ATTN")
@@ -54,7 +54,7 @@ class ServeOptions:
         """Keep the known names of `options`; a backend named inside attention_config counts as attention_backend."""
         known = {field.name: options.get(field.name) for field in fields(cls)}
         if not known["attention_backend"]:
-            known["attention_backend"] = _entry(options.get("attention_config"), "backend")
+            known["attention_backend"] = entry_of(options.get("attention_config"), "backend")
         return cls(**known)
 
 
@@ -67,7 +67,7 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
     check_cache_dtype(options, policy)
     if options.kv_cache_dtype_skip_layers:
         raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
-    check_speculation(options, policy)
+    check_speculation(policy, options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens)
     if options.kv_offloading_size:  # before the connector that vLLM makes of it
         raise UnsupportedError("KV offloading cannot move kvserve's pages; drop --kv-offloading-size")
     if options.kv_transfer_config:
@@ -92,43 +92,6 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
             f"--block-size must be a multiple of the policy's tile_tokens ({policy.tile_tokens}), "
             f"got {options.block_size}; drop the option to use {policy.tile_tokens}"
         )
-
-
-SPECULATION = ("ngram",)
-
-
-def check_speculation(options: ServeOptions, policy: Policy) -> None:
-    """Refuse speculation whose rejected tokens the cache could not take back.
-
-    Raises:
-        UnsupportedError: naming what to change.
-    """
-    asked = options.speculative_config
-    if not any((asked, options.spec_method, options.spec_model, options.spec_tokens)):
-        return
-    model = options.spec_model or _entry(asked, "model")
-    method = str(options.spec_method or _entry(asked, "method") or model or "none").strip("[]")
-    if method not in SPECULATION:  # methods with a cache of their own would write it in this policy's pages
-        raise UnsupportedError(
-            f"speculative decoding works with drafts from the text ({', '.join(SPECULATION)}), got {method!r:.200}; "
-            "set --spec-method ngram, or drop --speculative-config (and --spec-*)"
-        )
-    if policy.eviction and policy.eviction.schedule.decodes:
-        raise UnsupportedError(
-            f"policy {policy.name} cuts requests while they generate (schedule {policy.eviction.schedule.name}), and a "
-            "cut could not take back rejected drafts of speculative decoding; set eviction.schedule to end-of-prefill, "
-            "or drop --speculative-config (and --spec-*)"
-        )
-
-
-def _entry(config: Any, name: str) -> Any:
-    """An entry of an option that is a mapping: parsed by vLLM, as JSON on a command line, or not given."""
-    if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except ValueError:
-            return None
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def check_cache_dtype(options: ServeOptions, policy: Policy) -> None:

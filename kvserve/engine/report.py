@@ -60,7 +60,7 @@ class EngineReport:
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
         """The report of one of `num_engines`, whose blocks vLLM adds up in the API server's configuration."""
-        model = config.model_config
+        model, num_stages = config.model_config, config.parallel_config.pipeline_parallel_size
         return cls(
             layout=settings.layout(model.get_head_size()),
             num_layers=settings.num_layers or model.get_num_layers(config.parallel_config),
@@ -74,7 +74,7 @@ class EngineReport:
             calibration=settings.calibration.describe() if settings.calibration else "",
             windows=settings.window_groups(model.get_head_size()),
             in_flight=config.max_in_flight_tokens,
-            total_layers=model.get_total_num_hidden_layers() if config.parallel_config.pipeline_parallel_size > 1 else 0,
+            total_layers=model.get_total_num_hidden_layers() if num_stages > 1 else 0,
         )
 
     @property

@@ -94,12 +94,7 @@ class EngineSettings:
         hybrid = hybrid_layers(vllm_config, policy)
         # vLLM overwrites its own with the smallest of all groups, which window layers may have.
         block_size = policy.tile_tokens if hybrid else vllm_config.cache_config.block_size
-        check_options(replace(serve_options(vllm_config), block_size=block_size), policy)
-        is_compiled = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
-        check_stages(vllm_config.parallel_config.pipeline_parallel_size, device_type(), is_compiled)
-        if policy.eviction:
-            check_eviction(vllm_config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
-        check_whole_prompts(vllm_config.scheduler_config, vllm_config.model_config.max_model_len)
+        check_config(vllm_config, policy, block_size)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         calibration = chosen_calibration(section, policy, model)
@@ -109,11 +104,6 @@ class EngineSettings:
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
             vllm_config.num_speculative_tokens,
         )  # fmt: skip
-        if policy.names_layers and parallel.pipeline_parallel_size > 1:
-            raise UnsupportedError(
-                f"policy {policy.name} names layers or heads of the whole model, and a stage of a pipeline has some of "
-                "them; drop --pipeline-parallel-size"
-            )
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
@@ -228,6 +218,28 @@ def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
         config.scheduler_config.disable_hybrid_kv_cache_manager,
     )  # fmt: skip
     return hybrid
+
+
+def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
+    """Refuse options that do not go with the policy.
+
+    Args:
+        block_size: of the policy's pages.
+
+    Raises:
+        UnsupportedError: naming the option.
+    """
+    check_options(replace(serve_options(config), block_size=block_size), policy)
+    num_stages = config.parallel_config.pipeline_parallel_size
+    check_stages(num_stages, device_type(), config.compilation_config.mode not in (None, CompilationMode.NONE))
+    if policy.names_layers and num_stages > 1:
+        raise UnsupportedError(
+            f"policy {policy.name} names layers or heads of the whole model, and a stage of a pipeline has some of "
+            "them; drop --pipeline-parallel-size"
+        )
+    if policy.eviction:
+        check_eviction(config, 1 if policy.eviction.remembers_queries else policy.eviction.window)
+    check_whole_prompts(config.scheduler_config, config.model_config.max_model_len)
 
 
 def check_heads(eviction: Eviction, model: ModelConfig, parallel: ParallelConfig) -> None:

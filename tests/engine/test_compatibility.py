@@ -27,7 +27,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvserve.accounting.plan import held_blocks, widest_request
-from kvserve.checks import ServeOptions, check_speculation
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.backend import backend_for
 from kvserve.engine.builder import graph_support
@@ -37,6 +36,7 @@ from kvserve.errors import UnsupportedError
 from kvserve.measuring.machine import versions
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
+from kvserve.speculation import check_speculation
 from tests.cases.engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps
 from tests.cases.greedy import NEAR_TIE_NATS, Step, assert_same_texts, differs_only_behind_a_near_tie
 from tests.engine.test_speculation import run
@@ -355,7 +355,7 @@ def test_drafts_change_no_text_or_are_refused(policy: str) -> None:
     cells = MATRIX.setdefault(policy, {})
     cells["speculative decoding"] = FAILS
     try:
-        check_speculation(ServeOptions(spec_method="ngram"), load_policy(policy))
+        check_speculation(load_policy(policy), method="ngram")
     except UnsupportedError:
         assert load_policy(policy).eviction
         cells["speculative decoding"] = "refused"

@@ -19,7 +19,7 @@ FLOORS = (
     ("codecs", "part_registry"),
     ("errors", "pages"),
     ("budgets", "default_model", "kernels", "retention", "schedules", "scorers", "transforms"),
-    ("attention", "compat", "layer_kinds", "policies"),
+    ("attention", "compat", "layer_kinds", "policies", "speculation"),
     ("accounting", "checks"),
     ("arguments", "eviction"),
     ("calibration", "probe"),
