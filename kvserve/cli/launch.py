@@ -22,6 +22,7 @@ from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
 from kvserve.default_model import MODEL_NAME, prepare_default_model
 from kvserve.engine.environment import PLUGIN_NAME, allowed_plugins, cpu_has_bfloat16
+from kvserve.engine.moved import moved
 from kvserve.errors import UsageError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import policy_content
@@ -89,8 +90,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     # None: not given, neither here nor in a --config file.
     parser.set_defaults(model=None, dtype=None, enforce_eager=None, gpu_memory_utilization=None)
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
+    validate_parsed_serve_args = moved("validate_parsed_serve_args")
     try:
         args: argparse.Namespace = parser.parse_args(list(arguments))
         validate_parsed_serve_args(args)
@@ -104,12 +104,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _serve(args: argparse.Namespace, verbose: bool) -> int:
     """Run vLLM's server; the exit code."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
     from kvserve.engine.lifetime import engine_died
 
-    cli_env_setup()
+    moved("cli_env_setup")()
     configure_logging_from_args(args)
     try:
         ServeSubcommand.cmd(args)
@@ -204,8 +203,6 @@ def configure(
     # The full content, not the name: every process then works with the same policy, whatever its own files say.
     section = {"policy": policy_content(policy), "kernels": kernels, "self_test": self_test}
     args.additional_config = {**additional, PLUGIN_NAME: section}
-    if args.block_size is None:
-        args.block_size = policy.tile_tokens
     if args.model is None:
         args.model = str(prepare_default_model())
         if not args.served_model_name:
@@ -346,7 +343,6 @@ def print_vllm_help(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -354,7 +350,7 @@ def _parser() -> Any:
             raise UsageError(f"{message}; `kvserve serve --help=all` lists vLLM's options")
 
     usage = "kvserve serve --policy POLICY [options]"
-    return make_arg_parser(Parser(prog="kvserve serve", usage=usage))
+    return moved("make_arg_parser")(Parser(prog="kvserve serve", usage=usage))
 
 
 def _look_like_vllm_serve(arguments: Sequence[str]) -> None:

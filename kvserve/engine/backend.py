@@ -25,6 +25,7 @@ from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.registry import make_attention
 from kvserve.checks import check_estimates
 from kvserve.codecs.layer_tables import LayerTables
+from kvserve.engine.block_size import put_in_effect
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
 from kvserve.engine.layer_tables import tables_of_layer
@@ -73,6 +74,11 @@ class KvserveBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Any block the layout accepts; blocks are never split."""
         return [MultipleOf(1)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where the user names none: the size that the layers' pages were laid out for."""
+        return cls.settings.block_size
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -179,6 +185,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if EngineSettings.from_vllm_config(config) != self.settings:
             # vLLM caches the backend class per process under a key that does not know the policy.
             raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
+        put_in_effect(config.cache_config, self.settings.block_size)
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
         window = self.settings.applied_window(sliding_window)

@@ -128,10 +128,14 @@ class PageManager(FullAttentionManager):
     # -- caching and freeing -------------------------------------------------------------------------------------
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Enter finished tile blocks, and the sinks with the first one, into the prefix cache."""
+        """Enter finished tile blocks, and the sinks with the first one, into the prefix cache.
+
+        A block without a hash waits: with lookahead `num_tokens` may pass the tokens that the request has hashed.
+        """
         request_id = request.request_id
         num_cached = self.num_cached_block.get(request_id, 0)
-        num_full = num_tokens // self.block_size
+        num_hashed = len(request.block_hashes) * self.block_pool.hash_block_size
+        num_full = min(num_tokens, num_hashed) // self.block_size
         if num_cached >= num_full:
             return
         row = self.req_to_blocks[request_id]

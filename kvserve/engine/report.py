@@ -41,6 +41,7 @@ class EngineReport:
         calibration: the one in effect, in words; empty: the policy has none.
         windows: the layers that keep dense tokens in vLLM's window cache; None: there are none.
         in_flight: tokens that are scheduled and not processed yet, at most.
+        block_size_asked: of --block-size; None: not given.
     """
 
     layout: PageLayout
@@ -56,6 +57,7 @@ class EngineReport:
     windows: WindowGroups | None = None
     in_flight: int = 0
     total_layers: int = 0
+    block_size_asked: int | None = None
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
@@ -75,6 +77,7 @@ class EngineReport:
             windows=settings.window_groups(model.get_head_size()),
             in_flight=config.max_in_flight_tokens,
             total_layers=model.get_total_num_hidden_layers() if num_stages > 1 else 0,
+            block_size_asked=settings.block_size_asked,
         )
 
     @property
@@ -193,6 +196,7 @@ class EngineReport:
              f"{describe_layers(layout)}"),
             *([("windows", describe_windows(self.windows, self.num_kv_heads))] if self.windows else []),
             ("kernels", f"{self.kernels_asked} requested, {self.kernels} in effect"),
+            ("block size", f"{self.block_size_asked or 'auto'} requested, {layout.block_size} tokens in effect"),
             ("kept dense", describe_dense(layout)),
             *([("calibration", self.calibration)] if self.calibration else []),
             *([("transforms", policy.transforms.describe())] if policy.transforms.of_layer else []),

@@ -4,7 +4,8 @@ Seam: the entry point group `vllm.logits_processors`. Before it hands a request 
 method `validate_params` of each class named there and refuses the request where that raises: with HTTP 400, or with the
 exception from `LLM.generate`. As a logits processor this one changes nothing.
 
-Both model runners instantiate such classes in their workers, each with other arguments; this one suits both.
+Both model runners instantiate such classes in their workers, each with other arguments; this one suits both. It sees
+the first request there, whatever the layers are: where none is kvserve's, no other code of kvserve's runs in a worker.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+    from kvserve.policies.base import Policy
 
 
 def check_arguments(arguments: Mapping[str, Any], state: Any) -> None:
@@ -49,7 +52,9 @@ class RequestCheck(ProcessorV1, ProcessorV2):
     server: Any = None
 
     def __init__(self, vllm_config: VllmConfig, *args: Any) -> None:
-        self._dropped_by = _policy_without_eviction(vllm_config)
+        policy = _policy(vllm_config)
+        self._dropped_by = policy.name if policy and policy.eviction is None else None
+        self._unchecked = vllm_config if policy else None  # until the model has layers
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -85,18 +90,35 @@ class RequestCheck(ProcessorV1, ProcessorV2):
         return logits
 
     def _note(self, params: SamplingParams) -> None:
-        """Say that a policy which evicts nothing drops a request's limits; a server refuses them."""
+        """Say that a policy which evicts nothing drops a request's limits; a server refuses them.
+
+        Raises:
+            UnsupportedError: at the first request: the model has layers to which the policy does not apply.
+        """
+        if self._unchecked is not None:
+            config, self._unchecked = self._unchecked, None
+            _check_layers(config)
         own = [name for name in (params and params.extra_args) or () if str(name).startswith(PREFIX)]
         if own and self._dropped_by:
             logger.warning("policy %s evicts nothing, so %s has no effect", self._dropped_by, ", ".join(sorted(own)))
 
 
-def _policy_without_eviction(vllm_config: VllmConfig) -> str | None:
-    """The name of the policy in effect, if there is one and it evicts nothing."""
+def _check_layers(vllm_config: VllmConfig) -> None:
+    """Refuse layers that are not kvserve's; on a GPU that may be for want of an option."""
+    from kvserve.engine.backend import KvserveImpl
+    from kvserve.engine.device import check_gpu, device_type
+    from kvserve.engine.own_layers import check_own_layers
+
+    if device_type() == "cuda":
+        check_gpu(vllm_config)
+    check_own_layers(vllm_config, KvserveImpl)
+
+
+def _policy(vllm_config: VllmConfig) -> Policy | None:
+    """The policy in effect, if there is one."""
     from kvserve.engine.settings import CONFIG_KEY
     from kvserve.policies.loading import policy_from_config
 
     additional: Any = vllm_config.additional_config
     section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
-    policy = policy_from_config(section) if section else None
-    return policy.name if policy and policy.eviction is None else None
+    return policy_from_config(section) if section else None

@@ -14,6 +14,7 @@ from kvserve.checks import (
     ServeOptions,
     check_compiled,
     check_hybrid,
+    check_images,
     check_model,
     check_options,
     check_stages,
@@ -24,6 +25,7 @@ from kvserve.checks import (
     text_config,
 )
 from kvserve.compat import check_vllm_version
+from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
@@ -59,7 +61,7 @@ class EngineSettings:
     """
 
     policy: Policy
-    block_size: int
+    block_size: int  # in effect
     model_dtype: torch.dtype
     query_group: int = 1  # query heads that share one KV head
     kernels_asked: str = "auto"
@@ -69,6 +71,7 @@ class EngineSettings:
     calibration: Calibration | None = None
     hybrid: Hybrid | None = None
     draft_tokens: int = 0  # speculated in a step of each request
+    block_size_asked: int | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -92,8 +95,8 @@ class EngineSettings:
         if vllm_config.model_config is not None:
             check_model_config(vllm_config.model_config, policy)
         hybrid = hybrid_layers(vllm_config, policy)
-        # vLLM overwrites its own with the smallest of all groups, which window layers may have.
-        block_size = policy.tile_tokens if hybrid else vllm_config.cache_config.block_size
+        size_asked = asked_block_size(vllm_config.cache_config, policy.tile_tokens if hybrid else None)
+        block_size = size_asked or policy.tile_tokens
         check_config(vllm_config, policy, block_size)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
@@ -102,7 +105,7 @@ class EngineSettings:
         settings = cls(
             policy, block_size, model.dtype, group, asked, kernels,
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
-            vllm_config.num_speculative_tokens,
+            vllm_config.num_speculative_tokens, size_asked,
         )  # fmt: skip
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
@@ -214,7 +217,7 @@ def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
         return None
     hybrid = hybrid_of(text_config(model.hf_config.to_dict()), model.max_model_len)
     check_hybrid(
-        hybrid, policy, config.cache_config.block_size, config.parallel_config.pipeline_parallel_size,
+        hybrid, policy, asked_block_size(config.cache_config), config.parallel_config.pipeline_parallel_size,
         config.scheduler_config.disable_hybrid_kv_cache_manager,
     )  # fmt: skip
     return hybrid
@@ -262,6 +265,7 @@ def check_model_config(model: ModelConfig, policy: Policy, name: str = "this mod
     """
     hf_config = model.hf_config.to_dict()
     check_model(hf_config, policy, name)
+    check_images(model.is_mm_prefix_lm, name)
     check_windows(hf_config, policy, model.max_model_len, name)
     if policy.turns_queries and model.using_transformers_backend():
         from kvserve.engine.rotary import transformers_rotary
@@ -340,7 +344,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
         dtype=model and model.dtype,
         kv_cache_dtype=cache.cache_dtype,
         kv_cache_dtype_skip_layers=cache.kv_cache_dtype_skip_layers,
-        block_size=cache.block_size,
+        block_size=asked_block_size(cache),
         speculative_config=config.speculative_config,
         kv_transfer_config=None if _is_own(config.kv_transfer_config) else config.kv_transfer_config,
         kv_offloading_size=cache.kv_offloading_size,

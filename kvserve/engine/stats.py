@@ -76,9 +76,18 @@ class StepEvictions(KVConnectorWorkerMetadata):
     requests: dict[str, Evicted] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepEvictions:
-        """Ranks evict the same requests in the same step, each its own heads or layers."""
-        assert isinstance(other, StepEvictions) and self.requests.keys() == other.requests.keys()
-        return StepEvictions({name: mine.beside(other.requests[name]) for name, mine in self.requests.items()})
+        """Ranks evict the same requests in the same step, each its own heads or layers.
+
+        Where vLLM recovers from a failed step it may hand over a rank's output of an earlier step: a request that one
+        side lacks stays as the other has it, and of two cuts the later one counts.
+        """
+        assert isinstance(other, StepEvictions)
+        merged = {**other.requests, **self.requests}
+        for name in self.requests.keys() & other.requests.keys():
+            mine, theirs = self.requests[name], other.requests[name]
+            is_same_cut = mine.num_tokens == theirs.num_tokens
+            merged[name] = mine.beside(theirs) if is_same_cut else max(mine, theirs, key=lambda cut: cut.num_tokens)
+        return StepEvictions(merged)
 
 
 class WorkerLog(EvictionObserver):
