@@ -1,5 +1,6 @@
 # make serve        set everything up (the first time takes minutes), then serve the default model with boost-2bit
 # make test         lint and the fast tests           make test-full    all tests
+# make test-next    contract tests and three engines on the next vLLM, whose wheel it downloads once
 # make bench        compare the policies              make clean        remove build products
 # make atlas        every policy and its peers, measured and drawn (about two hours): docs/atlas.md
 # make matrix       every policy with every feature: docs/compatibility.md
@@ -22,10 +23,10 @@ GPU_PYTHON := $(or $(wildcard $(BIN)/python),python3)
 PYTHON_FILES := kvserve kernels tests scripts benchmarks setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-full gpu-run test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda wheel lint format clean clean-venv
+.PHONY: help setup serve test test-full test-next gpu-run test-gpu sanitize-gpu bench atlas matrix bench-gpu serve-gpu-check cuda wheel lint format clean clean-venv
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@command -v python3 >/dev/null || { echo "setup: error: python3 not found (Debian, Ubuntu: apt install python3.11 python3.11-venv python3.11-dev)" >&2; exit 1; }
@@ -40,6 +41,9 @@ test: setup lint
 
 test-full: setup lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-next: setup
+	$(BIN)/python scripts/next_vllm.py $(ARGS)
 
 # These run without setup, on a machine that has torch and Triton; test-gpu also needs pytest and pydantic. Without
 # `make cuda` or `make gpu-run` before it, test-gpu fails and bench-gpu leaves the CUDA kernels out.

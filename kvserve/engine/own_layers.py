@@ -1,5 +1,8 @@
 """Whether every layer with a KV cache is kvserve's: a model may name another attention backend for some of its layers.
 
+It is asked as soon as the weights are there, by the first layer that is kvserve's (KvserveImpl); where none is, by the
+server before it answers (engine/endpoint.py), or at the first request of an `LLM(...)` (engine/request_check.py).
+
 Seams: `CompilationConfig.static_forward_context`, where vLLM keeps the attention layers by name, and
 `AttentionLayerBase.get_kv_cache_spec`.
 """

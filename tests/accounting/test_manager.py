@@ -272,6 +272,20 @@ def test_a_prefix_hit_needs_the_sinks_of_its_first_tile() -> None:
     assert simulation.manager.get_computed_blocks(again)[1] == 0
 
 
+def test_blocks_of_tokens_that_the_request_has_not_hashed_yet_wait() -> None:
+    """With lookahead vLLM may name more tokens than there are hashes for."""
+    manager = make_manager(make_layout(16), 40)
+    (pages,) = manager.coordinator.single_type_managers
+    hasher = get_request_block_hasher(64, sha256)
+    request = Request("a", list(range(200)), SamplingParams(max_tokens=99), None, block_hasher=hasher)
+    assert manager.allocate_slots(request, 200, num_lookahead_tokens=100) is not None
+    pages.cache_blocks(request, 300, replay_boundaries=())
+    assert pages.num_cached_block["a"] == 3
+    request.append_output_token_ids(list(range(100)))
+    pages.cache_blocks(request, 300, replay_boundaries=())
+    assert pages.num_cached_block["a"] == 4
+
+
 def test_capacity_in_tokens_is_what_really_fits() -> None:
     layout = make_layout(16)
     num_blocks = 10 * layout.blocks_for(4096) + 1

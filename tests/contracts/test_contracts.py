@@ -138,9 +138,10 @@ def test_a_layer_is_registered_in_order_and_after_its_implementation_was_made() 
 def test_layers_lie_in_the_arena_in_the_order_in_which_they_were_registered() -> None:
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
     from vllm.v1.worker import gpu_model_runner
+
+    from tests.cases.planning import get_kv_cache_config_from_groups, get_kv_cache_groups
 
     config = VllmConfig()
     config.cache_config.kv_cache_layout = KVCacheLayout.BHLNC.name

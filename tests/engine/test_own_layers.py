@@ -11,7 +11,6 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvserve.checks import check_stages
@@ -26,6 +25,7 @@ from kvserve.errors import UnsupportedError
 from kvserve.policies.loading import load_policy
 from kvserve.policies.registry import policy_names
 from tests.cases.layer_cases import attention_layer, engine_config
+from tests.cases.planning import get_kv_cache_configs
 from tests.cases.tiny_models import make_tiny_model
 
 HEADS: dict[str, Any] = {"block_size": 64, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}

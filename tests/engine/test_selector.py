@@ -69,7 +69,7 @@ def test_a_policy_outside_the_tested_vllm_range_is_refused(monkeypatch: pytest.M
 )
 def test_the_plugin_refuses_what_the_command_line_refuses(section: str | None, field: str, value: Any, option: str):
     config = VllmConfig(additional_config={"kvserve": {"policy": "kivi-2bit"}})
-    config.cache_config.block_size = 64
+    config.cache_config.block_size, config.cache_config.user_specified_block_size = 64, True
     object.__setattr__(getattr(config, section) if section else config, field, value)
     with set_current_vllm_config(config), pytest.raises(UnsupportedError, match=re.escape(option)):
         _ = selector.backend
@@ -160,6 +160,7 @@ class ModelStub:
     """What EngineSettings reads of a model."""
 
     dtype, runner_type, convert_type = torch.bfloat16, "generate", "none"
+    is_mm_prefix_lm = False
     hf_config = SimpleNamespace(to_dict=lambda: {"head_dim": 64})
 
     def get_num_attention_heads(self, parallel: Any) -> int:

@@ -93,6 +93,15 @@ def test_ranks_bring_their_own_heads() -> None:
     assert merged.requests["a"].mean_kept == 25 / 4
 
 
+def test_outputs_of_an_earlier_step_neither_lose_evictions_nor_undo_later_ones() -> None:
+    """vLLM 0.33 hands them over again where it recovers from a step that failed."""
+    now = StepEvictions({"a": Evicted(20, 5, [[15]]), "b": Evicted(8, 4, [[4]])})
+    replayed = StepEvictions({"a": Evicted(10, 3, [[7]]), "c": Evicted(6, 2, [[4]])})
+    expected = {"a": Evicted(20, 5, [[15]]), "b": Evicted(8, 4, [[4]]), "c": Evicted(6, 2, [[4]])}
+    assert now.aggregate(replayed).requests == replayed.aggregate(now).requests == expected
+    assert now.aggregate(StepEvictions()).requests == now.requests
+
+
 def test_demoted_tokens_are_no_evicted_ones() -> None:
     """Of two ranks with one head each, 8 of 10 tokens are in another codec, and 7."""
     nothing, all_held = torch.zeros(1, 1).long(), torch.full((1, 1), 10)
