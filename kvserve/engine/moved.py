@@ -33,8 +33,10 @@ def moved(name: str) -> Any:
 
 
 def _exists(place: str) -> bool:
-    """Whether there is such a module. Errors while one that exists is imported are not hidden."""
+    """Whether there is such a module. What goes wrong while one that exists is imported is not hidden."""
     try:
         return find_spec(place) is not None
-    except ModuleNotFoundError:  # a package on the way to it
-        return False
+    except ModuleNotFoundError as error:
+        if f"{place}.".startswith(f"{error.name}."):  # a package on the way to it
+            return False
+        raise
