@@ -238,6 +238,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM calls it on every layer when all are built: whatever it knows of the cache follows from them."""
+        put_in_effect(self.vllm_config.cache_config, self.settings.block_size)
         context = self.vllm_config.compilation_config.static_forward_context
         own = {name: impl for name, built in context.items() if isinstance(impl := _impl_of(built), KvserveImpl)}
         if next(iter(own.values())) is self:

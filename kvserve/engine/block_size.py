@@ -1,8 +1,9 @@
 """How many tokens a block has: what --block-size asks for, or else one tile of the policy.
 
 Seams: `CacheConfig.block_size` and `user_specified_block_size`, `AttentionBackend.get_preferred_block_size`. Where the
-user names none, vLLM has a placeholder until the model is loaded (16, or 128 on a CPU before vLLM 0.33), and then asks
-the backends. Pages are laid out while layers are built, so kvserve says its size at the first layer, and again when asked.
+user names none, vLLM has a placeholder until the model is loaded (16, or 128 on a CPU before vLLM 0.33, which writes it
+again with every copy of its configuration), and then asks the backends. Pages are laid out while layers are built, so
+kvserve puts its size in effect at each layer, and once more when all are there.
 """
 
 from __future__ import annotations

@@ -83,12 +83,12 @@ def test_vllm_checks_the_params_of_every_request_with_the_classes_of_the_entry_p
 def test_every_post_route_that_generates_is_known() -> None:
     from fastapi.routing import APIRoute
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from kvserve.engine.moved import moved
     from kvserve.engine.request_limits import COMPLETION_ROUTES
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    args = moved("make_arg_parser")(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
     routes = build_app(args, ("generate",)).routes
     posts = {route.path for route in routes if isinstance(route, APIRoute) and "POST" in route.methods}
     others = {

@@ -71,9 +71,20 @@ def test_vllm_says_whether_images_are_seen_in_both_directions() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention.attention import Attention
 
-    assert isinstance(ModelConfig.is_mm_prefix_lm, property)
+    assert "self.model_arch_config.is_mm_prefix_lm" in inspect.getsource(ModelConfig)
+    assert hasattr(ModelConfig, "is_mm_prefix_lm")
     assert "model_config.is_mm_prefix_lm" in inspect.getsource(Attention.__init__)
     assert "language_model_only" in EngineArgs.__dataclass_fields__
+
+
+def test_gemma_3_sees_images_in_both_directions_unless_it_gets_none() -> None:
+    from transformers import Gemma3Config
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    config = Gemma3Config()
+    convertor = ModelArchConfigConvertorBase(config, config.text_config)
+    assert convertor.is_mm_prefix_lm(supports_multimodal=True)
+    assert not convertor.is_mm_prefix_lm(supports_multimodal=False)
 
 
 def test_how_vllm_divides_memory_is_asked_of_its_own_functions() -> None:

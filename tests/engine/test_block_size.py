@@ -58,7 +58,7 @@ def test_the_startup_table_says_that_nobody_asked(tmp_path: Path) -> None:
 def test_only_a_block_size_that_somebody_gave_is_refused(tmp_path: Path) -> None:
     model = make_tiny_model("llama-gqa-64", tmp_path)
     config = engine_config(model, "kivi-2bit", block_size=32)
-    with pytest.raises(UnsupportedError, match="--block-size must be a multiple of .*64.*got 32"):
+    with pytest.raises(UnsupportedError, match=r"--block-size must be a multiple of .*64.*got 32"):
         EngineSettings.from_vllm_config(config)
     config = engine_config(model, "kivi-2bit", block_size=None)
     config.cache_config.block_size = CacheConfig.DEFAULT_BLOCK_SIZE  # vLLM's placeholder

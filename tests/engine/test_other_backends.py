@@ -80,7 +80,7 @@ def test_where_no_layer_is_kvserves_a_server_asks_and_an_llm_refuses_the_first_r
     with engine(model, "kivi-2bit", worker_extension_cls=EXTENSION_PATH, skip_tokenizer_init=True) as llm:
         (reason,) = llm.collective_rpc(ProbeWorker.kvserve_check_layers.__name__)
         assert "2 of the 2 layers" in reason
-        with pytest.raises(UnsupportedError, match="2 of the 2 layers .*so the policy would not apply to them"):
+        with pytest.raises(UnsupportedError, match=r"2 of the 2 layers .*so the policy would not apply to them"):
             generate(llm, random_prompts([5]))
 
 
@@ -93,7 +93,7 @@ def test_a_model_of_stock_layers_is_none_of_kvserves_business_without_a_policy(t
     "config", [{"model_type": "minimax_m3_text"}, {"model_type": "deepseek_v4"}, {"v_channels": 128}]
 )
 def test_models_that_are_known_to_bring_a_backend_are_refused_before_they_are_loaded(config: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match="an attention backend of its own.*stock vLLM"):
+    with pytest.raises(UnsupportedError, match=r"an attention backend of its own.*stock vLLM"):
         check_model({"head_dim": 128, **config}, load_policy("kivi-2bit"))
     with pytest.raises(UnsupportedError, match="an attention backend of its own"):
         check_model({"text_config": {"head_dim": 128, **config}}, load_policy("none"))
