@@ -28,8 +28,8 @@ class OtherBackend(LlamaForCausalLM):
 
     others: tuple[int, ...] = ()
 
-    def __init__(self, *, vllm_config: VllmConfig, **options: Any) -> None:
-        super().__init__(vllm_config=vllm_config, **options)
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         context = vllm_config.compilation_config.static_forward_context
         for index in self.others:
             block = self.model.layers[index].self_attn
