@@ -29,6 +29,7 @@ COMPLETION_ROUTES: Mapping[str, str | None] = {
     "/inference/v1/generate": EXTRA_ARGS,
     "/generative_scoring": None,
     "/v1/systemone": None,
+    "/v1/decisions": None,  # from vLLM 0.33 on
     "/cohere/v2/chat": None,
 }
 

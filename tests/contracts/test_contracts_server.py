@@ -82,9 +82,11 @@ def test_vllm_checks_the_params_of_every_request_with_the_classes_of_the_entry_p
 
 def test_every_post_route_that_generates_is_known() -> None:
     from fastapi.routing import APIRoute
+    from packaging.version import Version
     from vllm.entrypoints.launchers.app import build_app
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from kvserve.compat import check_vllm_version
     from kvserve.engine.moved import moved
     from kvserve.engine.request_limits import COMPLETION_ROUTES
 
@@ -95,8 +97,10 @@ def test_every_post_route_that_generates_is_known() -> None:
         path for path in posts if path.endswith(("/render", "/derender", "/cancel", "/count_tokens", "elastic_ep"))
     }
     others |= {"/tokenize", "/detokenize", "/ping", "/inference/v1/abort_requests"}
-    # Cohere's route needs Cohere's library, and VLLM_ENABLE_COHERE_API.
-    assert posts - others == COMPLETION_ROUTES.keys() - {"/cohere/v2/chat"}
+    absent = {"/cohere/v2/chat"}  # needs Cohere's library, and VLLM_ENABLE_COHERE_API
+    if Version(check_vllm_version()) < Version("0.33.0"):
+        absent.add("/v1/decisions")
+    assert posts - others == COMPLETION_ROUTES.keys() - absent
 
 
 def test_vllm_renders_requests_to_token_ids_and_sampling_parameters() -> None:
