@@ -233,19 +233,6 @@ def check_model(hf_config: Mapping[str, Any], policy: Policy, name: str = "this 
             raise UnsupportedError(str(error)) from None
 
 
-def check_images(are_seen_both_ways: bool, name: str = "this model") -> None:
-    """Refuse images whose tokens attend in both directions (vLLM's `ModelConfig.is_mm_prefix_lm`).
-
-    Raises:
-        UnsupportedError: naming the option that leaves images out.
-    """
-    if are_seen_both_ways:
-        raise UnsupportedError(
-            f"{name} lets the tokens of an image see later ones of the same image, and kvserve's kernels show a token "
-            f"only those before it; serve it for text, with --language-model-only, or {_STOCK}"
-        )
-
-
 def _check_layers(config: Mapping[str, Any], policy: Policy, name: str) -> None:
     """Refuse layers that the model does not have, or spared ones that leave nothing for the others at the rate."""
     num_layers = num_layers_of(config)

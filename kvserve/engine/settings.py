@@ -14,7 +14,6 @@ from kvserve.checks import (
     ServeOptions,
     check_compiled,
     check_hybrid,
-    check_images,
     check_model,
     check_options,
     check_stages,
@@ -27,6 +26,7 @@ from kvserve.checks import (
 from kvserve.compat import check_vllm_version
 from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
+from kvserve.engine.images import check_images
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
 from kvserve.layer_kinds import hybrid_of
@@ -265,7 +265,7 @@ def check_model_config(model: ModelConfig, policy: Policy, name: str = "this mod
     """
     hf_config = model.hf_config.to_dict()
     check_model(hf_config, policy, name)
-    check_images(model.is_mm_prefix_lm, name)
+    check_images(model, name)
     check_windows(hf_config, policy, model.max_model_len, name)
     if policy.turns_queries and model.using_transformers_backend():
         from kvserve.engine.rotary import transformers_rotary

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
 from kvserve.engine.backend import backend_for
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
+from tests.cases.planning import get_kv_cache_configs
 
 
 def settings_of(config: VllmConfig) -> EngineSettings:
