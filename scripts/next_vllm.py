@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSION = "0.33.0"
 FOLDER = ROOT / "build" / "next" / f"vllm-{VERSION}"
 EXTRA = ("orjson",)  # what the newer vLLM imports and the older one does not bring
-TESTS = ("tests/contracts", "tests/engine/test_block_size.py")
+TESTS = ("tests/contracts", "tests/engine/test_block_size.py", "tests/engine/test_hybrid_plan.py")
 LIBRARIES = "*.so*"
 
 

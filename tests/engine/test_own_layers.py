@@ -135,7 +135,8 @@ def specs_of_stages(policy: str, *layers: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("policy", [name for name in policy_names() if not load_policy(name).eviction])
 def test_stages_of_different_size_share_one_group_of_pages(policy: str) -> None:
     config = VllmConfig()
-    object.__setattr__(config, "model_config", SimpleNamespace(max_model_len=1024, original_max_model_len=1024))
+    model = SimpleNamespace(max_model_len=1024, original_max_model_len=1024, supports_kv_cache_grouping=False)
+    object.__setattr__(config, "model_config", model)
     config.cache_config.kv_cache_layout = "BHLNC"
     stages = specs_of_stages(policy, 2, 1)
     first, second = get_kv_cache_configs(config, stages, [1 << 26, 1 << 26])
