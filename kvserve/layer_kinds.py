@@ -17,6 +17,15 @@ def num_layers_of(config: Mapping[str, Any]) -> int | None:
     return next((int(config[key]) for key in keys if config.get(key)), None)
 
 
+def head_dim_of(config: Mapping[str, Any]) -> int | None:
+    """head_dim as vLLM derives it, or None where the config does not say."""
+    if head_dim := config.get("head_dim"):
+        return int(head_dim)
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
+    return int(hidden) // int(heads) if hidden and heads else None
+
+
 def window_of(config: Mapping[str, Any]) -> int | None:
     """Tokens that window layers see, or None where the config has none for sure.
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "pages"),
     ("budgets", "default_model", "kernels", "retention", "schedules", "scorers", "transforms"),
     ("attention", "compat", "layer_kinds", "policies"),
-    ("accounting", "speculation"),
+    ("accounting", "refused_models", "speculation"),
     ("checks",),
     ("arguments", "eviction"),
     ("calibration", "probe"),
