@@ -48,7 +48,7 @@ def config_of(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def request_bytes(config: dict[str, Any], policy: Policy, num_tokens: int) -> int:
-    """What a request of a prompt of `num_tokens` tokens holds between two steps; windows that it does not exceed are none."""
+    """What a request of a prompt of `num_tokens` holds between two steps; a window that it does not exceed is none."""
     shape = ModelShape.from_hf(config)
     hybrid = shape.hybrid if shape.hybrid and shape.hybrid.window < num_tokens else None
     num_layers = hybrid.num_full if hybrid else shape.num_layers

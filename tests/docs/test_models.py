@@ -22,7 +22,8 @@ def test_every_family_is_tested_with_a_tiny_model_that_exists() -> None:
 
 def test_the_stock_cache_of_a_hybrid_is_counted_layer_by_layer() -> None:
     config = {
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 100,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "sliding_window": 100,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     }  # fmt: skip
     token = 2 * 2 * 64 * 2  # K and V of two heads, 16 bits
