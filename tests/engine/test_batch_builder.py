@@ -53,7 +53,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(EngineSettings, "from_vllm_config", lambda config: settings(policy, kernels))
         model, scheduler = SimpleNamespace(max_model_len=1024), SimpleNamespace(max_num_seqs=ROWS)
         config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
-        return BatchBuilder(SimpleNamespace(block_size=64), ["a", "b"], config, CPU)
+        return BatchBuilder(SimpleNamespace(block_size=64), ["layers.4", "layers.5"], config, CPU)
 
     return make
 

@@ -71,6 +71,7 @@ def test_layers_of_one_codec_evict_as_its_policy_does(model: Path) -> None:
     assert report["rate_effective"] > 2
 
 
+@pytest.mark.slow
 def test_layers_that_differ_give_back_what_they_evict(model: Path) -> None:
     changes = {"codec": "kivi-2bit", "layers": {0: "int8", -1: "boost-2bit"}}
     with engine(model, "snapkv", changes, kv_cache_memory_bytes=256 * MIB) as llm:

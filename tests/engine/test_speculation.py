@@ -13,7 +13,7 @@ from kvserve.policies.loading import load_policy
 from tests.cases.greedy import Step, assert_same_texts
 
 slow = pytest.mark.slow
-POLICIES = ["int8", *(pytest.param(name, marks=slow) for name in ("none", "kivi-2bit", "snapkv", "kv-compress-2bit"))]
+POLICIES = ["none", "int8", "kivi-2bit", "snapkv", "kv-compress-2bit"]
 
 
 def run(policy: str, *options: str) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def run(policy: str, *options: str) -> dict[str, Any]:
     return found
 
 
+@slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_texts_and_prefix_hits_are_those_of_an_engine_without_drafts(policy: str) -> None:
     found = run(policy)

@@ -183,7 +183,7 @@ def test_rate_one_gives_the_texts_of_none(model: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "changes", "prompts_held"),
     [
-        ("kv-compress", {}, 3),
+        pytest.param("kv-compress", {}, 3, marks=pytest.mark.slow),
         pytest.param("h2o", {"eviction.rate": 2, "eviction.schedule": "every-n"}, 2, marks=pytest.mark.slow),
     ],
     ids=["once", "again-and-again"],
