@@ -126,8 +126,8 @@ class RunnerV2(Runner):
         tables = DefaultModelState.prepare_attn(
             state, batch, mode, (self.table,), slots, [[group]], cache, for_capture=for_capture
         )
-        assert tables["a"] is tables["b"]
-        return tables["a"]
+        assert tables["layers.4"] is tables["layers.5"]
+        return tables["layers.4"]
 
 
 RUNNERS = pytest.mark.parametrize("make_runner", [Runner, RunnerV2], ids=["V1", "V2"])
