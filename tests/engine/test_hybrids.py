@@ -149,7 +149,7 @@ def test_chunks_prefix_hits_and_preemption_change_no_text(model: Path, name: str
         if evicts:
             kept = [output.kv_transfer_params["kvserve"] for output in first]
             assert all(one["rate_effective"] > 1.2 or one.get("tokens_demoted", 0) > 50 for one in kept)
-        if name != "kv-compress-live":
+        if name not in ("kv-compress-live", "mikv"):  # which compute whole prompts
             assert all(output.num_cached_tokens >= 128 for output in again)
         assert_same_texts([steps(output) for output in first], [steps(output) for output in again])
         expected = [steps(output) for output in generate(llm, growing, max_tokens=MORE, logprobs=2)]
