@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.child import run_child
+
 POLICIES = ("stock", "none", "int8", "kivi-2bit", "boost-2bit")
 PRODUCTS = ("float64", "float32")
 PROMPTS, OTHERS = 10, 6
@@ -160,22 +159,6 @@ def measure(model: str, policy: str, products: str, max_tokens: int) -> dict[str
     return compare(alone, loaded)
 
 
-def run_child(policy: str, products: str, options: argparse.Namespace) -> dict[str, float]:
-    """`measure` in a process of its own: one can hold engines of one policy."""
-    command = [
-        *(sys.executable, "-m", "benchmarks.load_distance", "--model", options.model),
-        *("--max-tokens", str(options.max_tokens)),
-        *("--child", policy, products),
-    ]
-    environment = {
-        **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
-    return result
-
-
 def main() -> int:
     """Measure and write after each engine."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -204,7 +187,10 @@ def main() -> int:
     }
     for products in options.products:
         for policy in options.policies:
-            found = record["nats"][products][policy] = run_child(policy, products, options)
+            found = record["nats"][products][policy] = run_child(
+                "benchmarks.load_distance", "--model", options.model, "--max-tokens", str(options.max_tokens),
+                "--child", policy, products,
+            )  # fmt: skip
             print(f"{products} {policy}: {json.dumps(found)}", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

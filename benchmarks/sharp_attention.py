@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import run_child
 
 POLICIES = ("stock", "none", "int8", "kivi-4bit", "kivi-2bit")
 MODELS = ("plain", "scale-1", "bias-50", "bias-normal-50")
@@ -67,18 +67,6 @@ def measure(folder: str, policy: str) -> dict[str, Any]:
     return {"texts": [list(output.outputs[0].token_ids) for output in outputs], "logprobs": logprobs}
 
 
-def run_child(folder: str, policy: str) -> dict[str, Any]:
-    """`measure` in a process of its own: one can hold engines of one policy."""
-    environment = {
-        **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }  # fmt: skip
-    command = [sys.executable, __file__, "--child", folder, policy]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
-    return result
-
-
 def compare(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Texts that are stock's, and the mean and the largest distance of the prompts' log-probabilities."""
     pairs = zip(stock["logprobs"], other["logprobs"], strict=True)
@@ -104,7 +92,10 @@ def main() -> int:
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             make_model(name, Path(folder))
-            found = {policy: run_child(folder, policy) for policy in options.policies}
+            found = {
+                policy: run_child("benchmarks.sharp_attention", "--child", folder, policy)
+                for policy in options.policies
+            }
         record["models"][name] = {p: compare(found["stock"], found[p]) for p in options.policies if p != "stock"}
         print(f"{name}: {json.dumps(record['models'][name])}", flush=True)
         if options.out:

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import run_child
 from kvserve.default_model import prepare_default_model
 from kvserve.measuring.machine import machine, versions
 
-ROOT = Path(__file__).resolve().parent.parent
+MODULE = "benchmarks.speculation"
 POLICIES = ("stock", "none", "int8", "kivi-2bit")
 DRAFTS = 4
 NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -64,27 +63,6 @@ def measure(policy: str, with_drafts: bool, dtype: str) -> dict[str, Any]:
     }
 
 
-def run_child(policy: str, with_drafts: bool, dtype: str) -> dict[str, Any]:
-    """`measure` in a process of its own: one can hold engines of one policy."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speculation",
-        "--dtype",
-        dtype,
-        "--child",
-        policy,
-        str(int(with_drafts)),
-    ]
-    environment = {
-        **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
-    return found
-
-
 def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """Of engines (without drafts, with drafts): the gain of each pair, and whether all texts are equal."""
     rates = [[statistics.median(one["tokens_per_second"]) for one in pair] for pair in pairs]
@@ -112,7 +90,9 @@ def main() -> int:
     pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {policy: [] for policy in options.policies}
     for repeat in range(options.repeats):
         for policy in options.policies:
-            plain, drafted = (run_child(policy, with_drafts, options.dtype) for with_drafts in (False, True))
+            plain, drafted = (
+                run_child(MODULE, "--dtype", options.dtype, "--child", policy, with_drafts) for with_drafts in "01"
+            )
             pairs[policy].append((plain, drafted))
             print(f"repeat {repeat + 1}, {policy}: {summary(pairs[policy])['gain']['median']:.2f}x", flush=True)
     record = {

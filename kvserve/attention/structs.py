@@ -108,9 +108,8 @@ def kvs_layout(layout: PageLayout, spec: LayerSpec, tables: LayerTables | None =
     )
     if not layout.has_pages:
         return struct
-    for name in ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks"):
-        setattr(struct, name, getattr(layout, name))
-    for name in ("tail_blocks", "tail_slots", "draft_tokens"):
+    numbers = ("tile_tokens", "tiles_per_block", "slots_per_cell", "state_blocks", "sink_blocks")
+    for name in (*numbers, "tail_blocks", "tail_slots", "draft_tokens"):
         setattr(struct, name, getattr(layout, name))
     struct.sink_tokens, struct.kept_page_bytes = layout.policy.sink_tokens, layout.kept_page_bytes
     struct.value_rotated = layout.rotates

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 
 from kvserve.engine import lifetime
-from kvserve.engine.engines import on_all_workers, ranks_of
+from kvserve.engine.engines import each_engine, on_all_workers
 from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
@@ -104,17 +104,16 @@ class ReadyEndpoint:
         if await self._engine.is_sleeping():
             return "the engine is asleep"
         if not self._has_answered:
-            for rank in ranks_of(self._engine):
-                await self._generate_one_token(rank)
+            for where in each_engine(self._engine):
+                await self._generate_one_token(where)
             self._has_answered = True
         return None
 
-    async def _generate_one_token(self, rank: int | None) -> None:
+    async def _generate_one_token(self, where: dict[str, int]) -> None:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
         prompt = tokens_input([1])
-        where = {} if rank is None else {"data_parallel_rank": rank}
         async for _ in self._engine.generate(prompt, params, request_id=own_request_id("ready"), **where):
             pass

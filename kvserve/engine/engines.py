@@ -14,10 +14,10 @@ def num_engines(engine: Any) -> int:
     return len(getattr(getattr(engine, "engine_core", None), "core_engines", ())) or 1
 
 
-def ranks_of(engine: Any) -> list[int | None]:
-    """What names each engine in a request; the only one needs no name."""
+def each_engine(engine: Any) -> list[dict[str, int]]:
+    """The arguments of `generate` by which a request goes to each engine; the only one needs none."""
     count = num_engines(engine)
-    return [None] if count == 1 else list(range(count))
+    return [{}] if count == 1 else [{"data_parallel_rank": rank} for rank in range(count)]
 
 
 async def on_all_workers(engine: Any, method: str) -> list[list[Any]]:

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvserve.engine.device import device_type
-from kvserve.engine.engines import on_all_workers, ranks_of
+from kvserve.engine.engines import each_engine, on_all_workers
 from kvserve.engine.log import logger
 from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.settings import CONFIG_KEY, EngineSettings
@@ -73,7 +73,7 @@ async def run_self_test(engine: Any, settings: EngineSettings) -> list[ProbeRepo
     plan, start = plan_test(layout, config.max_model_len), time.monotonic()
     await on_all_workers(engine, "kvserve_probe_start")
     try:
-        num_tokens = [await _run_requests(engine, plan, rank) for rank in ranks_of(engine)]
+        num_tokens = [await _run_requests(engine, plan, where) for where in each_engine(engine)]
     finally:
         workers = await on_all_workers(engine, "kvserve_probe_finish")
     await engine.reset_prefix_cache()
@@ -100,7 +100,7 @@ def passed_line(report: ProbeReport, seconds: float) -> str:
     )
 
 
-async def _run_requests(engine: Any, plan: TestPlan, rank: int | None) -> int:
+async def _run_requests(engine: Any, plan: TestPlan, where: dict[str, int]) -> int:
     """Both requests on one engine, one after the other; how many queries every layer answered for them."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -113,7 +113,6 @@ async def _run_requests(engine: Any, plan: TestPlan, rank: int | None) -> int:
         await on_all_workers(engine, "kvserve_probe_begin")
         prompt = tokens_input(tokens[:length])
         request_id = own_request_id("self-test")
-        where = {} if rank is None else {"data_parallel_rank": rank}
         async for output in engine.generate(prompt, SamplingParams(**params), request_id=request_id, **where):
             cached = output.num_cached_tokens
         num_tokens += num_queries(length, cached, params["max_tokens"])

@@ -181,6 +181,13 @@ def test_dtype_auto_is_judged_by_the_model(tmp_path: Path) -> None:
 # Rotary embeddings
 
 
+def check_only_estimates_are_refused(refusal: Any, folder: Any, config: dict[str, Any], part: str) -> None:
+    """A policy that estimates queries is refused for this reason; one that reads them is not."""
+    message = refusal("--policy", "expected-attention", "--model", folder)
+    assert part in message and "choose another policy" in message
+    check_model({**LLAMA, **config}, load_policy("snapkv"))
+
+
 @pytest.mark.parametrize(
     ("config", "part"),
     [
@@ -194,9 +201,7 @@ def test_dtype_auto_is_judged_by_the_model(tmp_path: Path) -> None:
 def test_queries_that_cannot_be_turned_back_are_refused_at_once_for_the_true_reason(
     tmp_path: Path, refusal: Any, config: dict[str, Any], part: str
 ) -> None:
-    message = refusal("--policy", "expected-attention", "--model", model_folder(tmp_path, **config))
-    assert part in message and "choose another policy" in message
-    check_model({**LLAMA, **config}, load_policy("snapkv"))
+    check_only_estimates_are_refused(refusal, model_folder(tmp_path, **config), config, part)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +215,7 @@ def test_queries_that_cannot_be_turned_back_are_refused_at_once_for_the_true_rea
 def test_a_scorer_that_expects_plain_softmax_is_refused_where_there_is_another(
     tmp_path: Path, refusal: Any, config: dict[str, Any], part: str
 ) -> None:
-    message = refusal("--policy", "expected-attention", "--model", model_folder(tmp_path, **config))
-    assert part in message and "choose another policy" in message
-    check_model({**LLAMA, **config}, load_policy("snapkv"))
+    check_only_estimates_are_refused(refusal, model_folder(tmp_path, **config), config, part)
 
 
 def test_caps_and_sinks_are_those_that_the_models_code_asks_for(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""A measurement in a process of its own: one process can hold engines of one policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_child(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m MODULE ARGUMENTS` prints last, one line of JSON; its threads are bound to no cores.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it had to say is on stderr.
+    """
+    environment = {
+        **os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # fmt: skip
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
+    return found
