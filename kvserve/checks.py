@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvserve.connectors import check_connector
 from kvserve.errors import UnsupportedError
 from kvserve.layer_kinds import head_dim_of, hybrid_of, num_layers_of, window_of
 from kvserve.native import has_cpu_kernels
@@ -44,6 +45,7 @@ class ServeOptions:
     spec_tokens: Any = None
     kv_transfer_config: Any = None
     kv_offloading_size: float | None = None
+    tensor_parallel_size: int | None = None
     decode_context_parallel_size: int | None = None
     prefill_context_parallel_size: int | None = None
     attention_backend: Any = None
@@ -70,11 +72,12 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
         raise UnsupportedError(f"policy {policy.name} covers every layer; drop --kv-cache-dtype-skip-layers")
     check_speculation(policy, options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens)
     if options.kv_offloading_size:  # before the connector that vLLM makes of it
-        raise UnsupportedError("KV offloading cannot move kvserve's pages; drop --kv-offloading-size")
-    if options.kv_transfer_config:
         raise UnsupportedError(
-            "KV connectors cannot move kvserve's pages; drop --kv-transfer-config, or serve with stock vLLM"
+            "--kv-offloading-size makes a KV connector that does not know kvserve's pages; name OffloadingConnector in "
+            "--kv-transfer-config, with cpu_bytes_to_use in its kv_connector_extra_config"
         )
+    speculates = any((options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens))
+    check_connector(options.kv_transfer_config, policy, speculates, options.tensor_parallel_size or 1)
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (getattr(options, option) or 1) > 1:
             raise UnsupportedError(

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from kvserve.checks import check_compiled, check_stages, choose_kernels
 from kvserve.cli.address import OPEN_HOSTS
 from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
+from kvserve.connectors import asked_connector, wrapped
 from kvserve.default_model import MODEL_NAME, prepare_default_model
 from kvserve.engine.environment import PLUGIN_NAME, allowed_plugins, cpu_has_bfloat16
 from kvserve.engine.moved import moved
@@ -210,6 +211,8 @@ def configure(
         check_arguments(vars(args), policy)
     if policy.eviction:
         _connect_scheduler(args)
+    elif asked_connector(args.kv_transfer_config):
+        _wrap_connector(args)
     if self_test or not args.worker_extension_cls:
         _add_the_probe(args)
     if self_test and args.data_parallel_size > 1 and args.api_server_count is None:
@@ -288,6 +291,13 @@ def _connect_scheduler(args: argparse.Namespace) -> None:
         raise UsageError("a policy that evicts brings its own scheduler class; drop --scheduler-cls")
     for name, value in scheduler_options().items():
         setattr(args, name, value)
+
+
+def _wrap_connector(args: argparse.Namespace) -> None:
+    """kvserve's wrapper around the KV connector that the user names; after the checks, which know those that work."""
+    from vllm.config import KVTransferConfig
+
+    args.kv_transfer_config = KVTransferConfig(**wrapped(asdict(args.kv_transfer_config)))
 
 
 def _add_the_probe(args: argparse.Namespace) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from kvserve.connectors import Identity, is_wrapped
 from kvserve.engine import lifetime
 from kvserve.engine.engines import each_engine, on_all_workers
+from kvserve.engine.identity import identity_of
 from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
@@ -37,6 +39,7 @@ class ReadyEndpoint:
     def __init__(self) -> None:
         self.policy: Policy | None = None
         self.layout: PageLayout | None = None
+        self.identity: Identity | None = None  # where a KV connector moves pages
         self.max_model_len = 0
         self.usable_blocks: int | None = None
         self.serving_render: Any = None
@@ -66,6 +69,8 @@ class ReadyEndpoint:
                 if groups := settings.window_groups(config.model_config.get_head_size()):
                     self.usable_blocks -= groups.most_blocks(self.max_model_len, config.max_in_flight_tokens)
             self.serving_render = getattr(state, "serving_render", None)
+            if is_wrapped(config.kv_transfer_config):
+                self.identity = identity_of(settings, config.model_config)
             self.policy = settings.policy
             RequestCheck.server = self
             if config.parallel_config.worker_extension_cls == EXTENSION_PATH:

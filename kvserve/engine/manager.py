@@ -100,11 +100,14 @@ class PageManager(FullAttentionManager):
         Its private blocks are taken in `allocate_new_blocks`: until then other groups have hits that nobody holds, and
         that a new block could evict.
         """
-        assert not self.req_to_blocks.get(request_id) and num_external_computed_tokens == 0
+        assert not self.req_to_blocks.get(request_id)
         hits = self._with_sinks(new_computed_blocks)
         self.block_pool.touch(hits)
         self._hits[request_id] = hits
         self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """None: `allocate_new_blocks` takes the blocks that a connector loads into together with the row's others."""
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order.

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvserve.accounting.plan import held_blocks
 from kvserve.codecs.tile import Half, TileShape
+from kvserve.connectors import asked_connector, is_wrapped
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
 from kvserve.pages.layout import PageLayout
@@ -42,6 +43,7 @@ class EngineReport:
         windows: the layers that keep dense tokens in vLLM's window cache; None: there are none.
         in_flight: tokens that are scheduled and not processed yet, at most.
         block_size_asked: of --block-size; None: not given.
+        connector: vLLM's name of the KV connector that moves sealed tiles; None: there is none.
     """
 
     layout: PageLayout
@@ -58,6 +60,7 @@ class EngineReport:
     in_flight: int = 0
     total_layers: int = 0
     block_size_asked: int | None = None
+    connector: str | None = None
 
     @classmethod
     def from_vllm_config(cls, config: VllmConfig, settings: EngineSettings, num_engines: int = 1) -> EngineReport:
@@ -78,6 +81,7 @@ class EngineReport:
             in_flight=config.max_in_flight_tokens,
             total_layers=model.get_total_num_hidden_layers() if num_stages > 1 else 0,
             block_size_asked=settings.block_size_asked,
+            connector=asked_connector(config.kv_transfer_config) if is_wrapped(config.kv_transfer_config) else None,
         )
 
     @property
@@ -211,7 +215,8 @@ class EngineReport:
             ("self-test", self.self_test),
             ("switched off", describe_switched_off(layout)),
             *([("speculation", describe_speculation(layout))] if layout.draft_tokens else []),
-            ("refused", "KV connectors, --kv-cache-dtype (not proven with this cache)"),
+            *([("connector", describe_connector(self.connector, self.block_bytes, layout))] if self.connector else []),
+            ("refused", "--kv-cache-dtype (not proven with this cache)"),
         ]  # fmt: skip
         for row in rows:
             table.add_row(*row)
@@ -312,6 +317,11 @@ def describe_speculation(layout: PageLayout) -> str:
     """What a step does with drafts, in one line."""
     tail = f"a tail of {layout.tail_slots} slots takes rejected ones back" if layout.has_pages else "none is in a page"
     return f"{layout.draft_tokens} drafts a step; {tail}"
+
+
+def describe_connector(name: str, block_bytes: int, layout: PageLayout) -> str:
+    """What a KV connector moves, in one line."""
+    return f"{name} moves sealed tiles: {block_bytes:,} bytes for {layout.block_size} tokens in all layers"
 
 
 def describe_dense(layout: PageLayout) -> str:

@@ -58,7 +58,7 @@ class RequestCheck(ProcessorV1, ProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse limits that cannot be followed.
+        """Refuse limits that cannot be followed, and blocks that cannot be read.
 
         Raises:
             ValueError: one sentence that names the argument and what it takes.
@@ -66,6 +66,8 @@ class RequestCheck(ProcessorV1, ProcessorV2):
         arguments = sampling_params.extra_args
         if not arguments:
             return
+        if cls.server is not None and cls.server.identity is not None:
+            cls.server.identity.check_remote_blocks(arguments.get("kv_transfer_params"))
         if cls.server is not None and cls.server.policy is not None:
             check_arguments(arguments, cls.server)
         else:

@@ -24,8 +24,10 @@ from kvserve.checks import (
     text_config,
 )
 from kvserve.compat import check_vllm_version
+from kvserve.connectors import asked_connector, is_wrapped, wrapped
 from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
+from kvserve.engine.identity import check_storage, identity_of
 from kvserve.engine.images import check_images
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
@@ -110,6 +112,8 @@ class EngineSettings:
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
+        if is_wrapped(vllm_config.kv_transfer_config):
+            check_storage(vllm_config.kv_transfer_config, identity_of(settings, model))
         logits = special_logits(text_config(model.hf_config.to_dict()))
         return settings.with_gpu_kernels(model.get_head_size(), logits) if device_type() == "cuda" else settings
 
@@ -220,6 +224,11 @@ def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
         hybrid, policy, asked_block_size(config.cache_config), config.parallel_config.pipeline_parallel_size,
         config.scheduler_config.disable_hybrid_kv_cache_manager,
     )  # fmt: skip
+    if hybrid is not None and is_wrapped(config.kv_transfer_config):
+        raise UnsupportedError(
+            f"KV connectors move the blocks of all layers alike, and {hybrid.num_windows} layers have a sliding "
+            "window; drop --kv-transfer-config"
+        )
     return hybrid
 
 
@@ -233,6 +242,7 @@ def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
         UnsupportedError: naming the option.
     """
     check_options(replace(serve_options(config), block_size=block_size), policy)
+    check_transfer(config)
     num_stages = config.parallel_config.pipeline_parallel_size
     check_stages(num_stages, device_type(), config.compilation_config.mode not in (None, CompilationMode.NONE))
     if policy.names_layers and num_stages > 1:
@@ -337,6 +347,25 @@ def _check_steps(scheduler: SchedulerConfig, window: int) -> None:
         )
 
 
+def check_transfer(config: VllmConfig) -> None:
+    """Refuse a KV connector that `kvserve serve` would have wrapped, or that the device or the model rules out.
+
+    Raises:
+        UnsupportedError: naming the option.
+    """
+    transfer = config.kv_transfer_config
+    if transfer is None or _is_own(transfer):
+        return
+    if not is_wrapped(transfer):
+        both = wrapped({"kv_connector": transfer.kv_connector})
+        raise UnsupportedError(
+            f"{transfer.kv_connector} would move blocks that are not the tokens it takes them for; add "
+            f"{json.dumps(both)[1:-1]} to --kv-transfer-config"
+        )
+    if asked_connector(transfer) == "OffloadingConnector" and device_type() != "cuda":
+        raise UnsupportedError("vLLM's OffloadingConnector runs on GPUs alone; drop --kv-transfer-config")
+
+
 def serve_options(config: VllmConfig) -> ServeOptions:
     """What vLLM resolved, under the names of its command line."""
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
@@ -347,6 +376,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
         block_size=asked_block_size(cache),
         speculative_config=config.speculative_config,
         kv_transfer_config=None if _is_own(config.kv_transfer_config) else config.kv_transfer_config,
+        tensor_parallel_size=parallel.tensor_parallel_size,
         kv_offloading_size=cache.kv_offloading_size,
         decode_context_parallel_size=parallel.decode_context_parallel_size,
         prefill_context_parallel_size=parallel.prefill_context_parallel_size,

@@ -50,7 +50,11 @@ def test_a_missing_policy_lists_the_names(refusal):
             "cuts requests while they generate",
         ),
         (["--policy", "int8", "--spec-tokens", "3"], "speculative"),
-        (["--policy", "int8", "--kv-transfer-config", "{}"], "--kv-transfer-config"),
+        (
+            ["--policy", "int8", "--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1"}'],
+            "--kv-transfer-config",
+        ),
+        (["--policy", "kivi-2bit", "--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], "sink_tokens=0"),
         (["--policy", "int8", "--kv-offloading-size", "4"], "--kv-offloading-size"),
         (["--policy", "int8", "-dcp", "2"], "--decode-context-parallel-size"),
         (["--policy", "dense", "--block-size", "16"], "multiple of the policy's tile_tokens (64)"),

@@ -64,7 +64,7 @@ def test_a_policy_outside_the_tested_vllm_range_is_refused(monkeypatch: pytest.M
         ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
         ("attention_config", "backend", AttentionBackendEnum.FLASH_ATTN, "--attention-backend"),
         (None, "speculative_config", object(), "--speculative-config"),
-        (None, "kv_transfer_config", object(), "--kv-transfer-config"),
+        (None, "kv_transfer_config", SimpleNamespace(kv_connector="LMCacheConnectorV1"), "--kv-transfer-config"),
     ],
 )
 def test_the_plugin_refuses_what_the_command_line_refuses(section: str | None, field: str, value: Any, option: str):
