@@ -88,6 +88,7 @@ def test_a_second_engine_finds_the_prefixes_of_the_first(model: Path, policy: st
     assert first["again"] == second["again"] == 640  # tiles that were loaded serve later requests
 
 
+@pytest.mark.slow
 def test_the_files_are_smaller_by_what_the_policy_saves(model: Path, tmp_path: Path) -> None:
     dense, compressed = (answers(model, name, tmp_path / name)["bytes"] for name in ("none", "kivi-2bit"))
     layouts = [
