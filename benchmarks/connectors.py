@@ -3,8 +3,8 @@
 
     python -m benchmarks.connectors --out benchmarks/results/cpu-zen4-connectors.json
 
-One engine computes prompts and writes their tiles into files, a second one reads them. Both are timed to the first token,
-each in a process of its own.
+One engine computes prompts and writes their tiles into files, a second one reads them. Both are timed to the first
+token, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def measure(policy: str, dtype: str, folder: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
-    transfer = {
-        "kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": folder},
+    transfer: dict[str, Any] = {
+        "kv_connector": "ExampleConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": folder},
     }  # fmt: skip
     options: dict[str, Any] = {
         "dtype": dtype, "enforce_eager": True, "max_model_len": PROMPT_TOKENS + 64, "kv_cache_memory_bytes": 1 << 30,

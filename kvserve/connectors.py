@@ -65,12 +65,12 @@ def check_connector(transfer: Any, policy: Policy, speculates: bool = False, ten
     if policy.eviction:
         raise UnsupportedError(
             f"policy {policy.name} gives back tiles that a KV connector would move; drop --kv-transfer-config, or use "
-            "a policy that evicts nothing, for example kivi-2bit with --set sink_tokens=0"
+            "a policy that evicts nothing, for example kivi-2bit with --policy-set sink_tokens=0"
         )
     if policy.sink_tokens:
         raise UnsupportedError(
             f"KV connectors move the tiles of a prompt, and policy {policy.name} keeps {policy.sink_tokens} first "
-            "tokens in blocks beside them; add --set sink_tokens=0, or drop --kv-transfer-config"
+            "tokens in blocks beside them; add --policy-set sink_tokens=0, or drop --kv-transfer-config"
         )
     if policy.layers:
         raise UnsupportedError(

@@ -29,6 +29,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from kvserve.connectors import PARAMS_KEY
 from kvserve.engine.identity import claim_storage, identity_of
 from kvserve.engine.log import logger
+from kvserve.engine.own_requests import is_own
 from kvserve.engine.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class TileConnector(KVConnectorBase_V1):
     # -- scheduler -----------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """As many whole tile blocks as the connector has, behind those that are here."""
-        if self._is_of_others(request):
+        """As many whole tile blocks as the connector has, behind those that are here; a self-test computes its own."""
+        if is_own(request.request_id) or self._is_of_others(request):
             return 0, False
         found, is_async = self.inner.get_num_new_matched_tokens(request, num_computed_tokens)
         if found is None:
@@ -226,7 +227,8 @@ class ExampleTiles(TileConnector):
         self.loaded: set[str] = set()  # by the next step
 
     def on_new_request(self, request: Request) -> None:
-        if request.prompt_token_ids is None or request.lora_request is not None or request.cache_salt is not None:
+        has_own_pages = request.lora_request is not None or request.cache_salt is not None
+        if has_own_pages or request.prompt_token_ids is None or is_own(request.request_id):
             self.left_out.add(request.request_id)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from kvserve.connectors import PARAMS_KEY, Identity, asked_connector, check_connector, wrapped
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.identity import MANIFEST, check_storage, claim_storage
+from kvserve.engine.own_requests import own_request_id
 from kvserve.engine.request_check import RequestCheck
 from kvserve.engine.tile_connector import FORWARDED, ExampleTiles, NixlTiles, TileConnector
 from kvserve.errors import UnsupportedError
@@ -146,8 +147,8 @@ def connector(inner: Inner, kind: type[TileConnector] = NixlTiles) -> Any:
 def request(num_tokens: int, params: dict[str, Any] | None = None, computed: int = 0, **changes: Any) -> Any:
     plain = {"prompt_token_ids": [1] * num_tokens, "lora_request": None, "cache_salt": None, "num_preemptions": 0}
     return SimpleNamespace(
-        request_id="new", num_tokens=num_tokens, num_computed_tokens=computed, kv_transfer_params=params,
-        **(plain | changes),
+        num_tokens=num_tokens, num_computed_tokens=computed, kv_transfer_params=params,
+        **({"request_id": "new"} | plain | changes),
     )  # fmt: skip
 
 
@@ -220,13 +221,16 @@ def test_files_are_of_prompts_that_one_step_completes_and_have_the_null_block_fo
     assert rows_for_files(made, [*private, 50], 130, 10) == [], "it is loaded once"
 
 
-@pytest.mark.parametrize("change", [{"prompt_token_ids": None}, {"lora_request": object()}, {"cache_salt": "mine"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt_token_ids": None}, {"lora_request": object()}, {"cache_salt": "x"}, {"request_id": own_request_id("t")}],
+)
 def test_prompts_whose_pages_are_not_those_of_their_tokens_alone_are_in_no_file(change: dict[str, Any]) -> None:
     made = connector(Inner((64, False)), ExampleTiles)
     special = request(130, **change)
     made.on_new_request(special)
     assert made.get_num_new_matched_tokens(special, 0) == (0, False)
-    assert rows_for_files(made, [*range(9), 50, 51], 130, 130) == []
+    assert special.request_id != "new" or rows_for_files(made, [*range(9), 50, 51], 130, 130) == []
     made.request_finished(special, [])
     assert made.get_num_new_matched_tokens(request(130), 0) == (64, False)
 
@@ -317,7 +321,7 @@ def test_files_of_which_nothing_says_whose_they_are_are_not_read(tmp_path: Path)
     ("policy", "changes", "options", "reason"),
     [
         ("snapkv", {}, {}, "policy snapkv gives back tiles that a KV connector would move"),
-        ("kivi-2bit", {}, {}, "keeps 8 first tokens in blocks beside them; add --set sink_tokens=0"),
+        ("kivi-2bit", {}, {}, "keeps 8 first tokens in blocks beside them; add --policy-set sink_tokens=0"),
         ("int8", {"kv_connector": "LMCacheConnectorV1"}, {}, "and not 'LMCacheConnectorV1'; use one of them"),
         ("int8", {"kv_connector_extra_config": {}}, {}, "needs a folder of its own; add shared_storage_path"),
         ("int8", {"kv_load_failure_policy": "recompute"}, {}, "drop kv_load_failure_policy"),
