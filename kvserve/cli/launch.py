@@ -20,7 +20,7 @@ from kvserve.checks import check_compiled, check_stages, choose_kernels
 from kvserve.cli.address import OPEN_HOSTS
 from kvserve.cli.pinning import pinned_beside
 from kvserve.cli.serve import check_arguments
-from kvserve.connectors import asked_connector, wrapped
+from kvserve.connectors import asked_connector, is_wrapped, wrapped
 from kvserve.default_model import MODEL_NAME, prepare_default_model
 from kvserve.engine.environment import PLUGIN_NAME, allowed_plugins, cpu_has_bfloat16
 from kvserve.engine.moved import moved
@@ -235,8 +235,10 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from kvserve.checks import ServeOptions, check_cache_dtype
+    from kvserve.engine.identity import check_storage, identity_of
     from kvserve.engine.layer_tables import chosen_calibration
     from kvserve.engine.settings import check_model_config
+    from kvserve.pages.layout import PageLayout
 
     logging.disable(logging.CRITICAL)  # vLLM makes the same configuration again, and says then what it has to say
     try:
@@ -246,8 +248,11 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     finally:
         logging.disable(logging.NOTSET)
     check_model_config(model, policy, args.model)
-    if policy.calibration:
-        chosen_calibration(args.additional_config[PLUGIN_NAME], policy, model)
+    calibration = chosen_calibration(args.additional_config[PLUGIN_NAME], policy, model)
+    if is_wrapped(args.kv_transfer_config):
+        size = args.block_size or policy.tile_tokens
+        layout = PageLayout.build(policy, model.get_head_size(), size, model.dtype)
+        check_storage(args.kv_transfer_config, identity_of(layout, calibration, model.model))
     check_cache_dtype(ServeOptions(dtype=model.dtype, kv_cache_dtype=args.kv_cache_dtype), policy)
 
 

@@ -16,7 +16,6 @@ from fastapi import FastAPI, Response
 from kvserve.connectors import Identity, is_wrapped
 from kvserve.engine import lifetime
 from kvserve.engine.engines import each_engine, on_all_workers
-from kvserve.engine.identity import identity_of
 from kvserve.engine.liveness import while_alive
 from kvserve.engine.metrics import publish_self_test
 from kvserve.engine.own_requests import own_request_id
@@ -70,7 +69,7 @@ class ReadyEndpoint:
                     self.usable_blocks -= groups.most_blocks(self.max_model_len, config.max_in_flight_tokens)
             self.serving_render = getattr(state, "serving_render", None)
             if is_wrapped(config.kv_transfer_config):
-                self.identity = identity_of(settings, config.model_config)
+                self.identity = settings.identity(config.model_config)
             self.policy = settings.policy
             RequestCheck.server = self
             if config.parallel_config.worker_extension_cls == EXTENSION_PATH:

@@ -14,27 +14,28 @@ from kvserve.errors import UnsupportedError
 from kvserve.policies.loading import policy_content
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
-    from kvserve.engine.settings import EngineSettings
+    from kvserve.calibration.artefact import Calibration
+    from kvserve.pages.layout import PageLayout
 
 MANIFEST = "kvserve.json"
 
 
-def identity_of(settings: EngineSettings, model: ModelConfig) -> Identity:
+def identity_of(layout: PageLayout, calibration: Calibration | None, model: str) -> Identity:
     """Of an engine's pages.
+
+    Args:
+        model: name or folder.
 
     Raises:
         UnsupportedError: the model's weights cannot be read.
     """
-    layout = settings.layout(model.get_head_size())
     pages = f"{layout.cell_bytes} bytes for {layout.block_size} tokens, {layout.dense_dtype}"
     try:
-        weights = fingerprint(weights_of(model.model))
+        weights = fingerprint(weights_of(model))
     except ValueError as error:
         raise UnsupportedError(f"cannot tell whose pages a KV connector moves: {error}") from None
-    calibration = settings.calibration.sha256 if settings.calibration else ""
-    return Identity.of(settings.policy.name, policy_content(settings.policy), calibration, weights, pages)
+    policy, tables = layout.policy, calibration.sha256 if calibration else ""
+    return Identity.of(policy.name, policy_content(policy), tables, weights, pages)
 
 
 def check_storage(transfer: Any, identity: Identity) -> None:

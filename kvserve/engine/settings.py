@@ -24,7 +24,7 @@ from kvserve.checks import (
     text_config,
 )
 from kvserve.compat import check_vllm_version
-from kvserve.connectors import asked_connector, is_wrapped, wrapped
+from kvserve.connectors import Identity, asked_connector, is_wrapped, wrapped
 from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.engine.identity import check_storage, identity_of
@@ -113,7 +113,7 @@ class EngineSettings:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
         if is_wrapped(vllm_config.kv_transfer_config):
-            check_storage(vllm_config.kv_transfer_config, identity_of(settings, model))
+            check_storage(vllm_config.kv_transfer_config, settings.identity(model))
         logits = special_logits(text_config(model.hf_config.to_dict()))
         return settings.with_gpu_kernels(model.get_head_size(), logits) if device_type() == "cuda" else settings
 
@@ -168,6 +168,14 @@ class EngineSettings:
             num_layers=self.num_layers if self.policy.names_layers else None,
         )  # fmt: skip
         return layout.with_drafts(self.draft_tokens)
+
+    def identity(self, model: ModelConfig) -> Identity:
+        """What another engine must have in common with this one to read its pages.
+
+        Raises:
+            UnsupportedError: the model's weights cannot be read.
+        """
+        return identity_of(self.layout(model.get_head_size()), self.calibration, model.model)
 
     def applied_window(self, window: int | None) -> int | None:
         """The window of a layer, or None where no request is longer.

@@ -27,7 +27,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 
 from kvserve.connectors import PARAMS_KEY
-from kvserve.engine.identity import claim_storage, identity_of
+from kvserve.engine.identity import claim_storage
 from kvserve.engine.log import logger
 from kvserve.engine.own_requests import is_own
 from kvserve.engine.settings import EngineSettings
@@ -66,7 +66,7 @@ class TileConnector(KVConnectorBase_V1):
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None
         self.layout = settings.layout(vllm_config.model_config.get_head_size())
-        self.identity = identity_of(settings, vllm_config.model_config)
+        self.identity = settings.identity(vllm_config.model_config)
         if role == KVConnectorRole.SCHEDULER:
             claim_storage(vllm_config.kv_transfer_config, self.identity)
         config = copy.copy(vllm_config)

@@ -95,7 +95,7 @@ def nixl(served: Any) -> NixlTiles:
     settings = engine_settings.EngineSettings.from_vllm_config(served.config)
     assert settings is not None
     made.layout = settings.layout(64)
-    made.identity = engine_settings.identity_of(settings, served.config.model_config)
+    made.identity = settings.identity(served.config.model_config)
     made.inner = NixlPullConnectorScheduler(config, "engine", served.kv_cache_config)
     made.inner.request_finished_all_groups = made.inner.request_finished  # as NixlConnector has it
     return made
