@@ -9,7 +9,8 @@ from typing import Any
 from kvserve.errors import UnsupportedError
 from kvserve.policies.base import Policy
 
-METHODS = ("ngram",)  # others draft with a cache of their own, which would be written in the policy's pages
+DRAFT_MODEL = "draft_model"
+METHODS = ("ngram", DRAFT_MODEL)  # heads of the model's own (EAGLE, MTP) would read its hidden states and its pages
 
 
 def check_speculation(
@@ -30,8 +31,9 @@ def check_speculation(
     method = str(method or entry_of(config, "method") or model or "none").strip("[]")
     if method not in METHODS:
         raise UnsupportedError(
-            f"speculative decoding works with drafts from the text ({', '.join(METHODS)}), got {method!r:.200}; set "
-            "--spec-method ngram, or drop --speculative-config (and --spec-*)"
+            "speculative decoding works with drafts from the text (ngram) or from a model of its own (draft_model), got "
+            f"{method!r:.200}; set --spec-method to one of {', '.join(METHODS)}, or drop --speculative-config (and "
+            "--spec-*)"
         )
     if policy.eviction and policy.eviction.schedule.decodes:
         raise UnsupportedError(

@@ -6,7 +6,7 @@ keeps no state of its own: everything a request has lies in the arena and is fou
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
 
 from kvserve.attention.base import Answers, LayerSpec, NewRows, PagedAttention
 from kvserve.attention.registry import make_attention
@@ -28,6 +28,7 @@ from kvserve.codecs.layer_tables import LayerTables
 from kvserve.engine.block_size import put_in_effect
 from kvserve.engine.builder import BatchBuilder, StepMetadata
 from kvserve.engine.device import LEAST_CAPABILITY, backend_name
+from kvserve.engine.drafts import share_backend
 from kvserve.engine.layer_tables import tables_of_layer
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.plugin import BACKEND_PATH
@@ -84,9 +85,9 @@ class KvserveBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """(block, head, layer, token): one page per KV head per layer in one arena.
 
-        Where window layers have blocks of their own, vLLM needs (block, layer, head, token); see `in_strips`.
+        Where layers of several kinds have blocks of their own, vLLM needs (block, layer, head, token); see `in_strips`.
         """
-        return (KVCacheLayout.BLHNC if cls.settings.hybrid else KVCacheLayout.BHLNC,)
+        return (KVCacheLayout.BLHNC if cls.settings.hybrid or cls.settings.drafter else KVCacheLayout.BHLNC,)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -110,10 +111,12 @@ class KvserveBackend(AttentionBackend):
 
         Window layers beside full ones keep vLLM's, too, in blocks that share the pool best. Where every layer has a
         window, their pages cover the whole sequence, and their kernels skip what lies outside of it; a policy that
-        evicts takes windows that no request exceeds.
+        evicts takes windows that no request exceeds. Layers of a draft model stay dense (kvserve/pages/drafts.py).
         """
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise UnsupportedError(f"kvserve cannot serve {type(spec).__name__} layers; use stock vLLM for this model")
+        if cls.settings.is_draft:
+            return draft_spec(spec, cls.settings.draft_layout().block_size)
         layout = cls.settings.layout(spec.head_size)
         if not layout.has_pages:
             return spec
@@ -122,11 +125,25 @@ class KvserveBackend(AttentionBackend):
             assert groups is not None
             # vLLM asks for blocks of one token to learn the bytes of one.
             return spec if spec.block_size == 1 else replace(spec, block_size=groups.block_size)
+        draft_block_size = cls.settings.drafts.block_size if cls.settings.drafts else 0
         if not layout.state_blocks:
-            return PageSpec.from_attention(spec, layout)
+            return PageSpec.from_attention(spec, layout, draft_block_size)
         if isinstance(spec, SlidingWindowSpec):
             cls.settings.applied_window(spec.sliding_window)
-        return EvictingPageSpec.from_attention(spec, layout)
+        return EvictingPageSpec.from_attention(spec, layout, draft_block_size)
+
+
+def draft_spec(spec: AttentionSpec, block_size: int) -> AttentionSpec:
+    """The spec of a draft model's layer: every token, also where the layer sees a window (its kernels know).
+
+    vLLM drafts only where all layers of the draft model are one group.
+    """
+    if isinstance(spec, SlidingWindowSpec):
+        own = {field.name for field in fields(FullAttentionSpec)}
+        drop = [field.name for field in fields(spec) if field.name not in own]
+        spec = replace_as(spec, FullAttentionSpec, drop=drop)
+    # vLLM asks for blocks of one token to learn the bytes of one.
+    return spec if spec.block_size == 1 else replace(spec, block_size=block_size)
 
 
 def first_kv_head(config: VllmConfig) -> int:
@@ -157,12 +174,16 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     Attributes:
         attention: made when the layer is built, or where it reads tables or learned sinks when the model is loaded.
         transforms: of keys, queries, values and answers; None: the policy has none.
-        is_window: the layer keeps dense tokens in vLLM's window cache, whatever the policy.
+        settings: of the engine; a layer of a draft model has its own.
+        is_dense: the layer keeps dense tokens in block tables of vLLM's, whatever the policy: a window layer beside full
+            ones, or a layer of a draft model.
+        draft_rows: the block table of the step's requests, where the layer is a draft model's (BatchBuilder).
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
             (kvserve/engine/row_worker.py, head_worker.py).
     """
 
-    settings: ClassVar[EngineSettings]
+    settings: EngineSettings
+    draft_rows: torch.Tensor | None = None
     attention: PagedAttention
     transforms: LayerTransforms | None = None
     probe: LayerProbe | RowRecorder | HeadRecorder | None = None
@@ -182,22 +203,24 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             if present:
                 raise UnsupportedError(f"kvserve does not support {feature}; serve this model with stock vLLM")
         self.vllm_config = config = get_current_vllm_config()
-        if EngineSettings.from_vllm_config(config) != self.settings:
-            # vLLM caches the backend class per process under a key that does not know the policy.
-            raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
+        self._settle(config)
         put_in_effect(config.cache_config, self.settings.block_size)
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.sliding_window, self.kv_cache_dtype = float(scale), sliding_window, kv_cache_dtype
-        window = self.settings.applied_window(sliding_window)
+        is_draft = self.settings.is_draft
+        window = sliding_window if is_draft else self.settings.applied_window(sliding_window)
         self.spec = LayerSpec(
             num_heads, num_kv_heads, self.scale, window, first_kv_head(config), logits_soft_cap or None
         )
         self.sinks = sinks  # vLLM's parameter, which is loaded later
-        self._check_estimates()
-        self.is_window = self.settings.keeps_window(sliding_window)
-        self.layout, self.index = self.settings.layout(head_size), self._count_layers_before()
-        if self.is_window:
-            self.layout = self.settings.window_layout(head_size)
+        self.is_dense = is_draft or self.settings.keeps_window(sliding_window)
+        self.index = self._count_layers_before()
+        if is_draft:
+            self.layout = self.settings.draft_layout()
+        else:
+            self._check_estimates()
+            layout_of = self.settings.window_layout if self.is_dense else self.settings.layout
+            self.layout = layout_of(head_size)
         try:
             self.own_layout = self.layout.of_layer(self.index)
         except IndexError:
@@ -208,6 +231,17 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         if not self._waits_for_weights:
             self._make_attention({})
 
+    def _settle(self, config: VllmConfig) -> None:
+        """See that the layer has the settings of its own model.
+
+        vLLM caches the backend class per process, under a key that knows neither the policy nor a draft model.
+        """
+        found = EngineSettings.from_vllm_config(config)
+        if found is None or replace(found, is_draft=False) != replace(self.settings, is_draft=False):
+            raise UnsupportedError("one process can hold engines of one kvserve policy; use a process for each policy")
+        self.settings = found
+        share_backend(config)
+
     @property
     def _waits_for_weights(self) -> bool:
         """Whether the kernels read what is there only when the model is loaded."""
@@ -215,7 +249,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
 
     @property
     def _reads_tables(self) -> bool:
-        return self.settings.policy.reads_tables and not self.is_window
+        return self.settings.policy.reads_tables and not self.is_dense
 
     def _check_estimates(self) -> None:
         special = (("capped attention logits", self.spec.soft_cap), ("learned attention sinks", self.sinks))
@@ -227,30 +261,38 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         return sum(isinstance(_impl_of(built), KvserveImpl) for built in context.values())
 
     def _make_attention(self, tables: LayerTables) -> None:
-        kernels = self.settings.window_kernels if self.is_window else self.settings.kernels
+        kernels = self.settings.window_kernels if self.is_dense else self.settings.kernels
         try:
             self.attention = make_attention(kernels, self.own_layout, self.spec, tables)
-            if self.settings.policy.transforms.of_layer and not self.is_window:
+            if self.settings.policy.transforms.of_layer and not self.is_dense:
                 transforms = self.settings.policy.transforms.of_layer
                 self.transforms = LayerTransforms(transforms, tables, self.num_kv_heads, self.head_size)
         except ValueError as error:
             raise UnsupportedError(str(error)) from None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """vLLM calls it on every layer when all are built: whatever it knows of the cache follows from them."""
+        """vLLM calls it on every layer when all of its model are built: what it knows of the cache follows from them."""
         put_in_effect(self.vllm_config.cache_config, self.settings.block_size)
-        context = self.vllm_config.compilation_config.static_forward_context
-        own = {name: impl for name, built in context.items() if isinstance(impl := _impl_of(built), KvserveImpl)}
-        if next(iter(own.values())) is self:
+        own = self._layers_of_model()
+        if self.settings.is_draft:
+            layer = next(layer for layer in own.values() if layer.impl is self)
+            layer.attn_backend = backend_for(self.settings)  # whose spec is the draft model's
+        if next(iter(own.values())).impl is self:
             check_own_layers(self.vllm_config, KvserveImpl)
         if self.sinks is not None:
             self.spec = replace(self.spec, sink_logits=self.sinks.detach().to(torch.float32, copy=True).contiguous())
         tables: LayerTables = {}
         if self._reads_tables:
-            index = next(extract_layer_index(name) for name, impl in own.items() if impl is self)
+            index = next(extract_layer_index(name) for name, layer in own.items() if layer.impl is self)
             tables = tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
         if self._waits_for_weights:
             self._make_attention(tables)
+
+    def _layers_of_model(self) -> dict[str, Any]:
+        """vLLM's layers of the same model that are kvserve's, by name."""
+        context, is_draft = self.vllm_config.compilation_config.static_forward_context, self.settings.is_draft
+        own = {name: layer for name, layer in context.items() if isinstance(_impl_of(layer), KvserveImpl)}
+        return {name: layer for name, layer in own.items() if layer.impl.settings.is_draft == is_draft}
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
@@ -295,8 +337,9 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""
         cells = kv_cache.view(torch.uint8)
-        if self.settings.hybrid and not self.is_window:
-            return in_strips(cells, self.settings.hybrid.num_full)
+        if (self.settings.hybrid or self.settings.drafts) and not self.is_dense:
+            assert self.settings.num_layers is not None
+            cells = in_strips(cells, self.settings.num_layers)
         if self.layout.is_uniform:
             return cells
         _, place = num_layers_of(cells, self.layout)

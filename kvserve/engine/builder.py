@@ -48,19 +48,25 @@ class StepMetadata:
 class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Passes lengths and rows through; positions follow from them.
 
-    Each group of layers has one. Those of window layers evict nothing.
+    Each group of layers has one. Those of window layers and of a draft model evict nothing.
+
+    Attributes:
+        drafting: a layer of the draft model, where the group has some. Their group has a second builder, vLLM's
+            proposer's; what they both need to know lies in that layer.
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         settings = EngineSettings.from_vllm_config(vllm_config)
         assert settings is not None
+        self.drafting = draft_layer(vllm_config, layer_names)
         is_window = settings.hybrid is not None and isinstance(kv_cache_spec, SlidingWindowSpec)
-        self.eviction = None if is_window else settings.policy.eviction
-        if not is_window:
+        is_dense = is_window or (self.drafting is not None and settings.policy.has_pages)
+        self.eviction = None if is_dense else settings.policy.eviction
+        if not is_dense:
             check_layers(settings, len(layer_names))
         self.has_graphs = settings.kernels != "native"
-        self.range_watch = None if is_window else RangeWatch(device)  # one watches the rows of all layers
+        self.range_watch = None if is_dense else RangeWatch(device)  # one watches the rows of all layers
         if self.eviction:
             worker_log.first_layer = min(map(extract_layer_index, layer_names), default=0)
             self.collector = make_collector(self.eviction, vllm_config.model_config, device)
@@ -83,6 +89,8 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         assert common.causal is True, "kvserve serves causal decoders only"
         if self.range_watch:
             self.range_watch.look()
+        if self.drafting:
+            self.drafting.draft_rows = common.block_table_tensor
         batch = Batch(
             query_start_loc=common.query_start_loc[: common.num_reqs + 1],
             seq_lens=common.seq_lens[: common.num_reqs],
@@ -97,6 +105,17 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
             batch.kept = table
         return StepMetadata(common.num_actual_tokens, batch, self._plan)
 
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> StepMetadata:
+        """The batch of a pass of the draft model.
+
+        Model Runner V1 gives its proposer the block table of the first group, whichever group the draft model's layers
+        are (`GPUModelRunner._build_attention_metadata`). Their own is the one that the step was built with.
+        """
+        if self.drafting is None or self.drafting.draft_rows is None:
+            raise RuntimeError("vLLM drafts with layers that are none of a draft model's, or before a step was built")
+        own = common_attn_metadata.replace(block_table_tensor=self.drafting.draft_rows)
+        return self.build(0, own, fast_build=True)
+
     def _plan(self, batch: Batch) -> StepEvictor | None:
         """Waits for the device, but only where rows have something to remember or to give up."""
         assert self.eviction is not None
@@ -108,10 +127,17 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
 
 
+def draft_layer(vllm_config: Any, layer_names: list[str]) -> Any:
+    """The implementation of the first layer of the draft model among these; None: there is none."""
+    context = vllm_config.compilation_config.static_forward_context
+    impls = (getattr(context[name], "impl", None) for name in sorted(layer_names) if name in context)
+    return next((impl for impl in impls if impl is not None and impl.settings.is_draft), None)
+
+
 def check_layers(settings: EngineSettings, num_cached: int) -> None:
     """Refuse a policy that names layers where not every layer of the model has a KV cache on this worker."""
     policy = settings.policy
-    if settings.hybrid and num_cached != settings.num_layers:
+    if (settings.hybrid or settings.drafts) and num_cached != settings.num_layers:
         raise UnsupportedError(
             f"{num_cached} layers of the model see every token, and its configuration says {settings.num_layers}, for "
             "which blocks were counted; serve it with stock vLLM, without kvserve"

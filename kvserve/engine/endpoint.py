@@ -67,6 +67,8 @@ class ReadyEndpoint:
                 self.usable_blocks = (config.cache_config.num_gpu_blocks or 1) - 1  # less the null block
                 if groups := settings.window_groups(config.model_config.get_head_size()):
                     self.usable_blocks -= groups.most_blocks(self.max_model_len, config.max_in_flight_tokens)
+                if settings.drafts:
+                    self.usable_blocks -= settings.drafts.blocks_for(self.max_model_len, self.max_model_len)
             self.serving_render = getattr(state, "serving_render", None)
             if is_wrapped(config.kv_transfer_config):
                 self.identity = settings.identity(config.model_config)

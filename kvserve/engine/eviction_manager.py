@@ -47,7 +47,7 @@ class EvictingPageManager(PageManager):
         given_back: by request id, how many tile blocks have left its row.
         failures: requests that cannot go on.
         asked_for: the request whose need of blocks was asked for last.
-        windows: the managers of the window layers' groups, which take blocks of the same pool.
+        windows: the managers of the window layers' groups, or of a draft model's, which take blocks of the same pool.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,13 +76,15 @@ class EvictingPageManager(PageManager):
     def usable_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens can get here when it is alone.
 
-        One of the pool's is vLLM's null block; window layers take theirs as vLLM admits requests.
+        One of the pool's is vLLM's null block; window layers take theirs as vLLM admits requests, a draft model's layers
+        with the tokens that are drafted.
         """
-        most = [(-(-num_tokens // one.block_size), one.max_admission_blocks_per_request) for one in self.windows]
+        tokens = num_tokens + self.layout.draft_tokens
+        most = [(-(-tokens // one.block_size), one.max_admission_blocks_per_request) for one in self.windows]
         return self.block_pool.num_gpu_blocks - 1 - sum(min(row, cap or row) for row, cap in most)
 
     def window_blocks(self, request_id: str) -> int:
-        """Blocks that a request holds in the window layers' groups; what lies outside of a window is null."""
+        """Blocks that a request holds in the groups of `windows`; what lies outside of a window is null."""
         rows = [one.req_to_blocks.get(request_id, []) for one in self.windows]
         return sum(len(row) - bisect_left(row, True, key=lambda block: not block.is_null) for row in rows)
 
@@ -133,26 +135,31 @@ class EvictingPageManager(PageManager):
             del self.plans[request_id]
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any,
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int, num_local_computed_tokens: int, num_tokens_main_model: int,
         apply_admission_cap: bool = False, **kwargs: Any,
     ) -> int:  # fmt: skip
         """As PageManager, with kept blocks; for admission, what the request needs at its widest on the way."""
         self.asked_for = request_id
-        needed = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, num_local_computed_tokens,
+            num_tokens_main_model, **kwargs,
+        )  # fmt: skip
         plan = self.plans.get(request_id)
         if plan is None:
             return needed
         with self.failures.guard(request_id):
             if apply_admission_cap:
-                return needed + plan.peak_blocks(num_tokens) - self.layout.blocks_for(num_tokens)
-            return needed + self._missing_kept(request_id, num_tokens).kept_blocks
+                row = self.layout.blocks_for(num_tokens_main_model)
+                return needed + plan.peak_blocks(num_tokens_main_model) - row
+            return needed + self._missing_kept(request_id, num_tokens_main_model).kept_blocks
         return self.block_pool.num_gpu_blocks  # more than there ever are: it gets none
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As PageManager; where the step reaches a cut, take its kept blocks too. Returns those of the row."""
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         with self.failures.guard(request_id):
-            cut = self._missing_kept(request_id, num_tokens)
+            cut = self._missing_kept(request_id, num_tokens_main_model)
             if cut.kept_blocks:
                 self.kept.setdefault(request_id, []).append(KeptBlocks(cut, self._take(cut.kept_blocks)))
         return new_blocks
@@ -212,7 +219,7 @@ class EvictingPageManager(PageManager):
 
 
 def share_prompts_only(kv_cache_manager: KVCacheManager) -> None:
-    """Let window layers, too, enter no block that was computed from an evicted cache into the prefix cache.
+    """Let window layers and a draft model's, too, enter no block that was computed from an evicted cache into the prefix cache.
 
     Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those. Of
     a window vLLM enters the blocks before the token where an equal prompt could go on; here that is where it will.

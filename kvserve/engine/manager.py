@@ -83,12 +83,16 @@ class PageManager(FullAttentionManager):
     # -- allocation ----------------------------------------------------------------------------------------------
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
-    ) -> int:
-        """Free blocks the request needs to hold `num_tokens`, counting hits that leave the free queue."""
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int, num_local_computed_tokens: int, num_tokens_main_model: int, **kwargs: Any,
+    ) -> int:  # fmt: skip
+        """Free blocks the request needs to hold `num_tokens_main_model`, counting hits that leave the free queue.
+
+        What a draft model writes behind them (`num_tokens` counts it) lies in blocks of another group.
+        """
         held = len(self.req_to_blocks.get(request_id, ()))
         hits = self._with_sinks(new_computed_blocks)
-        missing = self.layout.blocks_for(num_tokens) - held - len(hits)
+        missing = self.layout.blocks_for(num_tokens_main_model) - held - len(hits)
         return max(missing, 0) + self._get_num_evictable_blocks(hits)
 
     def add_local_computed_blocks(
@@ -110,7 +114,7 @@ class PageManager(FullAttentionManager):
         """None: `allocate_new_blocks` takes the blocks that a connector loads into together with the row's others."""
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Extend the row to what `num_tokens` tokens need; returns the new blocks in row order.
+        """Extend the row to what `num_tokens_main_model` tokens need; returns the new blocks in row order.
 
         The row of a new request starts with its private blocks, then come the hits.
         """
@@ -118,7 +122,7 @@ class PageManager(FullAttentionManager):
         if hits := self._hits.pop(request_id, []):
             private = self._take(self.layout.private_blocks)
             row.extend(private + hits)
-        new_blocks = self._take(max(self.layout.blocks_for(num_tokens) - len(row), 0))
+        new_blocks = self._take(max(self.layout.blocks_for(num_tokens_main_model) - len(row), 0))
         row.extend(new_blocks)
         return private + new_blocks
 

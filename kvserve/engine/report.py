@@ -13,6 +13,7 @@ from kvserve.codecs.tile import Half, TileShape
 from kvserve.connectors import asked_connector, is_wrapped
 from kvserve.engine.self_test import describe as describe_self_test
 from kvserve.engine.settings import EngineSettings
+from kvserve.pages.drafts import DraftGroup, DraftLayers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.page_size import PageSize
 from kvserve.pages.windows import WindowGroups
@@ -41,6 +42,8 @@ class EngineReport:
         self_test: what was asked for and will be done, in words.
         calibration: the one in effect, in words; empty: the policy has none.
         windows: the layers that keep dense tokens in vLLM's window cache; None: there are none.
+        drafter: the layers of a draft model; None: there is none.
+        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there are none.
         in_flight: tokens that are scheduled and not processed yet, at most.
         block_size_asked: of --block-size; None: not given.
         connector: vLLM's name of the KV connector that moves sealed tiles; None: there is none.
@@ -57,6 +60,8 @@ class EngineReport:
     self_test: str = "off"
     calibration: str = ""
     windows: WindowGroups | None = None
+    drafter: DraftLayers | None = None
+    drafts: DraftGroup | None = None
     in_flight: int = 0
     total_layers: int = 0
     block_size_asked: int | None = None
@@ -78,6 +83,8 @@ class EngineReport:
             self_test=describe_self_test(config),
             calibration=settings.calibration.describe() if settings.calibration else "",
             windows=settings.window_groups(model.get_head_size()),
+            drafter=settings.drafter,
+            drafts=settings.drafts,
             in_flight=config.max_in_flight_tokens,
             total_layers=model.get_total_num_hidden_layers() if num_stages > 1 else 0,
             block_size_asked=settings.block_size_asked,
@@ -97,7 +104,22 @@ class EngineReport:
     def block_bytes(self) -> int:
         if self.windows:
             return self.num_kv_heads * self.windows.block_bytes
-        return self.cells_per_block * self.layout.cell_bytes
+        if self.drafts:
+            return self.drafts.block_bytes
+        own = self.cells_per_block * self.layout.cell_bytes
+        return own if self.drafter is None else own + self.layout.block_size * self._draft_elements * self._itemsize
+
+    @property
+    def _draft_elements(self) -> int:
+        """Elements of a token in all layers of the draft model."""
+        if self.drafter is None:
+            return 0
+        return self.drafter.num_layers * self.drafter.num_kv_heads * 2 * self.drafter.head_dim
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of an element of the dense policy."""
+        return self.layout.dense_dtype.itemsize
 
     @property
     def total_block_bytes(self) -> int:
@@ -109,9 +131,10 @@ class EngineReport:
         return self.num_blocks * self.block_bytes
 
     def dense_bytes(self, num_tokens: int, window_tokens: int) -> int:
-        """Requests in a 16-bit cache: their tokens in the full layers, and those that window layers see."""
+        """Requests in a 16-bit cache: their tokens in the full layers, a draft model's too, and what window layers see."""
         cells = num_tokens * self.num_layers + window_tokens * (self.windows.hybrid.num_windows if self.windows else 0)
-        return cells * self.num_kv_heads * 2 * self.layout.head_dim * DENSE_BYTES
+        own = cells * self.num_kv_heads * 2 * self.layout.head_dim * DENSE_BYTES
+        return own + num_tokens * self._draft_elements * DENSE_BYTES
 
     @property
     def dense_bytes_per_token(self) -> int:
@@ -123,7 +146,12 @@ class EngineReport:
     def blocks_per_request(self) -> int:
         """Blocks that a request of max_model_len tokens holds; of window layers as many as vLLM counts."""
         of_windows = self.windows.most_blocks(self.max_model_len, self.in_flight) if self.windows else 0
-        return held_blocks(self.layout, self.max_model_len) + of_windows
+        return held_blocks(self.layout, self.max_model_len) + of_windows + self._draft_blocks
+
+    @property
+    def _draft_blocks(self) -> int:
+        """Blocks that a request of max_model_len tokens holds for a draft model's layers alone."""
+        return self.drafts.blocks_for(self.max_model_len, self.max_model_len) if self.drafts else 0
 
     @property
     def effective_bytes_per_token(self) -> float:
@@ -164,17 +192,17 @@ class EngineReport:
     def pages(self, free_blocks: int, num_running: int, holding: Holding | None = None) -> dict[str, int]:
         """Pages of the pool by state; they add up to the pool without vLLM's null block.
 
-        Blocks of window layers count as dense, with as many pages as one of the others has.
+        Blocks of window layers and of a draft model count as dense, with as many pages as one of the others has.
 
         Args:
             holding: what the running requests hold, where the scheduler says so (policies that evict). Without it,
-                every running request is known to hold `private_blocks`, and sinks count as sealed; of window layers it
-                is taken to hold what a request of max_model_len tokens does.
+                every running request is known to hold `private_blocks`, and sinks count as sealed; of window layers and
+                of a draft model it is taken to hold what a request of max_model_len tokens does.
         """
         used = max(self.num_blocks - 1 - free_blocks, 0)
         kept = min(holding.kept, used) if holding else 0
         of_windows = self.windows.held_blocks(self.max_model_len) if self.windows else 0
-        each = self.layout.private_blocks + of_windows
+        each = self.layout.private_blocks + of_windows + self._draft_blocks
         dense = holding.dense + holding.window if holding else num_running * each
         dense = min(dense, used - kept) if self.layout.has_pages else used
         blocks = {"free": free_blocks, "dense": dense, "kept": kept, "sealed": used - kept - dense}
@@ -215,6 +243,7 @@ class EngineReport:
             ("self-test", self.self_test),
             ("switched off", describe_switched_off(layout)),
             *([("speculation", describe_speculation(layout))] if layout.draft_tokens else []),
+            *([("draft model", describe_drafter(self.drafter, self.drafts))] if self.drafter else []),
             *([("connector", describe_connector(self.connector, self.block_bytes, layout))] if self.connector else []),
             ("refused", "--kv-cache-dtype (not proven with this cache)"),
         ]  # fmt: skip
@@ -322,6 +351,14 @@ def describe_speculation(layout: PageLayout) -> str:
 def describe_connector(name: str, block_bytes: int, layout: PageLayout) -> str:
     """What a KV connector moves, in one line."""
     return f"{name} moves sealed tiles: {block_bytes:,} bytes for {layout.block_size} tokens in all layers"
+
+
+def describe_drafter(layers: DraftLayers, drafts: DraftGroup | None) -> str:
+    """The draft model's cache, in one line."""
+    shape = f"{layers.num_layers} x {layers.num_kv_heads} KV heads x head_dim {layers.head_dim}, every token dense"
+    if drafts is None:
+        return f"{shape}, in the blocks of the model's layers"
+    return f"{shape}: {drafts.token_bytes:,} bytes a token, blocks of {drafts.block_size} ({drafts.waste:.0%} unused)"
 
 
 def describe_dense(layout: PageLayout) -> str:

@@ -27,11 +27,13 @@ from kvserve.compat import check_vllm_version
 from kvserve.connectors import Identity, asked_connector, is_wrapped, wrapped
 from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
+from kvserve.engine.drafts import draft_layers, is_draft_config, target_config
 from kvserve.engine.identity import check_storage, identity_of
 from kvserve.engine.images import check_images
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
 from kvserve.layer_kinds import hybrid_of
+from kvserve.pages.drafts import DraftGroup, DraftLayers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.windows import Hybrid, WindowGroups
 from kvserve.policies.base import Eviction, Policy
@@ -60,6 +62,9 @@ class EngineSettings:
     Attributes:
         num_layers: layers of this pipeline stage that have the policy's pages.
         hybrid: which layers do, where window layers keep a cache of their own; None: all.
+        drafter: the layers of a draft model; None: there is none.
+        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there are none.
+        is_draft: whether the layers these settings are for are the draft model's.
     """
 
     policy: Policy
@@ -74,6 +79,9 @@ class EngineSettings:
     hybrid: Hybrid | None = None
     draft_tokens: int = 0  # speculated in a step of each request
     block_size_asked: int | None = None
+    drafter: DraftLayers | None = None
+    drafts: DraftGroup | None = None
+    is_draft: bool = False
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineSettings | None:
@@ -83,6 +91,9 @@ class EngineSettings:
             PolicyError: the policy does not exist or does not validate.
             UnsupportedError: another setting or the model rules the policy out; the message names the fix.
         """
+        if is_draft_config(vllm_config):
+            own = cls.from_vllm_config(target_config(vllm_config))
+            return own and replace(own, is_draft=True)
         additional: Any = vllm_config.additional_config
         section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
         if section is None:
@@ -97,7 +108,9 @@ class EngineSettings:
         if vllm_config.model_config is not None:
             check_model_config(vllm_config.model_config, policy)
         hybrid = hybrid_layers(vllm_config, policy)
-        size_asked = asked_block_size(vllm_config.cache_config, policy.tile_tokens if hybrid else None)
+        drafter = draft_layers(vllm_config, hybrid)
+        shares_pool = policy.has_pages and (hybrid or drafter)
+        size_asked = asked_block_size(vllm_config.cache_config, policy.tile_tokens if shares_pool else None)
         block_size = size_asked or policy.tile_tokens
         check_config(vllm_config, policy, block_size)
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -107,8 +120,8 @@ class EngineSettings:
         settings = cls(
             policy, block_size, model.dtype, group, asked, kernels,
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
-            vllm_config.num_speculative_tokens, size_asked,
-        )  # fmt: skip
+            vllm_config.num_speculative_tokens, size_asked, drafter,
+        ).with_draft_group(model.get_head_size(), model.get_num_kv_heads(parallel))  # fmt: skip
         if policy.eviction:
             check_heads(policy.eviction, model, parallel)
         settings.check_own_limit(model.get_head_size(), model.max_model_len)
@@ -206,9 +219,30 @@ class EngineSettings:
         cell_bytes, longest = self.layout(head_dim).cell_bytes, self.max_model_len or self.hybrid.window
         return WindowGroups.choose(self.hybrid, cell_bytes, slot_bytes, self.block_size, longest)
 
+    def with_draft_group(self, head_dim: int, num_kv_heads: int) -> EngineSettings:
+        """With the draft model's part of the pool.
+
+        Args:
+            head_dim, num_kv_heads: of the model, on one rank.
+        """
+        if self.drafter is None or not self.policy.has_pages:
+            return self
+        assert self.num_layers is not None
+        page_bytes, itemsize = num_kv_heads * self.layout(head_dim).cell_bytes, self.model_dtype.itemsize
+        drafts = DraftGroup.choose(
+            self.drafter, page_bytes, self.num_layers, self.block_size, itemsize, self.draft_tokens
+        )
+        return replace(self, drafts=drafts)
+
+    def draft_layout(self) -> PageLayout:
+        """The dense blocks of the draft model's layers."""
+        assert self.drafter is not None
+        size = self.drafts.block_size if self.drafts else self.block_size
+        return PageLayout.build(load_policy("none"), self.drafter.head_dim, size, self.model_dtype)
+
     @property
     def window_kernels(self) -> str:
-        """The attention kernels of window layers: the CUDA kernels have none for dense tokens."""
+        """The attention kernels of dense layers: the CUDA kernels have none for dense tokens."""
         return "triton" if self.kernels == "cuda" else self.kernels
 
     def window_layout(self, head_dim: int) -> PageLayout:

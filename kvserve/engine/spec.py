@@ -27,9 +27,15 @@ KVCacheSpecRegistry._ensure_registered()
 @register_kv_cache_spec(manager_class=PageManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class PageSpec(FullAttentionSpec):
-    """A group whose blocks are cells of sealed pages and dense slots (see kvserve.pages.layout)."""
+    """A group whose blocks are cells of sealed pages and dense slots (see kvserve.pages.layout).
+
+    Attributes:
+        draft_block_size: of a draft model's layers, 0 where there is none. vLLM computes their slots in the table of the
+            first group, which is this one, so it has to be as wide as theirs.
+    """
 
     layout: PageLayout
+    draft_block_size: int = 0
 
     def __post_init__(self) -> None:
         """Refuse another block size than the layout's, which cells do not follow; vLLM asks for 1 to learn bytes."""
@@ -41,7 +47,7 @@ class PageSpec(FullAttentionSpec):
             )
 
     @classmethod
-    def from_attention(cls, spec: AttentionSpec, layout: PageLayout) -> Self:
+    def from_attention(cls, spec: AttentionSpec, layout: PageLayout, draft_block_size: int = 0) -> Self:
         """The spec of the same layer with pages of `layout`: block_size states of equal bytes.
 
         A window is left out of the spec (it stays in the attention layer), so that all layers share one group.
@@ -55,6 +61,7 @@ class PageSpec(FullAttentionSpec):
             dtype=torch.uint8,
             state_content_bytes=layout.cell_bytes // layout.block_size,
             layout=layout,
+            draft_block_size=draft_block_size,
         )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -63,7 +70,8 @@ class PageSpec(FullAttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Longest row of the worker's block table."""
-        return self.layout.blocks_for(max_len)
+        of_drafts = -(-max_len // self.draft_block_size) if self.draft_block_size else 0
+        return max(self.layout.blocks_for(max_len), of_drafts)
 
     def copy_with_new_block_size(self, block_size: int) -> Self:
         """Only the same size: a cell is not a sequence of smaller cells."""

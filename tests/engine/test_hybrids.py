@@ -75,7 +75,7 @@ def check_layers(llm: LLM, model: Path) -> None:
     """Which layers are compressed, and that vLLM gives the others blocks for their windows alone."""
     kinds = config_of(model).layer_types
     impls: list[KvserveImpl] = [impl for _, impl in kvserve_layers(llm.llm_engine.vllm_config)]
-    assert [impl.is_window for impl in impls] == [kind == "sliding_attention" for kind in kinds]
+    assert [impl.is_dense for impl in impls] == [kind == "sliding_attention" for kind in kinds]
     specs = [group.kv_cache_spec for group in kv_config(llm).kv_cache_groups]
     windows = [spec for spec in specs if type(spec) is SlidingWindowSpec]
     assert len(windows) == len(specs) - 1 == report_of(llm).windows.num_groups
