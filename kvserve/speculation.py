@@ -31,9 +31,8 @@ def check_speculation(
     method = str(method or entry_of(config, "method") or model or "none").strip("[]")
     if method not in METHODS:
         raise UnsupportedError(
-            "speculative decoding works with drafts from the text (ngram) or from a model of its own (draft_model), got "
-            f"{method!r:.200}; set --spec-method to one of {', '.join(METHODS)}, or drop --speculative-config (and "
-            "--spec-*)"
+            "speculative decoding works with drafts from the text (ngram) or from a draft model (draft_model), got "
+            f"{method!r:.200}; set --spec-method to {' or '.join(METHODS)}, or drop --speculative-config (and --spec-*)"
         )
     if policy.eviction and policy.eviction.schedule.decodes:
         raise UnsupportedError(

@@ -175,8 +175,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         attention: made when the layer is built, or where it reads tables or learned sinks when the model is loaded.
         transforms: of keys, queries, values and answers; None: the policy has none.
         settings: of the engine; a layer of a draft model has its own.
-        is_dense: the layer keeps dense tokens in block tables of vLLM's, whatever the policy: a window layer beside full
-            ones, or a layer of a draft model.
+        is_dense: the layer keeps dense tokens in block tables of vLLM's, whatever the policy: a window layer beside
+            full ones, or a layer of a draft model.
         draft_rows: the block table of the step's requests, where the layer is a draft model's (BatchBuilder).
         probe: watches every step while a self-test runs (kvserve/engine/probe_worker.py) or a calibration reads
             (kvserve/engine/row_worker.py, head_worker.py).
@@ -271,7 +271,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             raise UnsupportedError(str(error)) from None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """vLLM calls it on every layer when all of its model are built: what it knows of the cache follows from them."""
+        """vLLM calls it on every layer when all of its model are built: what it knows of the cache comes of them."""
         put_in_effect(self.vllm_config.cache_config, self.settings.block_size)
         own = self._layers_of_model()
         if self.settings.is_draft:

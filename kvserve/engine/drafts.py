@@ -10,12 +10,15 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from kvserve.engine.block_size import asked_block_size
 from kvserve.errors import UnsupportedError
 from kvserve.pages.drafts import DraftLayers
 from kvserve.speculation import DRAFT_MODEL
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from kvserve.policies.base import Policy
 
 
 def drafts_with_a_model(config: VllmConfig) -> bool:
@@ -35,7 +38,7 @@ def target_config(config: VllmConfig) -> VllmConfig:
     return own
 
 
-def draft_layers(config: VllmConfig, hybrid: Any) -> DraftLayers | None:
+def draft_layers(config: VllmConfig, policy: Policy, hybrid: Any) -> DraftLayers | None:
     """The layers of the draft model; None: there is none.
 
     Args:
@@ -46,7 +49,14 @@ def draft_layers(config: VllmConfig, hybrid: Any) -> DraftLayers | None:
     """
     if not drafts_with_a_model(config):
         return None
-    speculative, drop = config.speculative_config, "drop the draft model, or use --spec-method ngram"
+    check_draft_model(config, policy, hybrid)
+    model, parallel = config.speculative_config.draft_model_config, config.speculative_config.draft_parallel_config
+    return DraftLayers(model.get_num_layers(parallel), model.get_num_kv_heads(parallel), model.get_head_size())
+
+
+def check_draft_model(config: VllmConfig, policy: Policy, hybrid: Any) -> None:
+    """Refuse what leaves a draft model's layers no place beside the model's; as `draft_layers`."""
+    drop = "drop the draft model, or use --spec-method ngram"
     if hybrid is not None:
         raise UnsupportedError(
             "beside a draft model all layers of the model need the same pages, and some of this one's have a sliding "
@@ -62,10 +72,14 @@ def draft_layers(config: VllmConfig, hybrid: Any) -> DraftLayers | None:
             "--disable-hybrid-kv-cache-manager leaves the layers of a draft model no blocks of their own; drop the "
             "option, or the draft model"
         )
-    if speculative.parallel_drafting:
+    block_size = asked_block_size(config.cache_config)
+    if policy.has_pages and block_size and block_size > policy.tile_tokens:
+        raise UnsupportedError(
+            f"beside a draft model the pages of policy {policy.name} take blocks of {policy.tile_tokens} tokens, got "
+            f"{block_size}; drop --block-size"
+        )
+    if config.speculative_config.parallel_drafting:
         raise UnsupportedError(f"drafting all tokens in one pass (parallel_drafting) is not proven; {drop}")
-    model, parallel = speculative.draft_model_config, speculative.draft_parallel_config
-    return DraftLayers(model.get_num_layers(parallel), model.get_num_kv_heads(parallel), model.get_head_size())
 
 
 def share_backend(config: VllmConfig) -> None:

@@ -76,8 +76,8 @@ class EvictingPageManager(PageManager):
     def usable_blocks(self, num_tokens: int) -> int:
         """Blocks that a request of so many tokens can get here when it is alone.
 
-        One of the pool's is vLLM's null block; window layers take theirs as vLLM admits requests, a draft model's layers
-        with the tokens that are drafted.
+        One of the pool's is vLLM's null block; window layers take theirs as vLLM admits requests, a draft model's
+        layers with the tokens that are drafted.
         """
         tokens = num_tokens + self.layout.draft_tokens
         most = [(-(-tokens // one.block_size), one.max_admission_blocks_per_request) for one in self.windows]
@@ -219,10 +219,11 @@ class EvictingPageManager(PageManager):
 
 
 def share_prompts_only(kv_cache_manager: KVCacheManager) -> None:
-    """Let window layers and a draft model's, too, enter no block that was computed from an evicted cache into the prefix cache.
+    """Let the other groups, too, enter no block that was computed from an evicted cache into the prefix cache.
 
-    Their blocks have the hash of the same tokens computed from a whole cache, and would serve requests beside those. Of
-    a window vLLM enters the blocks before the token where an equal prompt could go on; here that is where it will.
+    Those are window layers' or a draft model's. Their blocks have the hash of the same tokens computed from a whole
+    cache, and would serve requests beside those. Of a window vLLM enters the blocks before the token where an equal
+    prompt could go on; here that is where it will.
     """
     coordinator, manager = kv_cache_manager.coordinator, EvictingPageManager.of(kv_cache_manager)
     enter = coordinator.cache_blocks

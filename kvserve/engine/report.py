@@ -43,7 +43,8 @@ class EngineReport:
         calibration: the one in effect, in words; empty: the policy has none.
         windows: the layers that keep dense tokens in vLLM's window cache; None: there are none.
         drafter: the layers of a draft model; None: there is none.
-        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there are none.
+        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there is no
+            draft model.
         in_flight: tokens that are scheduled and not processed yet, at most.
         block_size_asked: of --block-size; None: not given.
         connector: vLLM's name of the KV connector that moves sealed tiles; None: there is none.
@@ -131,7 +132,7 @@ class EngineReport:
         return self.num_blocks * self.block_bytes
 
     def dense_bytes(self, num_tokens: int, window_tokens: int) -> int:
-        """Requests in a 16-bit cache: their tokens in the full layers, a draft model's too, and what window layers see."""
+        """Requests in a 16-bit cache: their tokens in full layers, a draft model's too, and what window layers see."""
         cells = num_tokens * self.num_layers + window_tokens * (self.windows.hybrid.num_windows if self.windows else 0)
         own = cells * self.num_kv_heads * 2 * self.layout.head_dim * DENSE_BYTES
         return own + num_tokens * self._draft_elements * DENSE_BYTES

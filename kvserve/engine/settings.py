@@ -63,7 +63,8 @@ class EngineSettings:
         num_layers: layers of this pipeline stage that have the policy's pages.
         hybrid: which layers do, where window layers keep a cache of their own; None: all.
         drafter: the layers of a draft model; None: there is none.
-        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there are none.
+        drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there is no
+            draft model.
         is_draft: whether the layers these settings are for are the draft model's.
     """
 
@@ -108,7 +109,7 @@ class EngineSettings:
         if vllm_config.model_config is not None:
             check_model_config(vllm_config.model_config, policy)
         hybrid = hybrid_layers(vllm_config, policy)
-        drafter = draft_layers(vllm_config, hybrid)
+        drafter = draft_layers(vllm_config, policy, hybrid)
         shares_pool = policy.has_pages and (hybrid or drafter)
         size_asked = asked_block_size(vllm_config.cache_config, policy.tile_tokens if shares_pool else None)
         block_size = size_asked or policy.tile_tokens

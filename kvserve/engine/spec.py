@@ -30,8 +30,8 @@ class PageSpec(FullAttentionSpec):
     """A group whose blocks are cells of sealed pages and dense slots (see kvserve.pages.layout).
 
     Attributes:
-        draft_block_size: of a draft model's layers, 0 where there is none. vLLM computes their slots in the table of the
-            first group, which is this one, so it has to be as wide as theirs.
+        draft_block_size: of a draft model's layers, 0 where there is none. vLLM computes their slots in the table of
+            the first group, which is this one, so it has to be as wide as theirs.
     """
 
     layout: PageLayout

@@ -20,7 +20,7 @@ from kvserve.engine.eviction_manager import EvictingPageManager
 from kvserve.pages.layout import PageLayout
 from kvserve.policies.base import Eviction
 from kvserve.schedules.base import Limit
-from tests.accounting.test_manager import Simulation, make_layout
+from tests.accounting.test_manager import Simulation, make_layout, make_manager
 
 MAX_LEN = 4096
 SCHEDULES = [
@@ -273,3 +273,20 @@ def test_only_tiles_before_the_first_cut_of_a_prompt_enter_the_prefix_cache() ->
         simulation.advance(request)
     again = Request("b", request.all_token_ids[:], SamplingParams(max_tokens=1), None, block_hasher=simulation.hasher)
     assert simulation.manager.get_computed_blocks(again)[1] == 192, "of 500, the whole tiles before the window of 256"
+
+
+def test_a_cut_waits_for_the_step_that_reaches_it_however_far_a_draft_model_writes_ahead() -> None:
+    layout = evicting()
+    manager = make_manager(layout, 80)
+    pages, request = (
+        EvictingPageManager.of(manager),
+        Request("a", list(range(400)), SamplingParams(max_tokens=99), None),
+    )
+    plan = plan_eviction(layout, Limit(4.0), 400, MAX_LEN)
+    assert plan is not None and plan.next_cut(0) is not None
+    pages.plans["a"] = plan
+    assert manager.allocate_slots(request, 390, num_lookahead_tokens=30) is not None
+    assert pages.kept_at("a", 420).blocks == ()
+    request.num_computed_tokens = 390
+    assert manager.allocate_slots(request, 10, num_lookahead_tokens=30) is not None
+    assert len(pages.kept_at("a", 420).blocks) == plan.last_cut(400).kept_blocks > 0

@@ -278,12 +278,20 @@ def test_blocks_of_tokens_that_the_request_has_not_hashed_yet_wait() -> None:
     (pages,) = manager.coordinator.single_type_managers
     hasher = get_request_block_hasher(64, sha256)
     request = Request("a", list(range(200)), SamplingParams(max_tokens=99), None, block_hasher=hasher)
-    assert manager.allocate_slots(request, 200, num_lookahead_tokens=100) is not None
+    assert manager.allocate_slots(request, 300) is not None
     pages.cache_blocks(request, 300, replay_boundaries=())
     assert pages.num_cached_block["a"] == 3
     request.append_output_token_ids(list(range(100)))
     pages.cache_blocks(request, 300, replay_boundaries=())
     assert pages.num_cached_block["a"] == 4
+
+
+def test_what_a_draft_model_writes_ahead_takes_no_pages() -> None:
+    layout = make_layout(16)
+    manager = make_manager(layout, 40)
+    request = Request("a", list(range(200)), SamplingParams(max_tokens=99), None)
+    blocks = manager.allocate_slots(request, 191, num_lookahead_tokens=100)
+    assert blocks is not None and len(blocks.blocks[0]) == layout.blocks_for(191) < layout.blocks_for(192)
 
 
 def test_capacity_in_tokens_is_what_really_fits() -> None:
