@@ -1,18 +1,30 @@
 // Dispatch of kvs_attend, and what the library says about itself.
 #include <omp.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "attend.h"
 #include "simd.h"
 
+namespace {
+
+// Query rows of a request that are attended to as one row is. A step that checks drafts has few, and they are worth it;
+// the rows of a prompt are not, and how it is divided into chunks shall not show in its numbers.
+int32_t few_rows(const KvsLayout& l) {
+  if (!l.tile_tokens || l.sliding_window) return 1;
+  return std::min(1 + l.draft_tokens, kvs::MAX_FEW_ROWS);
+}
+
+}  // namespace
+
 void kvs_attend(const KvsLayout* layout, const KvsBatch* batch, const KvsArena* arena, const float* staged,
                 const KvsRows* query, const KvsRows* out, float* lse, const KvsReceived* received) {
   std::vector<int32_t> decode, extend;
+  const int32_t few = few_rows(*layout);
   for (int32_t r = 0; r < batch->num_reqs; ++r) {
     const int32_t query_len = batch->query_start_loc[r + 1] - batch->query_start_loc[r];
-    if (query_len == 1) decode.push_back(r);
-    if (query_len > 1) extend.push_back(r);
+    if (query_len > 0) (query_len <= few ? decode : extend).push_back(r);
   }
   if (!decode.empty())
     kvs::attend_decode(*layout, *batch, *arena, staged, *query, *out, lse, received, decode.data(),

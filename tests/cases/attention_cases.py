@@ -136,6 +136,7 @@ def build_case(
     block_size: int | None = None,
     soft_cap: float | None = None,
     sinks: bool = False,
+    draft_tokens: int = 0,
     seed: int = 0,
 ) -> Case:
     """A step with `computed[r]` stored and `new_tokens[r]` new tokens of request r; unit-scale random rows.
@@ -148,7 +149,7 @@ def build_case(
     layout = PageLayout.build(
         policy, head_dim, sealed_block_size if policy.has_pages else (block_size or 16), model_dtype, query_group=group,
         num_layers=NUM_LAYERS,
-    )  # fmt: skip
+    ).with_drafts(draft_tokens)  # fmt: skip
     num_heads = group * num_kv_heads
     learned = random_sinks(num_heads) if sinks else None
     spec = LayerSpec(num_heads, num_kv_heads, head_dim**-0.5, sliding_window, 0, soft_cap, learned)

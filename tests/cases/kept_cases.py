@@ -190,6 +190,7 @@ def build_kept_case(
     mass: float | None = None,
     soft_cap: float | None = None,
     sinks: bool = False,
+    draft_tokens: int = 0,
 ) -> KeptCase:
     """A step whose past, evictions included, the reference stored. The same arguments give the same rows.
 
@@ -203,7 +204,7 @@ def build_kept_case(
     generator = torch.Generator().manual_seed(1)
     layout = PageLayout.build(
         policy, head_dim, tiles_per_block * policy.tile_tokens, model_dtype, state_blocks=1, num_layers=NUM_LAYERS
-    )
+    ).with_drafts(draft_tokens)
     learned = random_sinks(group * num_kv_heads) if sinks else None
     spec = LayerSpec(group * num_kv_heads, num_kv_heads, head_dim**-0.5, None, 0, soft_cap, learned)
 
