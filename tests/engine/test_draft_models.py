@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kvserve.accounting.plan import widest_request
 from kvserve.policies.loading import load_policy
-from tests.cases.engine_cases import MIB, engine, free_blocks, random_prompts, steps
+from tests.cases.engine_cases import MIB, counted_preemptions, engine, free_blocks, random_prompts, steps
 from tests.cases.greedy import assert_same_texts
 from tests.cases.speculation import answers, drafted, report_of
 from tests.cases.tiny_models import make_tiny_model
 
 slow = pytest.mark.slow
 DRAFTS, ANSWER = 3, 80
-FAST = ("int8", "snapkv")
 LENGTHS = [20, 63, 64, 200, 331]
 
 
@@ -63,7 +63,9 @@ def serve(target: Path, policy: str, draft: Path | None, **options: Any) -> dict
         return found | {"blocks": report.num_blocks, "report": report}
 
 
-@pytest.mark.parametrize("policy", [*FAST, *(pytest.param(name, marks=slow) for name in ("none", "kv-compress-2bit"))])
+@pytest.mark.parametrize(
+    "policy", ["int8", *(pytest.param(name, marks=slow) for name in ("snapkv", "none", "kv-compress-2bit"))]
+)
 def test_texts_are_those_without_a_draft_model(policy: str, target: Path, first_layer: Path) -> None:
     expected = serve(target, policy, None)
     found = serve(target, policy, first_layer)
@@ -89,3 +91,22 @@ def test_a_draft_model_of_another_shape_changes_no_text(policy: str, target: Pat
 def test_a_model_that_drafts_for_itself_is_nearly_always_right(target: Path) -> None:
     asked, accepted = serve(target, "int8", target)["drafted"]
     assert accepted > 0.8 * asked, "its layers have to read their own rows"
+
+
+@slow
+@pytest.mark.parametrize("policy", ["int8", "snapkv"])
+def test_preempted_requests_get_their_texts_and_give_all_blocks_back(
+    policy: str, target: Path, first_layer: Path
+) -> None:
+    options: dict[str, Any] = {"max_model_len": 512}
+    roomy = serve(target, policy, first_layer, **options)
+    report = roomy["report"]
+    num_blocks = widest_request(report.layout, 512) + report.drafts.blocks_for(512, 512) + 8
+    speculated = {"speculative_config": speculation(first_layer), "skip_tokenizer_init": True}
+    num_bytes = num_blocks * report.block_bytes
+    with engine(target, policy, kv_cache_memory_bytes=num_bytes, **speculated, **options) as llm:
+        with counted_preemptions(llm) as preempt:
+            outputs = answers(llm, random_prompts(LENGTHS), ANSWER)
+        assert preempt.call_count > 0
+        assert_same_texts(roomy["together"], [steps(output) for output in outputs])
+        assert free_blocks(llm) == num_blocks - 1
