@@ -32,7 +32,7 @@ def check_speculation(
     if method not in METHODS:
         raise UnsupportedError(
             "speculative decoding works with drafts from the text (ngram) or from a draft model (draft_model), got "
-            f"{method!r:.200}; set --spec-method to {' or '.join(METHODS)}, or drop --speculative-config (and --spec-*)"
+            f"{method!r:.200}; set --spec-method {' or '.join(METHODS)}, or drop --speculative-config (and --spec-*)"
         )
     if policy.eviction and policy.eviction.schedule.decodes:
         raise UnsupportedError(

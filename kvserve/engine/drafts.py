@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvserve.engine.block_size import asked_block_size
 from kvserve.errors import UnsupportedError
 from kvserve.pages.drafts import DraftLayers
-from kvserve.speculation import DRAFT_MODEL
+from kvserve.speculation import DRAFT_MODEL, entry_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def drafts_with_a_model(config: VllmConfig) -> bool:
     """Whether a model of its own proposes the tokens that are speculated on."""
-    return config.speculative_config is not None and config.speculative_config.method == DRAFT_MODEL
+    return entry_of(config.speculative_config, "method") == DRAFT_MODEL
 
 
 def is_draft_config(config: VllmConfig) -> bool:
