@@ -62,21 +62,9 @@ def check_connector(transfer: Any, policy: Policy, speculates: bool = False, ten
             f"kvserve knows how the KV connectors {', '.join(WRAPPERS)} move blocks, and not {name!r:.80}; use one of "
             "them, or drop --kv-transfer-config"
         )
-    if policy.eviction:
-        raise UnsupportedError(
-            f"policy {policy.name} gives back tiles that a KV connector would move; drop --kv-transfer-config, or use "
-            "a policy that evicts nothing, for example kivi-2bit with --policy-set sink_tokens=0"
-        )
-    if policy.sink_tokens:
-        raise UnsupportedError(
-            f"KV connectors move the tiles of a prompt, and policy {policy.name} keeps {policy.sink_tokens} first "
-            "tokens in blocks beside them; add --policy-set sink_tokens=0, or drop --kv-transfer-config"
-        )
-    if policy.layers:
-        raise UnsupportedError(
-            f"KV connectors want the same pages in every layer, and policy {policy.name} names layers; drop layers, or "
-            "drop --kv-transfer-config"
-        )
+    reason = _reason_of_policy(policy)
+    if reason:
+        raise UnsupportedError(f"{reason}, or drop --kv-transfer-config")
     if speculates:
         raise UnsupportedError(
             "a KV connector counts drafts of speculative decoding as tokens whose tiles are sealed; drop "
@@ -89,6 +77,23 @@ def check_connector(transfer: Any, policy: Policy, speculates: bool = False, ten
             "vLLM would count blocks that could not be loaded by their place in a row, where kvserve has others before "
             "them; drop kv_load_failure_policy from --kv-transfer-config"
         )
+
+
+def _reason_of_policy(policy: Policy) -> str | None:
+    """Why the tiles of a policy cannot be moved, and what to use instead; None: they can."""
+    if policy.eviction:
+        return (
+            f"policy {policy.name} gives back tiles that a KV connector would move; use a policy that evicts nothing, "
+            "for example kivi-2bit with --policy-set sink_tokens=0"
+        )
+    if policy.sink_tokens:
+        return (
+            f"KV connectors move the tiles of a prompt, and policy {policy.name} keeps {policy.sink_tokens} first "
+            "tokens in blocks beside them; add --policy-set sink_tokens=0"
+        )
+    if policy.layers:
+        return f"KV connectors want the same pages in every layer, and policy {policy.name} names layers; drop layers"
+    return None
 
 
 def _check_files(transfer: Any, tensor_parallel_size: int) -> None:

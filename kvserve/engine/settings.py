@@ -123,13 +123,23 @@ class EngineSettings:
             hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
             vllm_config.num_speculative_tokens, size_asked, drafter,
         ).with_draft_group(model.get_head_size(), model.get_num_kv_heads(parallel))  # fmt: skip
-        if policy.eviction:
-            check_heads(policy.eviction, model, parallel)
-        settings.check_own_limit(model.get_head_size(), model.max_model_len)
-        if is_wrapped(vllm_config.kv_transfer_config):
-            check_storage(vllm_config.kv_transfer_config, settings.identity(model))
+        settings.check_against(vllm_config)
         logits = special_logits(text_config(model.hf_config.to_dict()))
         return settings.with_gpu_kernels(model.get_head_size(), logits) if device_type() == "cuda" else settings
+
+    def check_against(self, config: VllmConfig) -> None:
+        """Refuse what only shows once the pages are laid out.
+
+        Raises:
+            UnsupportedError: the budget names heads that the model has not, its limit cannot hold, or a storage has
+                the pages of others.
+        """
+        model = config.model_config
+        if self.policy.eviction:
+            check_heads(self.policy.eviction, model, config.parallel_config)
+        self.check_own_limit(model.get_head_size(), model.max_model_len)
+        if is_wrapped(config.kv_transfer_config):
+            check_storage(config.kv_transfer_config, self.identity(model))
 
     def check_own_limit(self, head_dim: int, max_model_len: int) -> None:
         """Refuse a policy whose own limit cannot hold.
