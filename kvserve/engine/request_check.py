@@ -118,9 +118,8 @@ def _check_layers(vllm_config: VllmConfig) -> None:
 
 def _policy(vllm_config: VllmConfig) -> Policy | None:
     """The policy in effect, if there is one."""
-    from kvserve.engine.settings import CONFIG_KEY
+    from kvserve.engine.settings import section_of
     from kvserve.policies.loading import policy_from_config
 
-    additional: Any = vllm_config.additional_config
-    section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    section = section_of(vllm_config)
     return policy_from_config(section) if section else None

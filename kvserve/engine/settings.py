@@ -55,6 +55,12 @@ SCHEDULER_PATH = "kvserve.engine.scheduler.make_scheduler"
 CPU_WORKER_PATH = "kvserve.engine.cpu_worker.SeededCpuWorker"
 
 
+def section_of(config: VllmConfig) -> dict[str, Any] | None:
+    """kvserve's part of `additional_config`; None: there is none."""
+    additional: Any = config.additional_config
+    return additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """The policy in effect and the numbers of the engine that its pages depend on.
@@ -95,8 +101,7 @@ class EngineSettings:
         if is_draft_config(vllm_config):
             own = cls.from_vllm_config(target_config(vllm_config))
             return own and replace(own, is_draft=True)
-        additional: Any = vllm_config.additional_config
-        section = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+        section = section_of(vllm_config)
         if section is None:
             return None
         check_vllm_version()
