@@ -13,7 +13,7 @@ from typing import Any
 
 from kvserve.connectors import check_connector
 from kvserve.errors import UnsupportedError
-from kvserve.layer_kinds import head_dim_of, hybrid_of, num_layers_of, window_of
+from kvserve.layer_kinds import head_dim_of, hybrid_of, num_layers_of, num_sharing_of, window_of
 from kvserve.native import has_cpu_kernels
 from kvserve.pages.head_dims import COMPRESSED_HEAD_DIMS, DENSE_HEAD_DIMS, check_compressed
 from kvserve.pages.windows import Hybrid
@@ -46,6 +46,7 @@ class ServeOptions:
     kv_transfer_config: Any = None
     kv_offloading_size: float | None = None
     tensor_parallel_size: int | None = None
+    kv_sharing_fast_prefill: bool | None = None
     decode_context_parallel_size: int | None = None
     prefill_context_parallel_size: int | None = None
     attention_backend: Any = None
@@ -78,6 +79,11 @@ def check_options(options: ServeOptions, policy: Policy) -> None:
         )
     speculates = any((options.speculative_config, options.spec_method, options.spec_model, options.spec_tokens))
     check_connector(options.kv_transfer_config, policy, speculates, options.tensor_parallel_size or 1)
+    if options.kv_sharing_fast_prefill not in (None, False, "false"):
+        raise UnsupportedError(
+            "fast prefill leaves out queries of layers that share a KV cache, and kvserve's batches have all of them; "
+            "drop --kv-sharing-fast-prefill"
+        )
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (getattr(options, option) or 1) > 1:
             raise UnsupportedError(
@@ -303,6 +309,20 @@ def check_window(window: int | None, policy: Policy, max_model_len: int, name: s
     )
 
 
+def check_sharing(hf_config: Mapping[str, Any], num_stages: int, name: str = "this model") -> None:
+    """Refuse a pipeline for layers that read the KV cache of others.
+
+    Raises:
+        UnsupportedError: naming the option to drop.
+    """
+    num_sharing = num_sharing_of(text_config(hf_config))
+    if num_sharing and num_stages > 1:
+        raise UnsupportedError(
+            f"the last {num_sharing} layers of {name} read the KV cache of earlier ones, which a pipeline would "
+            "divide; drop --pipeline-parallel-size"
+        )
+
+
 def check_hybrid(
     hybrid: Hybrid | None, policy: Policy, block_size: int | None = None, num_stages: int = 1,
     no_hybrid_manager: Any = False,
@@ -328,6 +348,11 @@ def check_hybrid(
         raise UnsupportedError(
             f"beside layers with a sliding window the pages of policy {policy.name} take blocks of "
             f"{policy.tile_tokens} tokens, got {block_size}; drop --block-size"
+        )
+    if hybrid.is_shared and hybrid.num_windows < hybrid.num_full:
+        raise UnsupportedError(
+            f"{hybrid.num_full} layers of the model see every token, {hybrid.num_windows} a window, and others read their "
+            f"KV cache, for which vLLM would spread the pages over several groups; {_STOCK}"
         )
     if num_stages > 1:
         raise UnsupportedError(

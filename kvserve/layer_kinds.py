@@ -1,4 +1,8 @@
-"""Which layers a model has, by its config.json: how many, and which of them see a window of the last tokens only."""
+"""Which layers a model has, by its config.json: how many keep a KV cache, and which see the last tokens only.
+
+Layers at the end of a model may read the cache of an earlier one instead of keeping their own (num_kv_shared_layers of
+Gemma 3n): each that of the last layer of its kind before them. Wherever layers are counted, those are left out.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,15 @@ _KINDS_FILLED_IN = ("gemma", "cohere2", "exaone4", "olmo3")  # whose layer_types
 
 
 def num_layers_of(config: Mapping[str, Any]) -> int | None:
-    """Layers of the language model, or None where the config does not say."""
+    """Layers of the language model that have a KV cache of their own, or None where the config does not say."""
     keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return next((int(config[key]) for key in keys if config.get(key)), None)
+    total = next((int(config[key]) for key in keys if config.get(key)), None)
+    return None if total is None else total - num_sharing_of(config)
+
+
+def num_sharing_of(config: Mapping[str, Any]) -> int:
+    """Layers at the end of the language model that read the KV cache of earlier ones."""
+    return int(config.get("num_kv_shared_layers") or 0)
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int | None:
@@ -53,7 +63,7 @@ def needs_layer_types(config: Mapping[str, Any]) -> bool:
 
 
 def hybrid_of(config: Mapping[str, Any], max_model_len: int) -> Hybrid | None:
-    """The layers of a model that has full layers and window layers; None: all are of one kind, or it does not say.
+    """The cached layers of a model that has full ones and window layers; None: all are of one kind, or it does not say.
 
     Args:
         config: of the language model.
@@ -62,6 +72,7 @@ def hybrid_of(config: Mapping[str, Any], max_model_len: int) -> Hybrid | None:
     window, kinds = window_of(config), config.get("layer_types")
     if not window or window >= max_model_len or not isinstance(kinds, list):
         return None
+    kinds = kinds[: len(kinds) - num_sharing_of(config)]
     num_windows = kinds.count("sliding_attention")
     num_full = len(kinds) - num_windows
-    return Hybrid(num_full, num_windows, window) if num_full else None
+    return Hybrid(num_full, num_windows, window, num_sharing_of(config) > 0) if num_full else None

@@ -66,10 +66,6 @@ def _brings_backend(config: Mapping[str, Any]) -> bool:
 _OWN_BACKEND = ("deepseek_v4", "inkling", "minimax_m3", "qwen4_exp")
 
 
-def _shares_layers(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("num_kv_shared_layers"))
-
-
 def _has_mixed_heads(config: Mapping[str, Any]) -> bool:
     head_dim, by_layer = head_dim_of(config), config.get("per_layer_config")  # transformers' form of Gemma 4
     layers = (
@@ -88,6 +84,5 @@ REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("has layers that keep a state instead of a KV cache (mamba, linear attention, convolution)", _keeps_state),
     ("uses chunked local attention, which kvserve's kernels do not implement", _is_chunked),
     ("uses ALiBi position biases, which kvserve's kernels do not implement", _has_alibi),
-    ("shares the KV cache between layers (num_kv_shared_layers), which kvserve does not support", _shares_layers),
     ("has keys and values, or layers, of different head_dim, which kvserve does not support", _has_mixed_heads),
 )

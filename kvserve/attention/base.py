@@ -138,6 +138,25 @@ class Received(NamedTuple):
     sums: dict[int, torch.Tensor]
 
 
+class OpenStep(NamedTuple):
+    """A step of one layer that has attended and whose tail is not written (`PagedAttention.open`).
+
+    Attributes:
+        staged, query: valid until the next call of any layer, unless `copied`.
+    """
+
+    cells: torch.Tensor
+    batch: Batch
+    staged: torch.Tensor
+    query: torch.Tensor
+    lse: torch.Tensor | None = None
+    received: Received | None = None
+
+    def copied(self) -> OpenStep:
+        """The same with rows of its own, whatever becomes of the memory they came in."""
+        return self._replace(staged=self.staged.clone(), query=self.query.clone())
+
+
 class PagedAttention(ABC):
     """Attention over one layer's page arena.
 
@@ -176,6 +195,15 @@ class PagedAttention(ABC):
         Args:
             received: asks for the attention that each token receives, summed over the query heads of its KV head.
         """
+        self.close(self.open(rows, cells, batch, answers, received))
+
+    def open(
+        self, rows: NewRows, cells: torch.Tensor, batch: Batch, answers: Answers, received: Received | None = None
+    ) -> OpenStep:
+        """The first part of `forward`: seal and attend.
+
+        Until `close`, `attend` answers queries of other layers, too, as if they were this layer's.
+        """
         if received:
             self.check_received(received)
             if answers.lse is None:
@@ -184,10 +212,14 @@ class PagedAttention(ABC):
         staged = self.stage(rows.key, rows.value)
         self.store_sealed(cells, batch, staged)
         self.attend(rows.query, cells, batch, staged, answers)
-        self.store_tail(cells, batch, staged)
-        if received:
-            assert answers.lse is not None
-            self.add_received(rows.query, cells, batch, staged, answers.lse, received)
+        return OpenStep(cells, batch, staged, rows.query, answers.lse, received)
+
+    def close(self, step: OpenStep) -> None:
+        """The second part of `forward`: write the tail, which takes the place of rows that `attend` reads."""
+        self.store_tail(step.cells, step.batch, step.staged)
+        if step.received:
+            assert step.lse is not None
+            self.add_received(step.query, step.cells, step.batch, step.staged, step.lse, step.received)
 
     def add_received(
         self,

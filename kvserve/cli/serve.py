@@ -18,6 +18,7 @@ from kvserve.checks import (
     check_hybrid,
     check_model,
     check_options,
+    check_sharing,
     check_windows,
     head_dim_of,
     text_config,
@@ -182,6 +183,7 @@ def check_arguments(options: Mapping[str, Any], policy: Policy) -> None:
         config = read_model_config(str(model))
         if config is not None:
             check_model(config, policy, str(model))
+            check_sharing(config, options.get("pipeline_parallel_size") or 1, str(model))
             longest = options.get("max_model_len") or -1
             if longest > 0 and not options.get("disable_sliding_window"):
                 check_windows(config, policy, longest, str(model))

@@ -33,6 +33,7 @@ from kvserve.engine.layer_tables import tables_of_layer
 from kvserve.engine.own_layers import check_own_layers
 from kvserve.engine.plugin import BACKEND_PATH
 from kvserve.engine.settings import EngineSettings
+from kvserve.engine.sharing import SharedStep, check_alike, target_of
 from kvserve.engine.spec import EvictingPageSpec, PageSpec
 from kvserve.errors import UnsupportedError
 from kvserve.pages.kept import in_strips, num_layers_of
@@ -123,8 +124,10 @@ class KvserveBackend(AttentionBackend):
         if isinstance(spec, SlidingWindowSpec) and cls.settings.keeps_window(spec.sliding_window):
             groups = cls.settings.window_groups(spec.head_size)
             assert groups is not None
-            # vLLM asks for blocks of one token to learn the bytes of one.
-            return spec if spec.block_size == 1 else replace(spec, block_size=groups.block_size)
+            if spec.block_size == 1:  # vLLM asks for it to learn the bytes of a token
+                return spec
+            padded = spec.num_kv_heads * groups.page_bytes if groups.hybrid.is_shared else None
+            return replace(spec, block_size=groups.block_size, page_size_padded=padded)
         draft_block_size = cls.settings.drafts.block_size if cls.settings.drafts else 0
         if not layout.state_blocks:
             return PageSpec.from_attention(spec, layout, draft_block_size)
@@ -175,6 +178,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         attention: made when the layer is built, or where it reads tables or learned sinks when the model is loaded.
         transforms: of keys, queries, values and answers; None: the policy has none.
         settings: of the engine; a layer of a draft model has its own.
+        target: the layer whose cache this one reads; None: it has its own.
+        num_sharers: layers that read this one's.
         is_dense: the layer keeps dense tokens in block tables of vLLM's, whatever the policy: a window layer beside
             full ones, or a layer of a draft model.
         draft_rows: the block table of the step's requests, where the layer is a draft model's (BatchBuilder).
@@ -187,6 +192,7 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
     attention: PagedAttention
     transforms: LayerTransforms | None = None
     probe: LayerProbe | RowRecorder | HeadRecorder | None = None
+    num_sharers: int = 0
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None,
@@ -197,7 +203,6 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         refused = (
             (alibi_slopes is not None, "ALiBi"),
             (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
-            (kv_sharing_target_layer_name is not None, "layers that share another layer's KV cache"),
         )
         for present, feature in refused:
             if present:
@@ -214,7 +219,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         )
         self.sinks = sinks  # vLLM's parameter, which is loaded later
         self.is_dense = is_draft or self.settings.keeps_window(sliding_window)
-        self.index = self._count_layers_before()
+        self.target = target_of(kv_sharing_target_layer_name, config, KvserveImpl)
+        self.index = self._find_index()
         if is_draft:
             self.layout = self.settings.draft_layout()
         else:
@@ -255,10 +261,15 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         special = (("capped attention logits", self.spec.soft_cap), ("learned attention sinks", self.sinks))
         check_estimates(next((name for name, value in special if value is not None), None), self.settings.policy)
 
-    def _count_layers_before(self) -> int:
-        """The index of this layer: vLLM builds layers in order and registers each one once its impl is there."""
+    def _find_index(self) -> int:
+        """The index of this layer's cells: vLLM builds layers in order and registers each once its impl is there."""
+        if self.target:
+            check_alike(self, self.target)
+            self.target.num_sharers += 1
+            return self.target.index
         context = self.vllm_config.compilation_config.static_forward_context
-        return sum(isinstance(_impl_of(built), KvserveImpl) for built in context.values())
+        impls = map(_impl_of, context.values())
+        return sum(isinstance(impl, KvserveImpl) and impl.target is None for impl in impls)
 
     def _make_attention(self, tables: LayerTables) -> None:
         kernels = self.settings.window_kernels if self.is_dense else self.settings.kernels
@@ -283,7 +294,8 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
             self.spec = replace(self.spec, sink_logits=self.sinks.detach().to(torch.float32, copy=True).contiguous())
         tables: LayerTables = {}
         if self._reads_tables:
-            index = next(extract_layer_index(name) for name, layer in own.items() if layer.impl is self)
+            owner = self.target or self
+            index = next(extract_layer_index(name) for name, layer in own.items() if layer.impl is owner)
             tables = tables_of_layer(self.settings, self.vllm_config, index, self.spec, self.head_size)
         if self._waits_for_weights:
             self._make_attention(tables)
@@ -295,14 +307,15 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         return {name: layer for name, layer in own.items() if layer.impl.settings.is_draft == is_draft}
 
     def forward(
-        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
+        self, layer: Any, query: torch.Tensor, key: Any, value: Any, kv_cache: torch.Tensor,
         attn_metadata: StepMetadata | None, output: torch.Tensor, output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Store this step's K/V and attend.
 
         Args:
-            query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
+            query: [num_tokens, num_heads, head_dim].
+            key, value: [num_tokens, num_kv_heads, head_dim]; None in a layer that reads another's cache.
             kv_cache: [num_blocks, num_kv_heads, block_size, bytes per state].
             output: [num_tokens, num_heads, head_dim], written.
         """
@@ -311,28 +324,51 @@ class KvserveImpl(AttentionImpl[StepMetadata]):
         n = attn_metadata.num_actual_tokens
         shape, kv_shape = (-1, self.num_heads, self.head_size), (-1, self.num_kv_heads, self.head_size)
         queries, answers = query[:n].view(shape), output[:n].view(shape)
-        keys, values = key[:n].view(kv_shape), value[:n].view(kv_shape)
-        if self.transforms is None:
-            self._attend(queries, keys, values, answers, self._own_cells(kv_cache), attn_metadata)
-            return output
+        cells, maps = self._own_cells(kv_cache), self.transforms
         # Kernels, scorers and the probe see rows as the cache has them.
-        maps, inner = self.transforms, torch.empty_like(answers)
-        rows = maps.queries(queries), maps.keys(keys), maps.values(values)
-        self._attend(*rows, inner, self._own_cells(kv_cache), attn_metadata)
-        answers.copy_(maps.outputs(inner))
+        inner = answers if maps is None else torch.empty_like(answers)
+        if maps:
+            queries = maps.queries(queries)
+        if self.target:
+            self._attend_along(self.target, queries, inner, cells, attn_metadata)
+        else:
+            keys, values = key[:n].view(kv_shape), value[:n].view(kv_shape)
+            rows = NewRows(queries, maps.keys(keys), maps.values(values)) if maps else NewRows(queries, keys, values)
+            self._attend(rows, inner, cells, attn_metadata)
+        if maps:
+            answers.copy_(maps.outputs(inner))
         return output
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, cells: torch.Tensor,
-        step: StepMetadata,
-    ) -> None:  # fmt: skip
+    def _attend(self, rows: NewRows, output: torch.Tensor, cells: torch.Tensor, step: StepMetadata) -> None:
         batch, evictor = step.batch, step.evictor
         received = evictor.before_layer(self.attention, cells) if evictor else None
-        self.attention.forward(NewRows(query, key, value), cells, batch, Answers(output), received)
+        if self.num_sharers:
+            opened = self.attention.open(rows, cells, batch, Answers(output), received).copied()
+            step.shared[self] = SharedStep(opened, self.num_sharers)
+        else:
+            self.attention.forward(rows, cells, batch, Answers(output), received)
         if self.probe:
-            self.probe.observe(query, key, value, output, cells, batch)
-        if evictor:
-            evictor.after_layer(self.attention, cells, query)
+            self.probe.observe(*rows, output, cells, batch)
+            if self.num_sharers:
+                step.shared[self].rows = rows.key.clone(), rows.value.clone()
+        if evictor and not self.num_sharers:
+            evictor.after_layer(self.attention, cells, rows.query)
+
+    def _attend_along(
+        self, target: KvserveImpl, query: torch.Tensor, output: torch.Tensor, cells: torch.Tensor, step: StepMetadata
+    ) -> None:
+        """Attend to what the target has stored and staged; the last one to do so ends the target's step."""
+        shared = step.shared.get(target)
+        if shared is None:
+            raise RuntimeError("a layer that shares a KV cache ran without the layer whose cache it is")
+        self.attention.attend(query, cells, step.batch, shared.opened.staged, Answers(output))
+        if self.probe and shared.rows:
+            self.probe.observe(query, *shared.rows, output, cells, step.batch)
+        shared.waiting -= 1
+        if not shared.waiting:
+            target.attention.close(step.shared.pop(target).opened)
+            if step.evictor:
+                step.evictor.after_layer(target.attention, cells, shared.opened.query)
 
     def _own_cells(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """This layer's cells, uint8 [num_blocks, num_kv_heads, ...]."""

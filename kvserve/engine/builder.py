@@ -7,7 +7,7 @@ its device; it keeps their addresses and pads them for CUDA graphs with rows tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvserve.engine.connector import current_plans, drop_ended, follow_plans
 from kvserve.engine.kept_tables import KeptTables
 from kvserve.engine.range_watch import RangeWatch
 from kvserve.engine.settings import EngineSettings
+from kvserve.engine.sharing import SharedStep, num_owners
 from kvserve.engine.stats import worker_log
 from kvserve.errors import UnsupportedError
 from kvserve.eviction.collector import Collector
@@ -30,11 +31,16 @@ from kvserve.policies.base import Eviction
 
 @dataclass
 class StepMetadata:
-    """One step's batch, as the kernels want it."""
+    """One step's batch, as the kernels want it.
+
+    Attributes:
+        shared: by layer, steps that layers sharing its cache have still to answer; empty when the step ends.
+    """
 
     num_actual_tokens: int
     batch: Batch
     plan: Callable[[Batch], StepEvictor | None] | None = None
+    shared: dict[Any, SharedStep] = field(default_factory=dict)
 
     @cached_property
     def evictor(self) -> StepEvictor | None:
@@ -63,8 +69,9 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
         is_window = settings.hybrid is not None and isinstance(kv_cache_spec, SlidingWindowSpec)
         is_dense = is_window or (self.drafting is not None and settings.policy.has_pages)
         self.eviction = None if is_dense else settings.policy.eviction
+        self.num_layers = num_owners(layer_names, vllm_config)
         if not is_dense:
-            check_layers(settings, len(layer_names))
+            check_layers(settings, self.num_layers)
         self.has_graphs = settings.kernels != "native"
         self.range_watch = None if is_dense else RangeWatch(device)  # one watches the rows of all layers
         if self.eviction:
@@ -124,7 +131,7 @@ class BatchBuilder(AttentionMetadataBuilder[StepMetadata]):
             return None
         rows = enumerate(batch.block_table[:, 0].tolist())
         steps = {request: plans.work[block] for request, block in rows if block in plans.work}
-        return StepEvictor(self.eviction, steps, batch, len(self.layer_names), worker_log, self.collector)
+        return StepEvictor(self.eviction, steps, batch, self.num_layers, worker_log, self.collector)
 
 
 def draft_layer(vllm_config: Any, layer_names: list[str]) -> Any:

@@ -16,9 +16,11 @@ from kvserve.attention.base import LayerSpec
 from kvserve.calibration import store
 from kvserve.calibration.artefact import Cache, Calibration
 from kvserve.calibration.fits import check_fits
+from kvserve.checks import text_config
 from kvserve.codecs.before_rope import BeforeRope
 from kvserve.engine.rotary import NoRotaryError, rotary_table
 from kvserve.errors import UnsupportedError
+from kvserve.layer_kinds import num_sharing_of
 from kvserve.policies.base import Policy
 from kvserve.scorers.rotary import RotaryTable
 
@@ -33,7 +35,8 @@ ROTARY = "key.before-rope.rotary"
 
 def cache_of(model: ModelConfig) -> Cache:
     """The whole model's cache."""
-    return Cache(model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+    num_layers = model.get_total_num_hidden_layers() - num_sharing_of(text_config(model.hf_config.to_dict()))
+    return Cache(num_layers, model.get_total_num_kv_heads(), model.get_head_size())
 
 
 def chosen_calibration(section: dict[str, Any], policy: Policy, model: ModelConfig) -> Calibration | None:

@@ -12,7 +12,7 @@ from kvserve.accounting.plan import held_blocks
 from kvserve.codecs.tile import Half, TileShape
 from kvserve.connectors import asked_connector, is_wrapped
 from kvserve.engine.self_test import describe as describe_self_test
-from kvserve.engine.settings import EngineSettings
+from kvserve.engine.settings import EngineSettings, num_cached_layers
 from kvserve.pages.drafts import DraftGroup, DraftLayers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.page_size import PageSize
@@ -74,7 +74,7 @@ class EngineReport:
         model, num_stages = config.model_config, config.parallel_config.pipeline_parallel_size
         return cls(
             layout=settings.layout(model.get_head_size()),
-            num_layers=settings.num_layers or model.get_num_layers(config.parallel_config),
+            num_layers=settings.num_layers or num_cached_layers(model, config.parallel_config),
             num_kv_heads=model.get_num_kv_heads(config.parallel_config),
             num_blocks=(config.cache_config.num_gpu_blocks or 0) // num_engines,
             max_model_len=model.max_model_len,

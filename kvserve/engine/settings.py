@@ -16,6 +16,7 @@ from kvserve.checks import (
     check_hybrid,
     check_model,
     check_options,
+    check_sharing,
     check_stages,
     check_window,
     check_windows,
@@ -32,7 +33,7 @@ from kvserve.engine.identity import check_storage, identity_of
 from kvserve.engine.images import check_images
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
-from kvserve.layer_kinds import hybrid_of
+from kvserve.layer_kinds import hybrid_of, num_sharing_of
 from kvserve.pages.drafts import DraftGroup, DraftLayers
 from kvserve.pages.layout import PageLayout
 from kvserve.pages.windows import Hybrid, WindowGroups
@@ -66,7 +67,7 @@ class EngineSettings:
     """The policy in effect and the numbers of the engine that its pages depend on.
 
     Attributes:
-        num_layers: layers of this pipeline stage that have the policy's pages.
+        num_layers: layers of this pipeline stage that have the policy's pages; not those that read another's.
         hybrid: which layers do, where window layers keep a cache of their own; None: all.
         drafter: the layers of a draft model; None: there is none.
         drafts: how they share the pool with the policy's pages; None: their blocks are as the model's, or there is no
@@ -125,7 +126,7 @@ class EngineSettings:
         policy = policy.with_head_tables(calibration.head_tables()) if calibration else policy
         settings = cls(
             policy, block_size, model.dtype, group, asked, kernels,
-            hybrid.num_full if hybrid else model.get_num_layers(parallel), model.max_model_len, calibration, hybrid,
+            hybrid.num_full if hybrid else num_cached_layers(model, parallel), model.max_model_len, calibration, hybrid,
             vllm_config.num_speculative_tokens, size_asked, drafter,
         ).with_draft_group(model.get_head_size(), model.get_num_kv_heads(parallel))  # fmt: skip
         settings.check_against(vllm_config)
@@ -290,6 +291,11 @@ def hybrid_layers(config: VllmConfig, policy: Policy) -> Hybrid | None:
     return hybrid
 
 
+def num_cached_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Layers of this pipeline stage that have a KV cache of their own; see kvserve.layer_kinds."""
+    return int(model.get_num_layers(parallel)) - num_sharing_of(text_config(model.hf_config.to_dict()))
+
+
 def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
     """Refuse options that do not go with the policy.
 
@@ -302,6 +308,7 @@ def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
     check_options(replace(serve_options(config), block_size=block_size), policy)
     check_transfer(config)
     num_stages = config.parallel_config.pipeline_parallel_size
+    check_sharing(config.model_config.hf_config.to_dict(), num_stages)
     check_stages(num_stages, device_type(), config.compilation_config.mode not in (None, CompilationMode.NONE))
     if policy.names_layers and num_stages > 1:
         raise UnsupportedError(
@@ -320,7 +327,7 @@ def check_heads(eviction: Eviction, model: ModelConfig, parallel: ParallelConfig
         UnsupportedError: naming those that it has.
     """
     try:
-        eviction.budget.check(model.get_num_layers(parallel), model.get_total_num_kv_heads())
+        eviction.budget.check(num_cached_layers(model, parallel), model.get_total_num_kv_heads())
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
 
@@ -436,6 +443,7 @@ def serve_options(config: VllmConfig) -> ServeOptions:
         kv_transfer_config=None if _is_own(config.kv_transfer_config) else config.kv_transfer_config,
         tensor_parallel_size=parallel.tensor_parallel_size,
         kv_offloading_size=cache.kv_offloading_size,
+        kv_sharing_fast_prefill=cache.kv_sharing_fast_prefill,
         decode_context_parallel_size=parallel.decode_context_parallel_size,
         prefill_context_parallel_size=parallel.prefill_context_parallel_size,
         attention_backend=config.attention_config.backend,

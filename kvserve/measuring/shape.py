@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvserve.errors import UnsupportedError
-from kvserve.layer_kinds import hybrid_of, needs_layer_types
+from kvserve.layer_kinds import hybrid_of, needs_layer_types, num_sharing_of
 from kvserve.pages.windows import Hybrid, WindowGroups
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class ModelShape:
     """What a KV cache needs to know about a model.
 
     Attributes:
+        num_layers: those that have a KV cache of their own.
         hybrid: which layers have a window, where only some do.
     """
 
@@ -53,7 +54,8 @@ class ModelShape:
 
             config = AutoConfig.for_model(**config).to_dict()
         kv_heads = config.get("num_key_value_heads") or heads
-        return cls(num_layers, heads, kv_heads, head_dim, hybrid_of(config, sys.maxsize))
+        cached = num_layers - num_sharing_of(config)
+        return cls(cached, heads, kv_heads, head_dim, hybrid_of(config, sys.maxsize))
 
     def longest_request(self, policy: Policy, block_size: int, dtype: torch.dtype, max_len: int) -> tuple[int, int]:
         """Blocks of a request of `max_len` tokens at its widest, those of window layers included, and bytes of one."""

@@ -10,6 +10,10 @@ vLLM divides the window layers into as few groups as fit into blocks that the fu
 (`vllm.v1.core.kv_cache_utils._get_packed_kv_cache_groups`). Each group has a block table of its own, so a request that
 fills its window holds `num_groups` times the blocks of one group, however long it is.
 
+Where other layers read the caches of these (Gemma 3n), vLLM has no spec for them in groups whose pages differ in size
+(`UniformTypeKVCacheSpecs`). There a window layer's page is as large as a full layer's cell, what is over stays unused,
+and a group has as many layers as the full one (`_get_kv_cache_groups_uniform_page_size`).
+
 Such blocks need a layout of vLLM's in which those of a layer lie side by side, BLHNC: [block][layer][kv_head]. kvserve
 reads the same bytes as its own order [block][kv_head][layer], in which a strip is in one piece
 (`kvserve.pages.kept.in_strips`); nobody else looks into a block.
@@ -24,19 +28,23 @@ from typing import NamedTuple
 # Of two block sizes under which requests take about equally many bytes, one is better that makes no block of the full
 # layers larger, which longer requests would pay for, and then the larger, which has the shorter block tables.
 _EQUAL_BYTES = 1.05
+# So many times the full layers, window layers with equally large pages get one group instead of several.
+_FEW_MORE = 1.5
 
 
 class Hybrid(NamedTuple):
     """Layers of a model of which some see every token and some a window that requests exceed.
 
     Attributes:
-        num_full, num_windows: layers of each kind.
+        num_full, num_windows: layers of each kind that have a KV cache of their own.
         window: tokens that a window layer sees, its own included.
+        is_shared: whether layers behind these read their caches.
     """
 
     num_full: int
     num_windows: int
     window: int
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class WindowGroups:
                 layers end at the same tokens.
         """
         sizes = [size for size in range(1, full_block_size + 1) if full_block_size % size == 0]
+        if hybrid.is_shared:
+            fitting = max(size for size in sizes if size * slot_bytes <= cell_bytes)
+            return cls(hybrid, hybrid.num_full * cell_bytes, slot_bytes, fitting)
         # Where pages are equally large vLLM would spread the full layers over several groups, too.
         found = [
             cls(hybrid, hybrid.num_full * cell_bytes, slot_bytes, size)
@@ -79,25 +90,32 @@ class WindowGroups:
 
     @property
     def page_bytes(self) -> int:
-        """A block's tokens in one window layer."""
+        """A block's part for one window layer."""
+        if self.hybrid.is_shared:
+            return self.full_bytes // self.hybrid.num_full
         return self.block_size * self.slot_bytes
 
     @property
     def num_groups(self) -> int:
         """Groups of window layers."""
         fitting = max(self.full_bytes // self.page_bytes, 1)
+        if self.hybrid.is_shared and self.hybrid.num_windows < _FEW_MORE * fitting:
+            return 1
         return ceil(self.hybrid.num_windows / fitting)
 
     @property
     def block_bytes(self) -> int:
         """A block of the pool."""
+        if self.num_groups > 1 and self.hybrid.is_shared:
+            return self.full_bytes
         widest = ceil(self.hybrid.num_windows / self.num_groups)
         return max(self.full_bytes, widest * self.page_bytes)
 
     @property
     def waste(self) -> float:
         """The share of the window layers' blocks that stays unused."""
-        return 1 - self.hybrid.num_windows * self.page_bytes / (self.num_groups * self.block_bytes)
+        used = self.hybrid.num_windows * self.block_size * self.slot_bytes
+        return 1 - used / (self.num_groups * self.block_bytes)
 
     @property
     def full_waste(self) -> float:

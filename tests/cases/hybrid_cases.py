@@ -9,6 +9,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
 from kvserve.engine.backend import backend_for
+from kvserve.engine.layer_tables import cache_of
 from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from tests.cases.planning import get_kv_cache_configs
@@ -21,7 +22,7 @@ def settings_of(config: VllmConfig) -> EngineSettings:
 
 
 def layer_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
-    """What every layer of the model asks vLLM for, in the model's order."""
+    """What every layer with a cache of its own asks vLLM for, in the model's order."""
     model, backend = config.model_config, backend_for(settings_of(config))
     common: dict[str, Any] = {
         "block_size": config.cache_config.block_size, "num_kv_heads": model.get_total_num_kv_heads(),
@@ -32,7 +33,7 @@ def layer_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
     with set_current_vllm_config(config):
         return {
             f"layers.{index}": backend.customize_spec(kinds[kind])
-            for index, kind in enumerate(model.hf_text_config.layer_types)
+            for index, kind in enumerate(model.hf_text_config.layer_types[: cache_of(model).num_layers])
         }
 
 

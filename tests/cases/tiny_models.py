@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo3Config,
@@ -51,6 +53,13 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 WINDOW, FULL = "sliding_attention", "full_attention"
+SHARED_SCALE = 64**-0.5
+# The last 6 of 12 layers read the caches of layers 4 (those with a window) and 5.
+SHARED: dict[str, Any] = {
+    **COMMON, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "sliding_window": 96, "layer_types": ([WINDOW] * 2 + [FULL]) * 4, "num_kv_shared_layers": 6,
+    "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB_SIZE,
+}  # fmt: skip
 # As their families have them: layers with a window among those that see every token; two of the latter.
 HYBRIDS: dict[str, PretrainedConfig] = {
     "gemma3-5-to-1": Gemma3TextConfig(
@@ -61,6 +70,10 @@ HYBRIDS: dict[str, PretrainedConfig] = {
         **{**COMMON, "num_hidden_layers": 8, "hidden_size": 256}, num_attention_heads=4, num_key_value_heads=2,
         sliding_window=64, layer_types=([WINDOW] * 3 + [FULL]) * 2, pad_token_id=0,
     ),
+    "gemma3n-shared": Gemma3nTextConfig(
+        **SHARED, laurel_rank=16, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 12
+    ),
+    "gemma4-shared": Gemma4TextConfig(**SHARED, per_layer_config={}),  # one head_dim
 }  # fmt: skip
 
 
@@ -68,5 +81,9 @@ def make_tiny_model(family: str, folder: Path) -> Path:
     """Save a random float32 model of `family` into `folder` and return it; the weights depend on the family alone."""
     torch.manual_seed(sorted(FAMILIES).index(family) if family in FAMILIES else len(family))
     model = AutoModelForCausalLM.from_config((FAMILIES | HYBRIDS)[family], dtype=torch.float32)
+    if family in HYBRIDS and HYBRIDS[family].to_dict().get("num_kv_shared_layers"):
+        for name, weight in model.named_parameters():
+            if name.endswith("q_norm.weight"):  # scales logits, in place of a constant
+                weight.data.fill_(SHARED_SCALE)
     model.save_pretrained(folder)
     return folder
