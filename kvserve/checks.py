@@ -351,8 +351,8 @@ def check_hybrid(
         )
     if hybrid.is_shared and hybrid.num_windows < hybrid.num_full:
         raise UnsupportedError(
-            f"{hybrid.num_full} layers of the model see every token, {hybrid.num_windows} a window, and others read their "
-            f"KV cache, for which vLLM would spread the pages over several groups; {_STOCK}"
+            f"{hybrid.num_full} layers of the model see every token, {hybrid.num_windows} a window, and others read "
+            f"their KV cache, for which vLLM would spread the pages over several groups; {_STOCK}"
         )
     if num_stages > 1:
         raise UnsupportedError(

@@ -59,6 +59,7 @@ SHARED: dict[str, Any] = {
     **COMMON, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "sliding_window": 96, "layer_types": ([WINDOW] * 2 + [FULL]) * 4, "num_kv_shared_layers": 6,
     "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB_SIZE,
+    "pad_token_id": VOCAB_SIZE - 1,  # whose embedding is zero, which Gemma 3n divides by
 }  # fmt: skip
 # As their families have them: layers with a window among those that see every token; two of the latter.
 HYBRIDS: dict[str, PretrainedConfig] = {
