@@ -16,6 +16,7 @@ import torch
 
 from kvserve.calibration.rows import RowWriter, gradient_kind, write_rotary
 from kvserve.codecs.tile import Half
+from kvserve.layer_kinds import num_sharing_of
 
 HOST = "kvserve.calibrate.gradients:GradientHost"
 _ATTENTION = "kvserve-calibration"
@@ -42,6 +43,8 @@ class GradientHost:
         self.model.eval().requires_grad_(False)
         # Gradients of activations alone: they begin where the tokens become numbers.
         self.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        text = self.model.config.get_text_config()
+        self.num_layers = text.num_hidden_layers - num_sharing_of(text.to_dict())
         self.writers: dict[int, RowWriter] = {}
         self.num_tokens = 0
 
@@ -77,6 +80,8 @@ class GradientHost:
         """transformers' own, and its keys and values [1, kv_heads, tokens, head_dim] noted."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if module.layer_idx >= self.num_layers:  # reads an earlier layer's rows
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
         for half, rows in ((Half.KEY, key), (Half.VALUE, value)):
             self._put(module.layer_idx, half, self.num_tokens, rows)
             rows.register_hook(partial(self._put, module.layer_idx, gradient_kind(half), self.num_tokens))

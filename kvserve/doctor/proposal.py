@@ -31,7 +31,8 @@ def propose(policy: Policy, examination: Examination) -> Proposal | None:
     layers = worst_layers(examination)
     content = policy_content(policy)
     if policy.eviction and loses_by_evicting(examination):
-        return _evict_less(content, policy.eviction, layers, len(examination.report.layers))
+        num_layers = sum(layer.target is None for layer in examination.report.layers)
+        return _evict_less(content, policy.eviction, layers, num_layers)
     codec = next_codec(policy)
     if codec is None:
         return None
@@ -46,12 +47,16 @@ def propose(policy: Policy, examination: Examination) -> Proposal | None:
 
 
 def worst_layers(examination: Examination) -> list[int]:
-    """One layer in ten: those that cost most alone, or where none was tried alone, those that are off most."""
+    """One layer in ten: those that cost most alone, or where none was tried alone, those that are off most.
+
+    In the place of a layer that reads another's cache stands the other one, of which a policy can say something.
+    """
     report = examination.report
     cost = examination.alone or {layer.layer: layer.cache for layer in report.layers}
     count = max(len(report.layers) // SHARE_OF_LAYERS, 1)
     worst = sorted(cost, key=lambda layer: -cost[layer])[:count]
-    return sorted(layer for layer in worst if cost[layer] >= WORTH_MORE * cost[worst[0]])
+    targets = {layer.layer: layer.target for layer in report.layers if layer.target is not None}
+    return sorted({targets.get(layer, layer) for layer in worst if cost[layer] >= WORTH_MORE * cost[worst[0]]})
 
 
 def loses_by_evicting(examination: Examination) -> bool:

@@ -13,7 +13,7 @@ from kvserve.attention.base import Batch, LayerSpec
 from kvserve.calibration.head_scores import HeadScores, Repeats, head_scores
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
-from kvserve.engine.probe_worker import kvserve_layers
+from kvserve.engine.probe_worker import owners
 from kvserve.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ class HeadWorker:
             check_own_layers(self.vllm_config, KvserveImpl)
         except UnsupportedError as error:
             return str(error)
-        for _, impl in kvserve_layers(self.vllm_config):
+        for _, impl in owners(self.vllm_config):
             impl.probe = HeadRecorder(impl.attention.spec, Repeats(*prompt))
         return None
 
     def kvserve_heads_finish(self) -> Found:
         """What was found of this rank's heads, by layer of the model."""
         found: Found = {}
-        for layer, impl in kvserve_layers(self.vllm_config):
+        for layer, impl in owners(self.vllm_config):
             recorder, impl.probe = impl.probe, None
             assert isinstance(recorder, HeadRecorder) and recorder.scores is not None, "the prompt comes first"
             echo, induction = (part.tolist() for part in recorder.scores)

@@ -35,7 +35,7 @@ class ProbeWorker:
         """Watch every layer from the next step on; a probe that is there is replaced."""
         probes = []
         for layer, impl in kvserve_layers(self.vllm_config):
-            impl.probe = LayerProbe(layer, impl.attention)
+            impl.probe = LayerProbe(layer, impl.attention, index_of(impl.target, self.vllm_config))
             probes.append(impl.probe)
         worker_log.recorder = Probe(probes)
 
@@ -57,10 +57,20 @@ class ProbeWorker:
 
 
 def kvserve_layers(config: VllmConfig) -> list[tuple[int, KvserveImpl]]:
-    """This worker's attention layers with their index in the model, ascending."""
+    """This worker's attention layers with their index in the model, ascending; also those that read another's cache."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     context = config.compilation_config.static_forward_context
     found = [(name, getattr(layer, "impl", None)) for name, layer in context.items()]
     layers = [(extract_layer_index(name), impl) for name, impl in found if isinstance(impl, KvserveImpl)]
     return sorted(layers, key=lambda layer: layer[0])
+
+
+def owners(config: VllmConfig) -> list[tuple[int, KvserveImpl]]:
+    """Those of `kvserve_layers` that have a KV cache of their own."""
+    return [(layer, impl) for layer, impl in kvserve_layers(config) if impl.target is None]
+
+
+def index_of(wanted: KvserveImpl | None, config: VllmConfig) -> int | None:
+    """The index in the model of one of `kvserve_layers`; None of none."""
+    return next((layer for layer, impl in kvserve_layers(config) if impl is wanted), None)

@@ -14,7 +14,7 @@ from kvserve.attention.base import Batch
 from kvserve.calibration.rows import RowWriter, write_rotary
 from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.own_layers import check_own_layers
-from kvserve.engine.probe_worker import kvserve_layers
+from kvserve.engine.probe_worker import owners
 from kvserve.engine.rotary import NoRotaryError, rotary_table
 from kvserve.errors import UnsupportedError
 
@@ -53,7 +53,7 @@ class RowWorker:
             check_own_layers(self.vllm_config, KvserveImpl)
         except UnsupportedError as error:
             return str(error)
-        for layer, impl in kvserve_layers(self.vllm_config):
+        for layer, impl in owners(self.vllm_config):
             writer = RowWriter(Path(folder), layer, num_tokens, impl.attention.spec.first_head)
             impl.probe = RowRecorder(writer)
         return None
@@ -65,7 +65,7 @@ class RowWorker:
             segment: positions that were read.
         """
         seen: set[int] = set()
-        for _, impl in kvserve_layers(self.vllm_config):
+        for _, impl in owners(self.vllm_config):
             recorder, impl.probe = impl.probe, None
             assert isinstance(recorder, RowRecorder), "kvserve_rows_start comes first"
             seen.add(recorder.num_tokens)

@@ -87,6 +87,7 @@ class LayerReport:
         layer: index in the model.
         num_tokens: query rows that were compared.
         codec_limit: of `codec`, by the bits of the layer's pages.
+        target: index of the layer whose cache this one reads; None: it has its own.
     """
 
     layer: int
@@ -97,6 +98,7 @@ class LayerReport:
     codec: float
     cache: float
     codec_limit: float
+    target: int | None = None
 
     @property
     def kernel(self) -> float:
@@ -108,7 +110,7 @@ class LayerReport:
         return LayerReport(
             self.layer, min(self.num_tokens, other.num_tokens), self.kernel_heads + other.kernel_heads,
             self.codec_heads + other.codec_heads, self.cache_heads + other.cache_heads,
-            max(self.codec, other.codec), max(self.cache, other.cache), self.codec_limit,
+            max(self.codec, other.codec), max(self.cache, other.cache), self.codec_limit, self.target,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ A backend shows each step of each layer to `LayerProbe.observe`; evictions are h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,14 +23,15 @@ class LayerProbe:
     Args:
         layer: index in the model.
         attention: of the layer; only its layout, spec and tables are used.
+        target: index of the layer whose cache this one reads; None: it has its own.
 
     Attributes:
         answers_densely: whether `observe` replaces the layer's answer by that of a dense cache.
         place: index of the layer among those that are cut, once it has been seen there.
     """
 
-    def __init__(self, layer: int, attention: PagedAttention) -> None:
-        self.layer = layer
+    def __init__(self, layer: int, attention: PagedAttention, target: int | None = None) -> None:
+        self.layer, self.target = layer, target
         tables = {name: table.cpu() for name, table in attention.tables.items()}
         self.history = LayerHistory(attention.layout, attention.spec, tables)
         self.distances = LayerDistances(attention.spec.num_kv_heads)
@@ -81,7 +83,8 @@ class LayerProbe:
 
     def report(self) -> LayerReport:
         """What was seen since the probe was made."""
-        return self.distances.report(self.layer, self.num_rows, codec_limit(self.history.layout.policy))
+        found = self.distances.report(self.layer, self.num_rows, codec_limit(self.history.layout.policy))
+        return replace(found, target=self.target)
 
 
 class Probe(EvictionObserver):

@@ -52,8 +52,10 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(policy: str = "kv-compress", kernels: str = "triton") -> BatchBuilder:
         monkeypatch.setattr(EngineSettings, "from_vllm_config", lambda config: settings(policy, kernels))
         model, scheduler = SimpleNamespace(max_model_len=1024), SimpleNamespace(max_num_seqs=ROWS)
-        config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
-        return BatchBuilder(SimpleNamespace(block_size=64), ["layers.4", "layers.5"], config, CPU)
+        layers = dict.fromkeys(["layers.4", "layers.5"])
+        context = SimpleNamespace(static_forward_context=layers)
+        config = SimpleNamespace(model_config=model, scheduler_config=scheduler, compilation_config=context)
+        return BatchBuilder(SimpleNamespace(block_size=64), list(layers), config, CPU)
 
     return make
 

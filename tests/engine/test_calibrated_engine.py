@@ -61,11 +61,11 @@ def policy_file(folder: Path, content: dict[str, Any], calibration: Path | str |
     return path
 
 
-def calibration_file(path: Path, method: Method, model: Path) -> Path:
+def calibration_file(path: Path, method: Method, model: Path, cache: Cache = CACHE) -> Path:
     """Random tables that follow the rules, other ones in every layer and head, for rows of about unit size."""
     generator, tables = torch.Generator().manual_seed(5), {}
-    for name, table in expected(method, CACHE):
-        values = torch.rand(table.shape(CACHE.num_kv_heads), generator=generator)
+    for name, table in expected(method, cache):
+        values = torch.rand(table.shape(cache.num_kv_heads), generator=generator)
         if table.rule == "levels":
             values = torch.linspace(-1, 1, values.numel()) * (0.9 + 0.1 * values.sort().values)
             values = values.sort().values
@@ -79,7 +79,7 @@ def calibration_file(path: Path, method: Method, model: Path) -> Path:
             values = torch.randn(values.shape, generator=generator)
         tables[name] = values.to(table.dtype)
     origin = Origin("own", method.model_dump(mode="json"), fingerprint(model), "a text", "0" * 64, 512, "none", "1")
-    write(path, origin, CACHE, tables)
+    write(path, origin, cache, tables)
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, Olmo3Config, PretrainedConfig
+from transformers import Gemma3nTextConfig, Gemma3TextConfig, Olmo3Config, PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs, create_kv_cache_views
@@ -38,6 +38,11 @@ SHAPES: dict[str, PretrainedConfig] = {
         **SMALL, num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
         sliding_window=1024,
     ),
+    "gemma3n-e4b": Gemma3nTextConfig(
+        **{**SMALL, "intermediate_size": [256] * 35}, num_hidden_layers=35, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=256, sliding_window=512, num_kv_shared_layers=15,
+        layer_types=([WINDOW] * 4 + [FULL]) * 7, vocab_size_per_layer_input=512,
+    ),
     "olmo3-7b": Olmo3Config(
         **{**SMALL, "hidden_size": 4096}, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
         sliding_window=4096, pad_token_id=0,
@@ -46,9 +51,15 @@ SHAPES: dict[str, PretrainedConfig] = {
 
 
 def config_of(folder: Path, shape: str, policy: str, **options: Any) -> VllmConfig:
-    SHAPES[shape].architectures = ["Olmo3ForCausalLM" if "olmo" in shape else "Gemma3ForCausalLM"]
+    family = next(name for name in ("Olmo3", "Gemma3n", "Gemma4", "Gemma3") if shape.startswith(name.lower()))
+    SHAPES[shape].architectures = [f"{family}ForCausalLM"]
     SHAPES[shape].save_pretrained(folder)
     return engine_config(folder, policy, **options)
+
+
+def first_spec(group: Any) -> Any:
+    """Of a group's layers, which are alike."""
+    return next(iter(getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,10 +68,13 @@ def test_groups_blocks_and_capacity_are_those_of_the_arithmetic(tmp_path: Path, 
     config = config_of(tmp_path, shape, policy, max_model_len=1024 if shape in HYBRIDS else 8192)
     plan = planned(config, 8 * GIB)
     report = report_of(config, plan.num_blocks)
-    windows, kinds = report.windows, SHAPES[shape].layer_types
-    assert windows.hybrid == Hybrid(kinds.count(FULL), kinds.count(WINDOW), SHAPES[shape].sliding_window)
-    specs = [next(iter(group.kv_cache_spec.kv_cache_specs.values())) for group in plan.kv_cache_groups]
-    assert all(isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs) for group in plan.kv_cache_groups)
+    shared = getattr(SHAPES[shape], "num_kv_shared_layers", 0)
+    windows, kinds = report.windows, SHAPES[shape].layer_types[: len(SHAPES[shape].layer_types) - shared]
+    counts = (kinds.count(FULL), kinds.count(WINDOW))
+    assert windows.hybrid == Hybrid(*counts, SHAPES[shape].sliding_window, is_shared=shared > 0)
+    specs = [first_spec(group) for group in plan.kv_cache_groups]
+    # vLLM has no spec for a layer that reads another's cache in groups of the first kind.
+    assert {isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs) for group in plan.kv_cache_groups} == {not shared}
     pages = [group for group, spec in zip(plan.kv_cache_groups, specs, strict=True) if isinstance(spec, PageSpec)]
     assert [len(group.layer_names) for group in pages] == [windows.hybrid.num_full]
     assert [type(spec) for spec in specs].count(SlidingWindowSpec) == windows.num_groups == len(specs) - 1
@@ -70,8 +84,9 @@ def test_groups_blocks_and_capacity_are_those_of_the_arithmetic(tmp_path: Path, 
         assert get_kv_cache_capacity(config, plan)[0] == report.effective_capacity_tokens
 
 
-def test_every_byte_of_a_block_is_one_layers_in_each_group(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "gemma3-5-to-1", "kivi-2bit")
+@pytest.mark.parametrize("shape", ["gemma3-5-to-1", "gemma3n-shared"])
+def test_every_byte_of_a_block_is_one_layers_in_each_group(tmp_path: Path, shape: str) -> None:
+    config = config_of(tmp_path, shape, "kivi-2bit")
     plan = planned(config, 2**23)
     (layout,) = backend_for(settings_of(config)).supported_kv_cache_layouts()
     layouts, pool = settings_of(config).layout(64), torch.zeros(plan.kv_cache_tensors[0].size, dtype=torch.int8)
@@ -80,14 +95,14 @@ def test_every_byte_of_a_block_is_one_layers_in_each_group(tmp_path: Path) -> No
         for tensor in plan.kv_cache_tensors:
             if tensor.layers[0] not in group.layer_names:
                 continue
-            spec = group.kv_cache_spec.kv_cache_specs[tensor.layers[0]]
+            spec = first_spec(group)
             for place, view in enumerate(create_kv_cache_views(pool, spec, plan.num_blocks, layout, tensor)):
                 cells = view.view(torch.uint8)
                 if isinstance(spec, PageSpec):
                     cells = in_strips(cells, 2)
                     assert num_layers_of(cells, layouts) == (2, place)
                 cells += 1
-        pool_bytes = len(group.layer_names) * plan.num_blocks * spec.page_size_bytes
+        pool_bytes = len(group.layer_names) * plan.num_blocks * spec.unpadded_page_size_bytes
         assert pool.max() == 1 and int(pool.sum(dtype=torch.int64)) == pool_bytes
 
 

@@ -44,7 +44,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["gemma3-5-to-1", pytest.param("olmo3-3-to-1", marks=pytest.mark.slow)])
+SLOW = ("olmo3-3-to-1", "gemma4-shared")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["gemma3-5-to-1", "gemma3n-shared", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 
