@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvserve.layer_kinds import head_dim_of
@@ -66,13 +66,26 @@ def _brings_backend(config: Mapping[str, Any]) -> bool:
 _OWN_BACKEND = ("deepseek_v4", "inkling", "minimax_m3", "qwen4_exp")
 
 
-def _has_mixed_heads(config: Mapping[str, Any]) -> bool:
-    head_dim, by_layer = head_dim_of(config), config.get("per_layer_config")  # transformers' form of Gemma 4
-    layers = (
-        [layer for layer in by_layer.values() if isinstance(layer, Mapping)] if isinstance(by_layer, Mapping) else []
-    )
-    others = (config.get("v_head_dim"), config.get("global_head_dim"), *(layer.get("head_dim") for layer in layers))
-    return head_dim is not None and any(other and int(other) != head_dim for other in others)
+def _has_mixed_rows(config: Mapping[str, Any]) -> bool:
+    return _differs(config.get("v_head_dim"), head_dim_of(config))
+
+
+def _has_mixed_layers(config: Mapping[str, Any]) -> bool:
+    by_layer = config.get("per_layer_config")  # transformers' form of Gemma 4
+    layers = by_layer.values() if isinstance(by_layer, Mapping) else ()
+    head_dims = [config.get("global_head_dim"), *_each(layers, "head_dim")]
+    kv_heads = [config.get("num_global_key_value_heads"), *_each(layers, "num_key_value_heads")]
+    usual_dim, usual_heads = head_dim_of(config), config.get("num_key_value_heads")
+    return any(_differs(dim, usual_dim) for dim in head_dims) or any(_differs(n, usual_heads) for n in kv_heads)
+
+
+def _each(layers: Iterable[Any], name: str) -> list[Any]:
+    return [layer.get(name) for layer in layers if isinstance(layer, Mapping)]
+
+
+def _differs(one: Any, usual: Any) -> bool:
+    """Whether both are there, and not the same."""
+    return bool(one and usual) and one != usual
 
 
 # The order matters only where two apply: the more telling reason comes first.
@@ -84,5 +97,9 @@ REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("has layers that keep a state instead of a KV cache (mamba, linear attention, convolution)", _keeps_state),
     ("uses chunked local attention, which kvserve's kernels do not implement", _is_chunked),
     ("uses ALiBi position biases, which kvserve's kernels do not implement", _has_alibi),
-    ("has keys and values, or layers, of different head_dim, which kvserve does not support", _has_mixed_heads),
+    ("has keys and values of different head_dim, which kvserve does not support", _has_mixed_rows),
+    (
+        "has layers of different shape (head_dim 256 and 512 in Gemma 4): kvserve's pages have one head_dim, up to 256",
+        _has_mixed_layers,
+    ),
 )

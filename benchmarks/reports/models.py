@@ -44,6 +44,7 @@ def config_of(model: dict[str, Any]) -> dict[str, Any]:
         kinds = {"w": "sliding_attention", "f": "full_attention"}
         layers = [kinds[kind] for kind in islice(cycle(model["pattern"]), num_layers)]
         config |= {"sliding_window": model["window"], "layer_types": layers}
+    config["num_kv_shared_layers"] = model.get("shared", 0)
     return config
 
 
@@ -65,7 +66,7 @@ def request_bytes(config: dict[str, Any], policy: Policy, num_tokens: int) -> in
 
 def stock_bytes(config: dict[str, Any], num_tokens: int) -> int:
     """What stock vLLM's hybrid cache holds of it in 16 bits, to the token."""
-    kinds = config.get("layer_types", ["full_attention"] * config["num_hidden_layers"])
+    kinds = cached_kinds(config) or ["full_attention"] * config["num_hidden_layers"]
     seen = {
         "full_attention": num_tokens,
         "sliding_attention": min(num_tokens, config.get("sliding_window", num_tokens)),
@@ -85,13 +86,23 @@ def gain(config: dict[str, Any], name: str, num_tokens: int) -> str:
     return f"{stock_bytes(config, num_tokens) / request_bytes(config, policy, num_tokens):.2f}x"
 
 
+def cached_kinds(config: dict[str, Any]) -> list[str]:
+    """Kinds of the layers that have a KV cache of their own, where a model has several."""
+    kinds: list[str] = config.get("layer_types", [])
+    return kinds[: len(kinds) - config.get("num_kv_shared_layers", 0)]
+
+
 def layers_of(model: dict[str, Any]) -> tuple[str, str]:
     """What is compressed, and what stays dense."""
-    kinds = config_of(model).get("layer_types", [])
+    kinds = cached_kinds(config_of(model))
     if "full_attention" not in kinds:
         return ("all layers", f"nothing; tokens outside the window of {model['window']:,} stay" if kinds else "nothing")
     full = kinds.count("full_attention")
-    return f"{full} full layers of {len(kinds)}", f"{len(kinds) - full} layers, the last {model['window']:,} tokens"
+    more = f"; {model['shared']} more read their caches" if "shared" in model else ""
+    return (
+        f"{full} full layers of {len(kinds)}{more}",
+        f"{len(kinds) - full} layers, the last {model['window']:,} tokens",
+    )
 
 
 def served_table() -> str:

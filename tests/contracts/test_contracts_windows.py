@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 
 import torch
-from vllm.v1.kv_cache_interface import KVCacheLayout, SlidingWindowSpec
+from vllm.v1.attention.backend import AttentionImpl
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheLayout, SlidingWindowSpec, UniformTypeKVCacheSpecs
+
+from tests.cases.planning import planner
 
 
 def window_spec(block_size: int = 16) -> SlidingWindowSpec:
@@ -37,6 +40,31 @@ def test_the_window_manager_leaves_null_blocks_in_front() -> None:
 
     assert SlidingWindowManager.remove_skipped_blocks is SingleTypeKVCacheManager.remove_skipped_blocks
     assert "blocks[i] = self._null_block" in inspect.getsource(SingleTypeKVCacheManager._remove_blocks_in_range)
+
+
+def test_a_layer_that_shares_a_cache_joins_the_group_of_its_target_and_has_no_spec() -> None:
+    from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
+
+    group = KVCacheGroupSpec(["layers.0"], window_spec())
+    add_kv_sharing_layers_to_kv_cache_groups({"layers.1": "layers.0"}, [group])
+    assert group.layer_names == ["layers.0", "layers.1"]
+    # Why window pages are as large as the others then: a group of several specs would have none for the second layer.
+    specs = UniformTypeKVCacheSpecs.from_specs({"layers.0": window_spec()})
+    group = KVCacheGroupSpec(["layers.0"], specs)
+    add_kv_sharing_layers_to_kv_cache_groups({"layers.1": "layers.0"}, [group])
+    assert "layers.1" not in group.kv_cache_spec.kv_cache_specs
+
+
+def test_a_layer_hands_its_target_to_the_implementation_and_runs_without_keys() -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    assert list(inspect.signature(AttentionImpl.__init__).parameters)[10] == "kv_sharing_target_layer_name"
+    source = inspect.getsource(Attention.forward)
+    assert "if key is not None:" in source and "if value is not None:" in source
+
+
+def test_groups_of_equally_large_pages_have_as_many_layers_as_the_smaller_kind() -> None:
+    assert "max_num_layers < min_num_layers * 1.5" in inspect.getsource(planner._get_kv_cache_groups_uniform_page_size)
 
 
 def test_all_groups_enter_blocks_into_the_prefix_cache_in_one_place() -> None:

@@ -128,7 +128,15 @@ def test_a_window_layer_is_refused_as_it_is_built_or_has_no_window(tmp_path: Pat
         assert layer.impl.attention.spec.sliding_window == 96
 
 
-@pytest.mark.parametrize("heads", [{"global_head_dim": 128}, {"per_layer_config": {"1": {"head_dim": 128}}}])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"global_head_dim": 128},
+        {"per_layer_config": {"1": {"head_dim": 128}}},
+        {"num_global_key_value_heads": 1},
+        {"per_layer_config": {"1": {"num_key_value_heads": 1}}},
+    ],
+)
 def test_what_a_model_lacks_is_named_before_what_vllm_set_because_of_it(heads: dict[str, Any]) -> None:
     """vLLM itself sets another attention backend for Gemma 4's layers of different head_dim."""
     config = VllmConfig(additional_config={"kvserve": {"policy": "int8"}})
@@ -137,7 +145,7 @@ def test_what_a_model_lacks_is_named_before_what_vllm_set_because_of_it(heads: d
     content = {**MISTRAL, "model_type": "gemma4_text", "head_dim": 64, **heads}
     model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: content), max_model_len=1024)
     object.__setattr__(config, "model_config", model)
-    with pytest.raises(UnsupportedError, match="layers, of different head_dim"):
+    with pytest.raises(UnsupportedError, match="layers of different shape"):
         EngineSettings.from_vllm_config(config)
 
 

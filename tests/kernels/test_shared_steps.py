@@ -9,8 +9,10 @@ from kvserve.attention.base import Answers, NewRows, PagedAttention, Received
 from kvserve.attention.native import NativeAttention
 from kvserve.attention.reference import ReferenceAttention
 from tests.cases.attention_cases import Case, build_case, copy_cells, make_policy
+from tests.cases.triton_cases import DEVICE, attention_of
 
 # Steps that begin in a tile, complete one and more, bring one token, and begin a request.
+FAMILIES = ("int8", "kivi-2", "dense-pages", "dense")
 COMPUTED, NEW = [60, 130, 0, 63, 200], [70, 1, 200, 1, 30]
 
 
@@ -19,6 +21,8 @@ def case_of(family: str, window: int | None = None) -> Case:
 
 
 def kernels_of(name: str, case: Case) -> PagedAttention:
+    if name == "triton":
+        return attention_of(case)
     kind = {"native": NativeAttention, "reference": ReferenceAttention}[name]
     return kind(case.layout, case.spec, tables=case.tables)
 
@@ -28,9 +32,14 @@ def other_rows(case: Case) -> NewRows:
     return NewRows(*(torch.randn(rows.shape, generator=generator) for rows in (case.query, case.key, case.value)))
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
 @pytest.mark.parametrize(
-    ("family", "window"), [("int8", None), ("kivi-2", None), ("dense-pages", None), ("dense", None), ("dense", 50)]
+    ("name", "family", "window"),
+    [
+        *((name, family, None) for name in ("native", "reference") for family in FAMILIES),
+        ("native", "dense", 50),
+        ("reference", "dense", 50),
+        pytest.param("triton", "kivi-2", None, marks=pytest.mark.skipif(DEVICE.type != "cpu", reason="interpreted")),
+    ],
 )
 def test_queries_of_another_layer_see_the_rows_of_an_open_step(name: str, family: str, window: int | None) -> None:
     case, other = case_of(family, window), other_rows(case_of(family, window))

@@ -66,6 +66,8 @@ def test_the_ends_are_suspects_beside_those_that_are_off_most() -> None:
 def test_the_worst_layers_are_those_that_cost_most_alone() -> None:
     assert worst_layers(examination()) == [0]
     assert worst_layers(examination(alone={0: 0.1, 2: 0.2})) == [2]
+    sharing = [layer(0, 0.1), replace(layer(1, 0.5), target=0)]  # of a cache, its owner can be changed
+    assert worst_layers(examination("kivi-2bit", *sharing)) == [0]
     many = [layer(index) for index in range(30)]
     assert worst_layers(examination("kivi-2bit", *many, alone={0: 0.001, 18: 0.08, 20: 0.06})) == [18, 20]
 
