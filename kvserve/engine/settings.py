@@ -308,7 +308,8 @@ def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
     check_options(replace(serve_options(config), block_size=block_size), policy)
     check_transfer(config)
     num_stages = config.parallel_config.pipeline_parallel_size
-    check_sharing(config.model_config.hf_config.to_dict(), num_stages)
+    if config.model_config is not None:
+        check_sharing(config.model_config.hf_config.to_dict(), num_stages)
     check_stages(num_stages, device_type(), config.compilation_config.mode not in (None, CompilationMode.NONE))
     if policy.names_layers and num_stages > 1:
         raise UnsupportedError(
