@@ -309,8 +309,10 @@ def check_window(window: int | None, policy: Policy, max_model_len: int, name: s
     )
 
 
-def check_sharing(hf_config: Mapping[str, Any], num_stages: int, name: str = "this model") -> None:
-    """Refuse a pipeline for layers that read the KV cache of others.
+def check_sharing(
+    hf_config: Mapping[str, Any], num_stages: int, name: str = "this model", has_connector: bool = False
+) -> None:
+    """Refuse a pipeline, or a KV connector that moves pages, for layers that read the KV cache of others.
 
     Raises:
         UnsupportedError: naming the option to drop.
@@ -320,6 +322,11 @@ def check_sharing(hf_config: Mapping[str, Any], num_stages: int, name: str = "th
         raise UnsupportedError(
             f"the last {num_sharing} layers of {name} read the KV cache of earlier ones, which a pipeline would "
             "divide; drop --pipeline-parallel-size"
+        )
+    if num_sharing and has_connector:
+        raise UnsupportedError(
+            f"the last {num_sharing} layers of {name} read the KV cache of earlier ones, and KV connectors move the "
+            "blocks of each layer; drop --kv-transfer-config"
         )
 
 

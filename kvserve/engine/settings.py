@@ -309,7 +309,8 @@ def check_config(config: VllmConfig, policy: Policy, block_size: int) -> None:
     check_transfer(config)
     num_stages = config.parallel_config.pipeline_parallel_size
     if config.model_config is not None:
-        check_sharing(config.model_config.hf_config.to_dict(), num_stages)
+        has_connector = is_wrapped(config.kv_transfer_config)
+        check_sharing(config.model_config.hf_config.to_dict(), num_stages, has_connector=has_connector)
     check_stages(num_stages, device_type(), config.compilation_config.mode not in (None, CompilationMode.NONE))
     if policy.names_layers and num_stages > 1:
         raise UnsupportedError(

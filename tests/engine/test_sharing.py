@@ -132,6 +132,9 @@ def test_options_that_divide_a_shared_cache_are_refused() -> None:
     check_sharing({"num_kv_shared_layers": 0}, 2)
     with pytest.raises(UnsupportedError, match="drop --pipeline-parallel-size"):
         check_sharing({"text_config": {"num_kv_shared_layers": 10}}, 2)
+    check_sharing({"num_kv_shared_layers": 0}, 1, has_connector=True)
+    with pytest.raises(UnsupportedError, match="drop --kv-transfer-config"):
+        check_sharing({"num_kv_shared_layers": 10}, 1, has_connector=True)
     check_options(ServeOptions(kv_sharing_fast_prefill=False), policy)
     with pytest.raises(UnsupportedError, match="drop --kv-sharing-fast-prefill"):
         check_options(ServeOptions(kv_sharing_fast_prefill=True), policy)
