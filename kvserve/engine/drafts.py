@@ -10,8 +10,10 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from kvserve.checks import text_config
 from kvserve.engine.block_size import asked_block_size
 from kvserve.errors import UnsupportedError
+from kvserve.layer_kinds import num_sharing_of
 from kvserve.pages.drafts import DraftLayers
 from kvserve.speculation import DRAFT_MODEL, entry_of
 
@@ -62,6 +64,9 @@ def check_draft_model(config: VllmConfig, policy: Policy, hybrid: Any) -> None:
             "beside a draft model all layers of the model need the same pages, and some of this one's have a sliding "
             f"window; {drop}"
         )
+    models = (config.model_config, config.speculative_config.draft_model_config)
+    if any(num_sharing_of(text_config(model.hf_config.to_dict())) for model in models):
+        raise UnsupportedError(f"layers that share a KV cache are not proven in or beside a draft model; {drop}")
     if config.parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedError(
             "a draft model runs in the last stage of a pipeline, whose blocks would differ from the others'; drop "

@@ -14,10 +14,12 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, resolve_kv_cache_
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, iter_layer_specs
 
 from kvserve.engine.backend import backend_for
+from kvserve.engine.drafts import check_draft_model
 from kvserve.engine.settings import EngineSettings
 from kvserve.engine.spec import PageSpec
 from kvserve.errors import UnsupportedError
 from kvserve.pages.drafts import DraftGroup, DraftLayers
+from kvserve.policies.loading import load_policy
 from tests.cases.hybrid_cases import report_of, settings_of
 from tests.cases.layer_cases import engine_config
 from tests.cases.planning import get_kv_cache_configs
@@ -131,6 +133,15 @@ def test_options_that_leave_no_blocks_of_their_own_are_refused(
 def test_a_model_with_windows_of_its_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"some of this one's have a sliding window; .*--spec-method ngram"):
         EngineSettings.from_vllm_config(config_of(tmp_path, "int8", target="gemma3-5-to-1"))
+
+
+def test_layers_that_share_a_cache_are_refused_on_either_side(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "int8")
+    for model in (config.model_config, config.speculative_config.draft_model_config):
+        model.hf_config.num_kv_shared_layers = 1
+        with pytest.raises(UnsupportedError, match=r"layers that share a KV cache .*; drop the draft model"):
+            check_draft_model(config, load_policy("int8"), None)
+        model.hf_config.num_kv_shared_layers = 0
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30, 400])
