@@ -80,7 +80,7 @@ bench: setup
 	$(BIN)/kvserve bench $(ARGS)
 
 matrix: setup
-	KVSERVE_MATRIX=$(CURDIR)/benchmarks/results/compatibility.json $(BIN)/python -m pytest tests/engine/test_compatibility.py $(ARGS)
+	$(BIN)/python -m benchmarks.matrix $(ARGS)
 	$(BIN)/python -m benchmarks.reports.compatibility
 
 atlas: setup

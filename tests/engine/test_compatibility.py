@@ -1,13 +1,13 @@
-"""Every shipped policy with every feature; docs/compatibility.md shows what came out.
+"""Every shipped policy with every feature of one engine; docs/compatibility.md shows what came out.
 
 Each test is a cell of the matrix. It asserts that the feature works, and returns what the cell says. `make matrix` runs
 them all with KVSERVE_MATRIX naming the result file; the page is made from that by benchmarks/reports/compatibility.py.
+Features that need an engine of their own: test_compatible_engines.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
@@ -26,28 +26,17 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from kvserve.accounting.plan import held_blocks, widest_request
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.backend import backend_for
 from kvserve.engine.builder import graph_support
-from kvserve.engine.report import EngineReport
 from kvserve.engine.settings import EngineSettings
 from kvserve.errors import UnsupportedError
-from kvserve.measuring.machine import versions
 from kvserve.policies.loading import load_policy
-from kvserve.policies.registry import policy_names
-from kvserve.speculation import check_speculation
-from tests.cases.engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps
+from tests.cases.engine_cases import MIB, engine, free_blocks, steps
 from tests.cases.greedy import NEAR_TIE_NATS, Step, assert_same_texts, differs_only_behind_a_near_tie
-from tests.engine.test_speculation import run
+from tests.cases.matrix import CHOOSES_BY_REQUEST, NUM_TOKENS, POLICIES, checked, complete, story_prompts, write_cells
 
-NUM_TOKENS = 24
-LONG_ANSWER = 80  # fills the unfinished tile, and more
-NAMES = ["Anna", "Boris", "Chen", "Dalia", "Emeka", "Farah"]
 SCHEMA = {"type": "object", "properties": {"boats": {"type": "integer"}}, "required": ["boats"]}
-CHOOSES_BY_REQUEST = ("random",)  # its texts differ from request to request
-FAILS = "**fails**"
-MATRIX: dict[str, dict[str, str]] = {}
 
 
 @dataclass
@@ -65,11 +54,11 @@ class Served:
         return self.policy not in CHOOSES_BY_REQUEST
 
 
-@pytest.fixture(scope="module", params=policy_names())
+@pytest.fixture(scope="module", params=POLICIES)
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     with engine(
         prepare_default_model(), request.param, kv_cache_memory_bytes=256 * MIB, max_num_batched_tokens=1024,
-        enable_lora=True, max_lora_rank=8, enable_prompt_embeds=True, scheduling_policy="priority",
+        enable_lora=True, max_loras=2, max_lora_rank=8, enable_prompt_embeds=True, scheduling_policy="priority",
     ) as llm:  # fmt: skip
         prompts = story_prompts(llm)
         found = Served(request.param, llm, prompts)
@@ -79,28 +68,8 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
 
 @pytest.fixture(scope="module", autouse=True)
 def result_file() -> Iterator[None]:
-    """A run of some of the tests changes their cells alone."""
     yield
-    if name := os.environ.get("KVSERVE_MATRIX"):
-        path = Path(name)
-        earlier = json.loads(path.read_text(encoding="utf-8"))["matrix"] if path.exists() else {}
-        matrix = {policy: earlier.get(policy, {}) | MATRIX.get(policy, {}) for policy in policy_names()}
-        content = {"command": ["make", "matrix"], "versions": versions(), "matrix": matrix}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def story_prompts(llm: LLM) -> list[list[int]]:
-    return [encode(llm, f"{name} told this story. " + STORY * 4 + f"And {name} said:") for name in NAMES]
-
-
-def complete(
-    llm: LLM, prompts: list[list[int]], lora_request: Any = None, priority: Any = None, **options: Any
-) -> list[RequestOutput]:
-    sampling = SamplingParams(
-        **{"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "logprobs": 2, **options}
-    )
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(asked, sampling, use_tqdm=False, lora_request=lora_request, priority=priority)
+    write_cells()
 
 
 def cell(feature: str) -> Callable[[Callable[..., str]], Callable[..., None]]:
@@ -109,8 +78,8 @@ def cell(feature: str) -> Callable[[Callable[..., str]], Callable[..., None]]:
     def wrap(check: Callable[..., str]) -> Callable[..., None]:
         @wraps(check)
         def test(served: Served, **fixtures: Any) -> None:
-            MATRIX.setdefault(served.policy, {})[feature] = FAILS
-            MATRIX[served.policy][feature] = check(served, **fixtures)
+            with checked(served.policy, feature) as cells:
+                cells[feature] = check(served, **fixtures)
 
         return pytest.mark.slow(test)
 
@@ -199,7 +168,7 @@ def random_adapter(folder: Path, llm: LLM) -> Path:
         weights[f"{name}.lora_A.weight"] = torch.randn(8, config.hidden_size, generator=generator) / 8
         weights[f"{name}.lora_B.weight"] = torch.randn(heads, 8, generator=generator) / 8
     save_file(weights, folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    content = {"peft_type": "LORA", "r": 8, "lora_alpha": 256, "target_modules": ["q_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
@@ -231,6 +200,7 @@ def test_a_request_of_higher_priority_is_answered_first_and_all_get_their_texts(
     while core.has_unfinished_requests():
         order += [output.request_id for output in core.step() if output.finished]
     assert sorted(order) == sorted(map(str, range(len(served.prompts)))) and order[0] != "0"
+    served.llm.reset_prefix_cache()  # it has prompts that begin with these, which a policy would not cut
     texts = [steps(one) for one in complete(served.llm, served.prompts, priority=list(range(len(served.prompts))))]
     if served.same_texts:
         assert_same_texts(served.texts, texts)
@@ -304,64 +274,3 @@ def test_full_graphs_are_claimed_for_steps_that_cannot_evict(served: Served) -> 
 
 def settings_of(policy: str) -> EngineSettings:
     return EngineSettings(load_policy(policy), 64, torch.bfloat16, kernels="triton", num_layers=30)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", policy_names())
-def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:
-    """An engine with chunks of 100 tokens and blocks for the prompts alone, against a roomy one."""
-    model, cells = prepare_default_model(), MATRIX.setdefault(policy, {})
-    cells["chunked prefill"] = cells["preemption"] = FAILS
-    with engine(model, policy, kv_cache_memory_bytes=256 * MIB, max_num_batched_tokens=1024) as llm:
-        prompts = story_prompts(llm)
-        expected = [steps(one) for one in complete(llm, prompts, max_tokens=LONG_ANSWER)]
-        config = llm.llm_engine.vllm_config
-        settings = EngineSettings.from_vllm_config(config)
-        assert settings is not None
-        report = EngineReport.from_vllm_config(config, settings)
-    longest = max(map(len, prompts)) + LONG_ANSWER
-    blocks = 4 + max(len(prompts) * held_blocks(report.layout, len(prompts[0])), widest_request(report.layout, longest))
-    bytes_of_pool = blocks * report.block_bytes
-    with engine(
-        model, policy, kv_cache_memory_bytes=bytes_of_pool, max_num_batched_tokens=100, max_model_len=longest
-    ) as llm:
-        with counted_preemptions(llm) as preempt:
-            outputs = complete(llm, prompts, max_tokens=LONG_ANSWER)
-        assert free_blocks(llm) == blocks - 1
-    if policy not in CHOOSES_BY_REQUEST:
-        assert_same_texts(expected, [steps(one) for one in outputs])
-    cells["chunked prefill"] = "yes"
-    cells["preemption"] = "yes" if preempt.call_count else "did not occur"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", policy_names())
-def test_a_compiled_model_gives_the_texts_of_an_eager_one(policy: str) -> None:
-    model, cells = prepare_default_model(), MATRIX.setdefault(policy, {})
-    cells["torch.compile on a CPU"] = FAILS
-    with engine(model, policy, kv_cache_memory_bytes=256 * MIB) as llm:
-        prompts = story_prompts(llm)[:3]
-        expected = [steps(one) for one in complete(llm, prompts)]
-    with engine(model, policy, kv_cache_memory_bytes=256 * MIB, enforce_eager=False) as llm:
-        texts = [steps(one) for one in complete(llm, prompts)]
-    if policy not in CHOOSES_BY_REQUEST:
-        assert_same_texts(expected, texts)
-    cells["torch.compile on a CPU"] = "yes"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", policy_names())
-def test_drafts_change_no_text_or_are_refused(policy: str) -> None:
-    cells = MATRIX.setdefault(policy, {})
-    cells["speculative decoding"] = FAILS
-    try:
-        check_speculation(load_policy(policy), method="ngram")
-    except UnsupportedError:
-        assert load_policy(policy).eviction
-        cells["speculative decoding"] = "refused"
-        return
-    found = run(policy)
-    if policy not in CHOOSES_BY_REQUEST:
-        assert_same_texts(found["expected"], found["together"])
-    assert found["drafted"][1] > 0 and found["free"] == found["blocks"] - 1
-    cells["speculative decoding"] = "ngram"

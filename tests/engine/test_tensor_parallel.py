@@ -39,7 +39,7 @@ SCRIPT = textwrap.dedent(
         llm = LLM(
             model, dtype="float32", enforce_eager=stages == 1, max_model_len=1024, kv_cache_memory_bytes=96 << 20,
             tensor_parallel_size=workers, pipeline_parallel_size=stages, max_num_batched_tokens=128, block_size=64,
-            additional_config={"kvserve": {"policy": policy, "set": json.loads(changes)}},
+            max_num_seqs=8, additional_config={"kvserve": {"policy": policy, "set": json.loads(changes)}},
             **(scheduler_options() if eviction else {}),
         )
         prompts = [f"{name} told this story. {text} And {name} said:" for name in ("Anna", "Boris", "Chen", "Dalia")]
