@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
@@ -87,4 +90,16 @@ def make_tiny_model(family: str, folder: Path) -> Path:
             if name.endswith("q_norm.weight"):  # scales logits, in place of a constant
                 weight.data.fill_(SHARED_SCALE)
     model.save_pretrained(folder)
+    return folder
+
+
+def first_layers(model: Path, num_layers: int, folder: Path) -> Path:
+    """A copy of a model that ends after its first layers: quick, with true weights and a tokenizer, and no sense."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}), encoding="utf-8")
+    (file,) = model.glob("*.safetensors")
+    left_out = tuple(f"model.layers.{index}." for index in range(num_layers, config["num_hidden_layers"]))
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(left_out)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

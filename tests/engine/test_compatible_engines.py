@@ -29,7 +29,7 @@ from tests.cases.engine_cases import (
 )
 from tests.cases.greedy import Step, assert_same_texts, differs_only_behind_a_near_tie, steps_of
 from tests.cases.matrix import CHOOSES_BY_REQUEST, POLICIES, checked, complete, story_prompts, write_cells
-from tests.cases.tiny_models import make_tiny_model
+from tests.cases.tiny_models import first_layers, make_tiny_model
 from tests.engine.test_speculation import run as run_drafts
 from tests.engine.test_tensor_parallel import SCRIPT
 from tests.engine.test_tensor_parallel import run as run_stages
@@ -48,6 +48,12 @@ def result_file() -> Iterator[None]:
 @pytest.fixture(params=POLICIES)
 def policy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def quick_model(policy: str, folder: Path) -> Path:
+    """The default model's first four layers; all of it where a policy has tables that are fitted to it."""
+    model = prepare_default_model()
+    return model if load_policy(policy).calibration else first_layers(model, 4, folder)
 
 
 def check_texts(policy: str, expected: list[list[Step]], found: list[list[Step]]) -> None:
@@ -91,8 +97,8 @@ def small_pool(report: EngineReport, prompts: list[list[int]]) -> dict[str, int]
     return {"kv_cache_memory_bytes": blocks * report.block_bytes}
 
 
-def test_a_compiled_model_gives_the_texts_of_an_eager_one(policy: str) -> None:
-    model = prepare_default_model()
+def test_a_compiled_model_gives_the_texts_of_an_eager_one(policy: str, tmp_path: Path) -> None:
+    model = quick_model(policy, tmp_path)
     with checked(policy, "torch.compile on a CPU") as cells:
         with engine(model, policy, kv_cache_memory_bytes=256 * MIB) as llm:
             prompts = story_prompts(llm)
@@ -155,13 +161,14 @@ def test_two_stages_of_a_pipeline_answer_as_one_does(policy: str, tmp_path: Path
     script = tmp_path / "serve.py"
     script.write_text(SCRIPT, encoding="utf-8")
     with checked(policy, "pipeline parallel") as cells:
+        model = str(quick_model(policy, tmp_path / "model"))
         try:
-            staged: dict[str, Any] = run_stages(1, policy, str(script), stages=2)
+            staged: dict[str, Any] = run_stages(1, policy, str(script), stages=2, model=model)
         except AssertionError as error:
             assert "UnsupportedError" in str(error) and "pipeline" in str(error), str(error)[-800:]
             cells["pipeline parallel"] = "refused"
             return
-        whole = run_stages(1, policy, str(script))
+        whole = run_stages(1, policy, str(script), model=model)
         if load_policy(policy).eviction is None:
             check_first_tokens(whole, staged)
         assert whole["reports"] == staged["reports"]

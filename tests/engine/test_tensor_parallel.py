@@ -65,7 +65,9 @@ def script(tmp_path: Path) -> str:
     return str(path)
 
 
-def run(workers: int, policy: str, script: str, changes: dict | None = None, stages: int = 1) -> dict:
+def run(
+    workers: int, policy: str, script: str, changes: dict | None = None, stages: int = 1, model: str = ""
+) -> dict:  # fmt: skip
     # More workers than cores: name the core of each, since vLLM's own choice wants one core more than workers.
     cores = sorted(os.sched_getaffinity(0))
     binding = "|".join(str(cores[rank % len(cores)]) for rank in range(workers * stages))
@@ -73,7 +75,7 @@ def run(workers: int, policy: str, script: str, changes: dict | None = None, sta
     command = [
         sys.executable,
         script,
-        str(prepare_default_model()),
+        model or str(prepare_default_model()),
         str(workers),
         str(stages),
         policy,
