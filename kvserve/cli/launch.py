@@ -248,7 +248,8 @@ def check_resolved_model(args: argparse.Namespace, policy: Policy) -> None:
     finally:
         logging.disable(logging.NOTSET)
     check_model_config(model, policy, args.model)
-    calibration = chosen_calibration(args.additional_config[PLUGIN_NAME], policy, model)
+    section = args.additional_config[PLUGIN_NAME] if policy.calibration else {}
+    calibration = chosen_calibration(section, policy, model)
     if is_wrapped(args.kv_transfer_config):
         size = args.block_size or policy.tile_tokens
         layout = PageLayout.build(policy, model.get_head_size(), size, model.dtype)

@@ -92,7 +92,7 @@ class Engine:
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(worker_extension_cls=EXTENSION_PATH, data_parallel_size=1),
             additional_config={}, cache_config=SimpleNamespace(num_gpu_blocks=100),
-            model_config=SimpleNamespace(get_head_size=lambda: 64, max_model_len=1024),
+            model_config=SimpleNamespace(get_head_size=lambda: 64, max_model_len=1024), kv_transfer_config=None,
         )  # fmt: skip
 
     async def check_health(self) -> None:

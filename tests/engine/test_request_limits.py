@@ -36,7 +36,7 @@ UNTOUCHED = "/tokenize"
 
 
 def state_of(policy: str | None, max_model_len: int = 1024) -> SimpleNamespace:
-    state = SimpleNamespace(policy=None, layout=None, max_model_len=max_model_len, usable_blocks=None)
+    state = SimpleNamespace(policy=None, layout=None, max_model_len=max_model_len, usable_blocks=None, identity=None)
     if policy:
         state.policy = load_policy(policy)
         state.layout = PageLayout.build(state.policy, 64, 64, torch.float32, num_layers=8)

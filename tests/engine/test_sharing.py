@@ -46,7 +46,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("gemma3n-shared", tmp_path_factory.mktemp("gemma3n-shared") / "model")
 
 
-@pytest.mark.parametrize("name", ["layers", "h2o", pytest.param("snapkv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["layers", pytest.param("h2o", marks=pytest.mark.slow), pytest.param("snapkv", marks=pytest.mark.slow)]
+)
 def test_layers_are_counted_and_named_without_those_that_share_and_chunks_change_nothing(
     model: Path, name: str
 ) -> None:

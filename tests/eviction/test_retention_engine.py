@@ -53,7 +53,9 @@ def test_a_cache_of_rows_for_several_tokens_serves_and_passes_the_self_test(
 
 
 def test_a_head_that_the_model_lacks_is_refused_before_anything_is_loaded() -> None:
-    model = SimpleNamespace(get_num_layers=lambda parallel: 30, get_total_num_kv_heads=lambda: 3)
+    model = SimpleNamespace(
+        get_num_layers=lambda parallel: 30, get_total_num_kv_heads=lambda: 3, hf_config=SimpleNamespace(to_dict=dict)
+    )
     for heads, refused in (([[29, 2]], False), ([[30, 0]], True), ([[0, 3]], True)):
         policy = load_policy("snapkv", [f"eviction.budget={{name: head-classes, whole: {heads}}}"])
         assert policy.names_layers
