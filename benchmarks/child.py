@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvserve.measuring.results import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def report_record(record: dict[str, Any], out: Path | None) -> None:
+    """Print a record, and write it where a file is asked for."""
+    print(json.dumps(record, indent=1))
+    if out:
+        write_json(out, record)
 
 
 def run_child(module: str, *arguments: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import run_child
+from benchmarks.child import report_record, run_child
 from kvserve.calibration.corpus import default_corpus
 from kvserve.connectors import wrapped
 from kvserve.default_model import prepare_default_model
@@ -97,10 +97,7 @@ def main() -> int:
         "dtype": options.dtype, "prompt_tokens": PROMPT_TOKENS, "prompts": PROMPTS, "output_tokens": OUTPUT_TOKENS,
         "machine": machine(), "versions": versions(), "policies": found,
     }  # fmt: skip
-    text = json.dumps(record, indent=1) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    report_record(record, options.out)
     return 0
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import run_child
+from benchmarks.child import report_record, run_child
 from kvserve.default_model import prepare_default_model
 from kvserve.measuring.machine import machine, versions
 
@@ -101,10 +101,7 @@ def main() -> int:
         "dtype": options.dtype, "drafts": DRAFTS, "output_tokens": OUTPUT_TOKENS, "machine": machine(),
         "versions": versions(), "policies": {policy: summary(found) for policy, found in pairs.items()},
     }  # fmt: skip
-    text = json.dumps(record, indent=1) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    report_record(record, options.out)
     return 0
 
 

@@ -284,7 +284,7 @@ def _configure_cpu(args: argparse.Namespace) -> None:
     _keep_seeds_apart(args)
     check_stages(args.pipeline_parallel_size, "cpu", is_compiled=not args.enforce_eager)
     if args.kv_transfer_config and RESERVED_CORES not in os.environ:
-        # vLLM takes a second core from each worker that has a KV connector; this one moves no KV.
+        # vLLM takes a second core from each worker that has a KV connector; those that run on a CPU need none.
         os.environ[RESERVED_CORES] = str(args.tensor_parallel_size * args.pipeline_parallel_size)
     _size_the_pool(args)
 

@@ -14,14 +14,19 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     from vllm.config import get_current_vllm_config
 
+    from kvserve.connectors import is_wrapped
     from kvserve.engine.device import device_type
+    from kvserve.engine.identity import check_storage
     from kvserve.engine.settings import EngineSettings
     from kvserve.errors import UnsupportedError
 
-    settings = EngineSettings.from_vllm_config(get_current_vllm_config())
+    config = get_current_vllm_config()
+    settings = EngineSettings.from_vllm_config(config)
     if settings is not None:
         from kvserve.engine.backend import backend_for
 
+        if is_wrapped(config.kv_transfer_config):  # once an engine, and before anything is loaded
+            check_storage(config.kv_transfer_config, settings.identity(config.model_config))
         return backend_for(settings)
     if device_type() != "cpu":
         raise UnsupportedError(

@@ -29,7 +29,7 @@ from kvserve.connectors import Identity, asked_connector, is_wrapped, wrapped
 from kvserve.engine.block_size import asked_block_size
 from kvserve.engine.device import check_gpu, device_type, gpu_capability
 from kvserve.engine.drafts import draft_layers, is_draft_config, target_config
-from kvserve.engine.identity import check_storage, identity_of
+from kvserve.engine.identity import identity_of
 from kvserve.engine.images import check_images
 from kvserve.engine.layer_tables import chosen_calibration
 from kvserve.errors import UnsupportedError
@@ -137,15 +137,12 @@ class EngineSettings:
         """Refuse what only shows once the pages are laid out.
 
         Raises:
-            UnsupportedError: the budget names heads that the model has not, its limit cannot hold, or a storage has
-                the pages of others.
+            UnsupportedError: the budget names heads that the model has not, or its limit cannot hold.
         """
         model = config.model_config
         if self.policy.eviction:
             check_heads(self.policy.eviction, model, config.parallel_config)
         self.check_own_limit(model.get_head_size(), model.max_model_len)
-        if is_wrapped(config.kv_transfer_config):
-            check_storage(config.kv_transfer_config, self.identity(model))
 
     def check_own_limit(self, head_dim: int, max_model_len: int) -> None:
         """Refuse a policy whose own limit cannot hold.

@@ -18,7 +18,8 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 from vllm import LLM, RequestOutput, SamplingParams
 
 from kvserve.calibrate.prepare import prepare
-from kvserve.engine.settings import scheduler_options
+from kvserve.engine.report import EngineReport
+from kvserve.engine.settings import EngineSettings, scheduler_options
 from kvserve.policies.loading import load_policy
 from tests.cases.greedy import Step, assert_same_texts, steps_of
 
@@ -78,6 +79,14 @@ def counted_preemptions(llm: LLM) -> Iterator[Mock]:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     with patch.object(scheduler, "_preempt_request", wraps=scheduler._preempt_request) as preempt:
         yield preempt
+
+
+def report_of(llm: LLM) -> EngineReport:
+    """What an engine says of its cache at startup."""
+    config = llm.llm_engine.vllm_config
+    settings = EngineSettings.from_vllm_config(config)
+    assert settings is not None
+    return EngineReport.from_vllm_config(config, settings)
 
 
 def free_blocks(llm: LLM) -> int:

@@ -15,8 +15,17 @@ from vllm import LLM, RequestOutput, SamplingParams
 from kvserve.accounting.plan import held_blocks, widest_request
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.report import EngineReport
-from kvserve.engine.settings import EngineSettings
-from tests.cases.engine_cases import MIB, STORY, counted_preemptions, encode, engine, free_blocks, steps, tokens
+from tests.cases.engine_cases import (
+    MIB,
+    STORY,
+    counted_preemptions,
+    encode,
+    engine,
+    free_blocks,
+    report_of,
+    steps,
+    tokens,
+)
 
 DRAFTS = 5
 NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -27,13 +36,6 @@ NAMES = ["Anna", "Boris", "Chen", "Dalia"]
 def prompts_of(llm: LLM) -> list[list[int]]:
     """Answers repeat what they read, so that some drafts are right; lengths end at different places of a tile."""
     return [encode(llm, f"{name} " * (i + 1) + STORY * 3) for i, name in enumerate(NAMES)]
-
-
-def report_of(llm: LLM) -> EngineReport:
-    config = llm.llm_engine.vllm_config
-    settings = EngineSettings.from_vllm_config(config)
-    assert settings is not None
-    return EngineReport.from_vllm_config(config, settings)
 
 
 def answers(llm: LLM, prompts: list[list[int]], max_tokens: int = LENGTH) -> list[RequestOutput]:

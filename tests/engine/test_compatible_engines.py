@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM
 
 from kvserve.accounting.plan import held_blocks, widest_request
 from kvserve.default_model import prepare_default_model
 from kvserve.engine.report import EngineReport
-from kvserve.engine.settings import EngineSettings
 from kvserve.errors import UnsupportedError
 from kvserve.policies.base import Policy
 from kvserve.policies.loading import load_policy
@@ -25,6 +23,7 @@ from tests.cases.engine_cases import (
     generate,
     prompt_logprobs,
     random_prompts,
+    report_of,
     steps,
 )
 from tests.cases.greedy import Step, assert_same_texts, differs_only_behind_a_near_tie, steps_of
@@ -67,13 +66,6 @@ def check_texts(policy: str, expected: list[list[Step]], found: list[list[Step]]
         return assert_same_texts(expected, found)
     agreeing = [differs_only_behind_a_near_tie(*pair) for pair in zip(expected, found, strict=True)]
     assert sum(agreeing) >= len(expected) / 2, f"only {sum(agreeing)} of {len(expected)} texts agree"
-
-
-def report_of(llm: LLM) -> EngineReport:
-    config = llm.llm_engine.vllm_config
-    settings = EngineSettings.from_vllm_config(config)
-    assert settings is not None
-    return EngineReport.from_vllm_config(config, settings)
 
 
 def test_small_chunks_and_preemption_change_no_text(policy: str) -> None:

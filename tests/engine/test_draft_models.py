@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from kvserve.accounting.plan import widest_request
 from kvserve.policies.loading import load_policy
-from tests.cases.engine_cases import MIB, counted_preemptions, engine, free_blocks, random_prompts, steps
+from tests.cases.engine_cases import MIB, counted_preemptions, engine, free_blocks, random_prompts, report_of, steps
 from tests.cases.greedy import assert_same_texts
-from tests.cases.speculation import answers, drafted, report_of
+from tests.cases.speculation import answers, drafted
 from tests.cases.tiny_models import make_tiny_model
 
 slow = pytest.mark.slow

@@ -16,7 +16,6 @@ from kvserve.engine.backend import KvserveImpl
 from kvserve.engine.probe_worker import kvserve_layers
 from kvserve.engine.report import EngineReport
 from kvserve.engine.self_test import EXTENSION_PATH
-from kvserve.engine.settings import EngineSettings
 from kvserve.probe.distances import ProbeReport, complaints
 from kvserve.probe.request import TestPlan as Plan
 from kvserve.probe.request import num_queries, plan_test, prompt_tokens
@@ -27,6 +26,7 @@ from tests.cases.engine_cases import (
     generate,
     prompt_logprobs,
     random_prompts,
+    report_of,
     steps,
     tokens,
 )
@@ -60,13 +60,6 @@ def serving(model: Path, name: str, **options: Any) -> Iterator[LLM]:
     policy, changes = POLICIES.get(name, (name, {}))
     with engine(model, policy, changes, **(ROOMY | options)) as llm:
         yield llm
-
-
-def report_of(llm: LLM) -> EngineReport:
-    config = llm.llm_engine.vllm_config
-    settings = EngineSettings.from_vllm_config(config)
-    assert settings is not None
-    return EngineReport.from_vllm_config(config, settings)
 
 
 def kv_config(llm: LLM) -> Any:
